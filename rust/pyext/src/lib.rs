@@ -1,0 +1,11 @@
+//! The extension module `rayserve_fast._core`: converts between Python and the data plane, decides nothing.
+//!
+//! No thread of this crate ever attaches to the interpreter by itself; Rust touches Python only when Python called it.
+
+use pyo3::prelude::*;
+
+#[pymodule]
+fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    Ok(())
+}
