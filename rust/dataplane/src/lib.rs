@@ -1,0 +1,5 @@
+//! The data plane of rayserve-fast: engine, wire format and HTTP proxy.
+//!
+//! It knows nothing of Python; `rust/pyext` drives it from there. ARCHITECTURE.md lists the request path file by file.
+
+pub mod wire;
