@@ -1,0 +1,103 @@
+"""Ray Serve's API on a Rust data plane.
+
+`from rayserve_fast import serve` and `import rayserve_fast as serve` give the same namespace, this package, and its
+modules stand where those of `ray.serve` stand: `ray.serve.handle` is `rayserve_fast.handle`.
+
+Names are imported when they are first used. The controller, the proxies and the replicas import parts of this package
+too, and must not pay for pydantic, FastAPI and Starlette, which only the part that faces the user needs.
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rayserve_fast import serve as serve
+    from rayserve_fast._core import __version__ as __version__
+    from rayserve_fast.api import delete as delete
+    from rayserve_fast.api import run as run
+    from rayserve_fast.api import run_many as run_many
+    from rayserve_fast.api import shutdown as shutdown
+    from rayserve_fast.api import shutdown_async as shutdown_async
+    from rayserve_fast.api import start as start
+    from rayserve_fast.api import status as status
+    from rayserve_fast.application import RunTarget as RunTarget
+    from rayserve_fast.config import ControllerOptions as ControllerOptions
+    from rayserve_fast.config import HTTPOptions as HTTPOptions
+    from rayserve_fast.context import get_replica_context as get_replica_context
+    from rayserve_fast.deployment import Application as Application
+    from rayserve_fast.deployment import Deployment as Deployment
+    from rayserve_fast.deployment import deployment as deployment
+    from rayserve_fast.ingress import ingress as ingress
+    from rayserve_fast.schema import TracingConfig as TracingConfig
+
+# Where each public name lives; the same table as above, for the interpreter.
+_HOME = {
+    "Application": "deployment",
+    "ControllerOptions": "config",
+    "Deployment": "deployment",
+    "HTTPOptions": "config",
+    "RunTarget": "application",
+    "TracingConfig": "schema",
+    "delete": "api",
+    "deployment": "deployment",
+    "get_replica_context": "context",
+    "ingress": "ingress",
+    "run": "api",
+    "run_many": "api",
+    "shutdown": "api",
+    "shutdown_async": "api",
+    "start": "api",
+    "status": "api",
+}
+
+__all__ = list(_HOME)  # noqa: PLE0605 - the table above is the list
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return import_module(f"{__name__}._core").__version__
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME, "__version__"})
+
+
+class _Namespace(ModuleType):
+    """This module: importing a submodule never hides the function of the same name (`deployment`, `ingress`)."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _HOME and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+class _ServeAlias(MetaPathFinder, Loader):
+    """Makes `rayserve_fast.serve.x` the module `rayserve_fast.x`, instead of a second copy with classes of its own."""
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        return ModuleSpec(fullname, self) if fullname.startswith(f"{__name__}.serve.") else None
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        module = import_module(spec.name.replace(".serve", "", 1))
+        spec.loader_state = module.__spec__
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__ = module.__spec__.loader_state  # what the import system has just overwritten
+
+
+serve = sys.modules[__name__]
+serve.__class__ = _Namespace
+sys.modules[f"{__name__}.serve"] = serve
+sys.meta_path.insert(0, _ServeAlias())

@@ -1,0 +1,120 @@
+"""Where code runs: the context of the replica and of the request that it handles.
+
+The request context is set for every request, so this module imports nothing but the standard library and the plain
+values of `controlplane.spec`, and the context is a slotted dataclass: 0.3 us to make, a frozen one costs 1.1 us.
+Treat it as read-only all the same: it is shared by everything that the request starts.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from dataclasses import dataclass
+from typing import Any
+
+from rayserve_fast.controlplane.spec import DeploymentConfig, DeploymentID, ReplicaID, ReplicaRank
+
+__all__ = ["DeploymentActorContext", "ReplicaContext", "get_replica_context"]
+
+
+@dataclass
+class ReplicaContext:
+    """Describes the replica that the calling code runs in; see `serve.get_replica_context`."""
+
+    replica_id: ReplicaID
+    servable_object: Any  # the user's instance, or the function
+    _deployment_config: DeploymentConfig
+    rank: ReplicaRank
+    world_size: int  # replicas that the deployment wants to have
+    gang_context: Any = None
+    code_version: str | None = None
+
+    @property
+    def app_name(self) -> str:
+        """The application that the replica serves."""
+        return self.replica_id.deployment_id.app_name
+
+    @property
+    def deployment(self) -> str:
+        """The name of the deployment that the replica runs."""
+        return self.replica_id.deployment_id.name
+
+    @property
+    def replica_tag(self) -> str:
+        """The replica's short random id."""
+        return self.replica_id.unique_id
+
+
+@dataclass
+class DeploymentActorContext:
+    """Describes the deployment-scoped actor that the calling code runs in."""
+
+    deployment_id: DeploymentID
+    actor_name: str
+    code_version: str | None = None
+
+    @property
+    def app_name(self) -> str:
+        """The application of the deployment."""
+        return self.deployment_id.app_name
+
+    @property
+    def deployment(self) -> str:
+        """The name of the deployment."""
+        return self.deployment_id.name
+
+
+@dataclass(slots=True)
+class _RequestContext:
+    """What is known of the request that the current task handles."""
+
+    route: str = ""
+    request_id: str = ""
+    _internal_request_id: str = ""
+    app_name: str = ""
+    multiplexed_model_id: str = ""
+    session_id: str = ""
+    grpc_context: Any = None
+    is_http_request: bool = False
+    cancel_on_parent_request_cancel: bool = False
+    _client: str = ""  # host:port
+    _ray_trace_ctx: dict[str, Any] | None = None
+
+
+_serve_request_context: contextvars.ContextVar[_RequestContext | None] = contextvars.ContextVar(
+    "serve_request_context", default=None
+)
+
+# One replica per process: this names it. Set once, before the user's constructor runs.
+_replica_context: ReplicaContext | None = None
+
+
+def get_replica_context() -> ReplicaContext:
+    """The context of the replica that the calling code runs in.
+
+    Returns:
+        Application, deployment, replica id, the user's own object, rank and world size.
+
+    Raises:
+        RayServeException: outside a replica.
+    """
+    if _replica_context is None:
+        from rayserve_fast.exceptions import RayServeException  # imports Ray: only when it is needed
+
+        raise RayServeException(
+            "`serve.get_replica_context()` may only be called from within a Ray Serve deployment."
+        )
+    return _replica_context
+
+
+def _set_replica_context(context: ReplicaContext | None) -> None:
+    global _replica_context
+    _replica_context = context
+
+
+def _get_serve_request_context() -> _RequestContext:
+    """The context of the current request; an empty one outside a request."""
+    context = _serve_request_context.get()
+    if context is None:
+        context = _RequestContext()
+        _serve_request_context.set(context)
+    return context

@@ -1,0 +1,20 @@
+# For type checkers only: at run time `rayserve_fast.serve` is the package `rayserve_fast` itself.
+from rayserve_fast import (
+    Application as Application,
+    ControllerOptions as ControllerOptions,
+    Deployment as Deployment,
+    HTTPOptions as HTTPOptions,
+    RunTarget as RunTarget,
+    TracingConfig as TracingConfig,
+    __version__ as __version__,
+    delete as delete,
+    deployment as deployment,
+    get_replica_context as get_replica_context,
+    ingress as ingress,
+    run as run,
+    run_many as run_many,
+    shutdown as shutdown,
+    shutdown_async as shutdown_async,
+    start as start,
+    status as status,
+)
