@@ -1,0 +1,126 @@
+"""How a value or an error of a handle call becomes bytes and comes back.
+
+A value is a pickle and its out-of-band buffers. C's pickle writes it when it is made of nothing but builtin scalars
+and containers, bytes and numpy arrays, all of their exact types; everything else goes to Ray's cloudpickle, because
+plain pickle *succeeds* on a class of the driver's ``__main__`` and then fails at the replica. Whoever decodes gets
+copies, with arrays writable where the original was.
+
+An error travels as its parts with the exception pickled apart, so that one which the other side cannot load still
+arrives as a ``RayTaskError`` with its traceback.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import sys
+import traceback
+from collections.abc import Sequence
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, TypeAlias
+
+import ray.util
+from ray import cloudpickle
+from ray.exceptions import RayError, RayTaskError
+
+Buffer: TypeAlias = "bytes | bytearray | memoryview"
+
+_SCALARS = frozenset({bytes, str, int, float, bool, type(None)})
+
+
+class _NotPlain(Exception):
+    """The value holds something that plain pickle must not write."""
+
+
+class _PlainPickler(pickle.Pickler):
+    """C's pickler, which asks about whatever is not an exact builtin before it writes it."""
+
+    arrays: type | tuple[()] = ()
+    allowed: frozenset[Any] = frozenset()
+
+    def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is self.arrays or _is_part_of_array(obj, self.allowed):
+            return NotImplemented
+        raise _NotPlain
+
+
+class _ArrayPickler(_PlainPickler):
+    """The same once numpy has been imported; set up by :func:`_pickler`."""
+
+
+def _is_part_of_array(obj: Any, allowed: frozenset[Any]) -> bool:
+    """Whether pickle met `obj` on its way through an array: a dtype, or one of the globals that rebuild arrays."""
+    if isinstance(obj, (type, FunctionType, BuiltinFunctionType)):
+        return obj in allowed
+    return bool(allowed) and isinstance(obj, sys.modules["numpy"].dtype)
+
+
+def _pickler() -> type[_PlainPickler]:
+    numpy = sys.modules.get("numpy")
+    if numpy is None or not hasattr(numpy, "ndarray"):
+        return _PlainPickler  # nobody can hold an array
+    if not _ArrayPickler.allowed:
+        plain, objects = numpy.empty(1), numpy.empty(1, object)
+        rebuild = {array.__reduce_ex__(5)[0] for array in (plain, objects)}
+        _ArrayPickler.allowed = frozenset(rebuild | {numpy.ndarray, numpy.dtype})
+        _ArrayPickler.arrays = numpy.ndarray
+    return _ArrayPickler
+
+
+def dumps(value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
+    """Encode `value` as a pickle and the buffers that belong beside it; whatever pickling raises passes through."""
+    if type(value) in _SCALARS:
+        return pickle.dumps(value, 5), []
+    buffers: list[pickle.PickleBuffer] = []
+    out = io.BytesIO()
+    try:
+        _pickler()(out, 5, buffer_callback=buffers.append).dump(value)
+    except _NotPlain:
+        buffers.clear()
+        return cloudpickle.dumps(value, 5, buffer_callback=buffers.append), buffers
+    return out.getvalue(), buffers
+
+
+def loads(encoded: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
+    """Decode what :func:`dumps` made; arrays live in `buffers`, which the value then owns."""
+    return pickle.loads(encoded, buffers=buffers)
+
+
+def dump_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bytes, list[pickle.PickleBuffer]]:
+    """Encode the arguments of a call: the pair of tuple and dict."""
+    if not kwargs and _SCALARS.issuperset(map(type, args)):
+        return pickle.dumps((args, kwargs), 5), []
+    return dumps((args, kwargs))
+
+
+def dump_error(error: BaseException, function_name: str) -> bytes:
+    """Encode an exception of the user's code with its traceback, for the payload of an ERROR frame.
+
+    Args:
+        error: what was raised; a ``RayTaskError`` of a child call passes on its cause instead of nesting.
+        function_name: what failed, for the traceback's first line.
+    """
+    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    cause = error.cause if isinstance(error, RayTaskError) else error
+    try:
+        encoded = cloudpickle.dumps(cause, 5)
+        pickle.loads(encoded)  # an exception whose __init__ asks for more than its args pickles, and fails only here
+    except Exception as reason:
+        encoded = pickle.dumps(RayError(_unloadable(type(cause).__qualname__, reason, text)))
+    return pickle.dumps((function_name, text, os.getpid(), ray.util.get_node_ip_address(), encoded), 5)
+
+
+def load_error(payload: Buffer) -> RayTaskError:
+    """The exception to raise at the caller: an instance of the user's type and of ``RayTaskError``."""
+    function_name, text, pid, ip, encoded = pickle.loads(payload)
+    try:
+        cause = pickle.loads(encoded)
+    except Exception as reason:
+        cause = RayError(_unloadable("raised remotely", reason, text))
+    error = RayTaskError(function_name, text, cause, proctitle=function_name, pid=pid, ip=ip)
+    return error.as_instanceof_cause()
+
+
+def _unloadable(what: str, reason: Exception, text: str) -> str:
+    return f"The exception ({what}) cannot be sent between processes: {reason!r}.\nOriginal traceback:\n{text}"
