@@ -1,0 +1,142 @@
+"""One local Ray and one Serve instance for the whole test session.
+
+Fixtures, from the cheapest to the dearest; a test that needs none of them must not ask for one:
+
+- `free_port`: a TCP port of 127.0.0.1 that nobody listens on right now.
+- `ray_session`: the driver is connected to a local Ray with 8 declared CPUs, no dashboard, in a directory of its own.
+- `serve_instance`: Serve runs in that Ray on a free port. Yields the base URL, such as `http://127.0.0.1:40123`.
+  All applications are deleted after each test, so a test deploys what it wants with `serve.run(app)` and leaves it there.
+
+A test that needs a Ray of its own (another port, a dying controller, a second driver) runs a script with `run_script`;
+one that calls `serve.shutdown()` in this process must not, since the instance belongs to everyone.
+
+When the session ends, Ray is shut down and every process that it started must be gone: whatever still holds a file
+in its directory fails the session. Invariant: tests never touch port 8000 and never another Ray of the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+EXIT_DEADLINE_S = 15.0  # Ray's own agents take about a second to follow their raylet
+
+
+@pytest.fixture(autouse=True, scope="session")
+def ray_directory() -> Iterator[Path]:
+    """The directory of this session's Ray."""
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0")
+    os.environ.pop("RAY_ADDRESS", None)
+    with directory_left_by_all() as directory:
+        os.environ["RAY_TMPDIR"] = str(directory)
+        yield directory
+
+
+@pytest.fixture(scope="session")
+def ray_session(ray_directory: Path) -> Iterator[None]:
+    import ray
+
+    ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=256 << 20)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def serve_url(ray_session: None) -> Iterator[str]:
+    """The running Serve without the clean-up of `serve_instance`, for fixtures that deploy once for a module."""
+    from rayserve_fast import serve
+
+    port = unused_port()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    yield f"http://127.0.0.1:{port}"
+    serve.shutdown()
+
+
+@pytest.fixture
+def serve_instance(serve_url: str) -> Iterator[str]:
+    from rayserve_fast import serve
+
+    yield serve_url
+    for name in list(serve.status().applications):
+        serve.delete(name)
+
+
+@pytest.fixture
+def free_port() -> int:
+    return unused_port()
+
+
+RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Iterator[RunScript]:
+    """`run_script(source, *args, timeout=90)`: run Python source in a fresh process with a Ray directory of its own.
+
+    Returns the completed process (text output); afterwards nothing that the script started may be alive.
+    """
+    with directory_left_by_all() as directory:
+
+        def run(source: str, *args: str, timeout: float = 90) -> subprocess.CompletedProcess[str]:
+            script = tmp_path / "script.py"
+            script.write_text(source)
+            return subprocess.run(
+                [sys.executable, str(script), *args],
+                env={**os.environ, "RAY_TMPDIR": str(directory)},
+                cwd=tmp_path,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+
+        yield run
+
+
+def unused_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def directory_left_by_all() -> Iterator[Path]:
+    """A directory for one Ray, in /tmp because socket names are short; at the end no process may hold a file in it."""
+    directory = Path(tempfile.mkdtemp(prefix="rsf", dir="/tmp"))
+    yield directory
+    deadline = time.monotonic() + EXIT_DEADLINE_S
+    while (left := holders(directory)) and time.monotonic() < deadline:
+        time.sleep(0.1)  # no event to wait for: these are not our children
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(directory, ignore_errors=True)
+    assert not left, f"processes outlived their Ray: {left}"
+
+
+def holders(directory: Path) -> dict[int, str]:
+    """Processes with an open file under `directory`: every Ray process keeps its log and its sockets there.
+
+    The environment would be the obvious mark, but Ray's process titles overwrite it.
+    """
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.name == str(os.getpid()):
+            continue
+        try:
+            links = [os.readlink(entry) for entry in (process / "fd").iterdir()]
+            if any(link.startswith(str(directory)) for link in links):
+                found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:120]
+        except OSError:  # gone, or not ours
+            continue
+    return found
