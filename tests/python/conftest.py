@@ -5,7 +5,7 @@ Fixtures, from the cheapest to the dearest; a test that needs none of them must 
 - `free_port`: a TCP port of 127.0.0.1 that nobody listens on right now.
 - `ray_session`: the driver is connected to a local Ray with 8 declared CPUs, no dashboard, in a directory of its own.
 - `serve_instance`: Serve runs in that Ray on a free port. Yields the base URL, such as `http://127.0.0.1:40123`.
-  All applications are deleted after each test, so a test deploys what it wants with `serve.run(app)` and leaves it there.
+  All applications are deleted after each test, so a test deploys with `serve.run(app)` and leaves it there.
 
 A test that needs a Ray of its own (another port, a dying controller, a second driver) runs a script with `run_script`;
 one that calls `serve.shutdown()` in this process must not, since the instance belongs to everyone.
