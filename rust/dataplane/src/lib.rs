@@ -2,4 +2,7 @@
 //!
 //! It knows nothing of Python; `rust/pyext` drives it from there. ARCHITECTURE.md lists the request path file by file.
 
+pub mod engine;
+pub mod error;
+pub mod snapshot;
 pub mod wire;

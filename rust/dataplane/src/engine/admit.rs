@@ -1,0 +1,127 @@
+//! The queue in front of a deployment: who waits, in order of arrival, and until when.
+//!
+//! Waiting here is cheap to cancel, to expire, to bound and to send elsewhere; nothing waits at a replica but its short
+//! backlog. A request that comes back unbegun takes its old place again, ahead of everything that arrived later.
+
+use std::collections::VecDeque;
+
+/// Order of arrival within one deployment.
+pub type Seq = u64;
+
+/// Requests that wait for a replica.
+#[derive(Debug)]
+pub(super) struct Queue<W> {
+    /// Sorted by `seq`.
+    waiting: VecDeque<Waiting<W>>,
+    next: Seq,
+}
+
+#[derive(Debug)]
+struct Waiting<W> {
+    seq: Seq,
+    /// In the driver's clock.
+    deadline: Option<u64>,
+    waiter: W,
+}
+
+impl<W> Default for Queue<W> {
+    fn default() -> Self {
+        Self { waiting: VecDeque::new(), next: 0 }
+    }
+}
+
+impl<W> Queue<W> {
+    /// The next arrival's number.
+    pub(super) fn arrive(&mut self) -> Seq {
+        self.next += 1;
+        self.next
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Whether somebody who arrived before `seq` waits.
+    pub(super) fn has_before(&self, seq: Seq) -> bool {
+        self.waiting.front().is_some_and(|first| first.seq < seq)
+    }
+
+    /// Waits at the place that the order of arrival gives.
+    pub(super) fn push(&mut self, seq: Seq, deadline: Option<u64>, waiter: W) {
+        let at = self.waiting.partition_point(|other| other.seq < seq);
+        self.waiting.insert(at, Waiting { seq, deadline, waiter });
+    }
+
+    /// The first in order.
+    pub(super) fn pop(&mut self) -> Option<(Seq, W)> {
+        self.waiting.pop_front().map(|first| (first.seq, first.waiter))
+    }
+
+    /// Takes out whoever arrived as `seq`, if still waiting.
+    pub(super) fn cancel(&mut self, seq: Seq) -> Option<W> {
+        let at = self.waiting.binary_search_by_key(&seq, |other| other.seq).ok()?;
+        self.waiting.remove(at).map(|found| found.waiter)
+    }
+
+    /// Takes out all whose deadline is not after `now`.
+    pub(super) fn expire(&mut self, now: u64) -> Vec<W> {
+        let late = |waiting: &Waiting<W>| waiting.deadline.is_some_and(|deadline| deadline <= now);
+        if !self.waiting.iter().any(late) {
+            return Vec::new();
+        }
+        let (out, stay) = std::mem::take(&mut self.waiting).into_iter().partition(late);
+        self.waiting = stay;
+        let out: VecDeque<_> = out;
+        out.into_iter().map(|waiting| waiting.waiter).collect()
+    }
+
+    /// Takes out everybody.
+    pub(super) fn clear(&mut self) -> impl Iterator<Item = W> + use<W> {
+        std::mem::take(&mut self.waiting).into_iter().map(|waiting| waiting.waiter)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn queue(n: u64) -> Queue<u64> {
+        let mut queue = Queue::default();
+        for _ in 0..n {
+            let seq = queue.arrive();
+            queue.push(seq, Some(seq * 10), seq);
+        }
+        queue
+    }
+
+    fn drain(queue: &mut Queue<u64>) -> Vec<u64> {
+        std::iter::from_fn(|| queue.pop()).map(|(_, waiter)| waiter).collect()
+    }
+
+    #[test]
+    fn the_unbegun_come_back_to_the_front_in_their_order() {
+        let mut queue = queue(4);
+        let (first, _) = queue.pop().expect("four");
+        let (second, _) = queue.pop().expect("three");
+        queue.push(second, None, second);
+        queue.push(first, None, first);
+        assert_eq!(drain(&mut queue), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_cancelled_one_leaves_and_cannot_be_cancelled_again() {
+        let mut queue = queue(3);
+        assert_eq!(queue.cancel(2), Some(2));
+        assert_eq!(queue.cancel(2), None);
+        assert_eq!(drain(&mut queue), [1, 3]);
+    }
+
+    #[test]
+    fn deadlines_take_out_the_late_and_leave_the_order() {
+        let mut queue = queue(4);
+        queue.push(9, None, 9);
+        assert_eq!(queue.expire(9), [0; 0]);
+        assert_eq!(queue.expire(20), [1, 2]);
+        assert_eq!(drain(&mut queue), [3, 4, 9]);
+    }
+}

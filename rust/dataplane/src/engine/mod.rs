@@ -1,0 +1,386 @@
+//! The router that every caller runs: which replica takes which request, and when.
+//!
+//! Pure state: no socket, no clock, no thread. A driver (the proxy's shard, a handle in an asyncio loop, a blocked thread)
+//! tells what happened and carries out the [`Action`]s; `W` is its own word for somebody who waits. A [`Lease`] is the right
+//! to one slot of one replica; the driver gives every lease back through exactly one of [`Engine::answered`],
+//! [`Engine::busy`] and [`Engine::returned`], and one of a link that has closed frees nothing.
+
+mod admit;
+mod pick;
+pub mod route;
+pub mod streams;
+
+use std::collections::{HashMap, VecDeque};
+
+use slab::Slab;
+
+use self::{admit::Queue, pick::Replica};
+pub use self::{admit::Seq, route::RouteTable, streams::Streams};
+use crate::{error::Error, snapshot, snapshot::Snapshot};
+
+/// A deployment, for the life of the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct DeploymentKey(u32);
+
+/// A replica, until [`Engine::closed`] after its [`Action::Close`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ReplicaKey(usize);
+
+/// A request's place in the order of arrival at its deployment.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Place {
+    /// Where it waits.
+    pub deployment: DeploymentKey,
+    /// Since when.
+    pub seq: Seq,
+}
+
+/// The right to one slot of one replica.
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "the slot is taken until the lease is given back"]
+pub struct Lease {
+    /// Who takes the request.
+    pub replica: ReplicaKey,
+    /// The request that it is for.
+    pub place: Place,
+    /// The REQUEST or CALL carries GRANTED.
+    pub granted: bool,
+    session: u64,
+}
+
+/// What becomes of a new request.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Admission {
+    /// Send it now.
+    Go(Lease),
+    /// It waits here; an action will name its waiter.
+    Wait(Place),
+}
+
+/// What the driver has to do.
+#[derive(Debug, PartialEq)]
+pub enum Action<W> {
+    /// A waiting request may be sent.
+    Start(W, Lease),
+    /// A waiting request fails.
+    Refuse(W, Error),
+    /// Link to this replica and keep trying while it is not closed.
+    Open(ReplicaKey, snapshot::Replica),
+    /// Leave this replica when its last stream has ended, then call [`Engine::closed`].
+    Close(ReplicaKey),
+    /// Send UNUSED with this count.
+    Unused(ReplicaKey, u32),
+}
+
+#[derive(Debug)]
+struct Deployment<W> {
+    config: snapshot::Deployment,
+    /// Why every request is refused.
+    gone: Option<Error>,
+    members: Vec<ReplicaKey>,
+    rotor: usize,
+    queue: Queue<W>,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub struct Engine<W> {
+    /// A key is an index and is never used again, so that a request which outlives its deployment meets no other.
+    deployments: Vec<Deployment<W>>,
+    by_name: HashMap<String, DeploymentKey>,
+    replicas: Slab<Replica>,
+    by_id: HashMap<String, ReplicaKey>,
+    sessions: u64,
+    actions: VecDeque<Action<W>>,
+}
+
+impl<W> Default for Engine<W> {
+    fn default() -> Self {
+        Self {
+            deployments: Vec::new(),
+            by_name: HashMap::new(),
+            replicas: Slab::new(),
+            by_id: HashMap::new(),
+            sessions: 0,
+            actions: VecDeque::new(),
+        }
+    }
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "a lease is given back by being consumed")]
+impl<W> Engine<W> {
+    /// The next thing to do; a driver asks until there is none, after every event.
+    pub fn next_action(&mut self) -> Option<Action<W>> {
+        self.actions.pop_front()
+    }
+
+    /// The deployment of this name, `{app}#{deployment}`.
+    pub fn deployment(&self, name: &str) -> Option<DeploymentKey> {
+        self.by_name.get(name).copied()
+    }
+
+    /// What the newest snapshot says of a deployment.
+    pub fn config(&self, key: DeploymentKey) -> &snapshot::Deployment {
+        &self.deployments[key.0 as usize].config
+    }
+
+    /// The replica's id, if it has not been closed.
+    pub fn replica_id(&self, key: ReplicaKey) -> Option<&str> {
+        self.replicas.get(key.0).map(|replica| replica.id.as_str())
+    }
+
+    /// Requests that wait at a deployment.
+    pub fn queued(&self, key: DeploymentKey) -> usize {
+        self.deployments[key.0 as usize].queue.len()
+    }
+
+    /// Whether a deployment has a replica that takes requests.
+    pub fn serves(&self, key: DeploymentKey) -> bool {
+        let members = &self.deployments[key.0 as usize].members;
+        members.iter().any(|key| self.replicas[key.0].open())
+    }
+
+    /// Makes `snapshot` the truth: what it does not hold is gone.
+    pub fn apply(&mut self, snapshot: &Snapshot) {
+        let absent: Vec<_> = self
+            .by_name
+            .iter()
+            .filter(|(name, _)| !snapshot.deployments.contains_key(*name))
+            .map(|(name, &key)| (name.clone(), key))
+            .collect();
+        for (name, key) in absent {
+            self.by_name.remove(&name);
+            let deployment = &mut self.deployments[key.0 as usize];
+            deployment.gone = Some(Error::unavailable(&deployment.config, "was deleted"));
+            self.list(key, &[]);
+            self.refuse_all(key);
+        }
+        for (name, config) in &snapshot.deployments {
+            let key = self.declare(name, config);
+            self.list(key, &config.replicas);
+            if config.unavailable.is_some() {
+                self.refuse_all(key);
+            } else {
+                self.dispatch(key);
+            }
+        }
+    }
+
+    fn declare(&mut self, name: &str, config: &snapshot::Deployment) -> DeploymentKey {
+        let next = DeploymentKey(self.deployments.len() as u32);
+        let key = *self.by_name.entry(name.to_owned()).or_insert(next);
+        if key == next {
+            let config = config.clone();
+            let queue = Queue::default();
+            self.deployments.push(Deployment { config, gone: None, members: Vec::new(), rotor: 0, queue });
+        }
+        let deployment = &mut self.deployments[key.0 as usize];
+        deployment.config = config.clone();
+        deployment.gone = config.unavailable.clone().map(Error::Unavailable);
+        key
+    }
+
+    /// Makes `listed` the replicas of a deployment.
+    fn list(&mut self, key: DeploymentKey, listed: &[snapshot::Replica]) {
+        let deployment = &mut self.deployments[key.0 as usize];
+        let max_ongoing = deployment.config.max_ongoing_requests;
+        for &member in &deployment.members {
+            let replica = &mut self.replicas[member.0];
+            replica.max_ongoing = max_ongoing;
+            if !listed.iter().any(|other| other.id == replica.id) {
+                replica.listed = false;
+                self.by_id.remove(&replica.id);
+                self.actions.push_back(Action::Close(member));
+            }
+        }
+        deployment.members.retain(|member| self.replicas[member.0].listed);
+        for address in listed {
+            if self.by_id.contains_key(&address.id) {
+                continue;
+            }
+            let member = ReplicaKey(self.replicas.insert(Replica::new(address.id.clone(), key, max_ongoing)));
+            self.by_id.insert(address.id.clone(), member);
+            deployment.members.push(member);
+            self.actions.push_back(Action::Open(member, address.clone()));
+        }
+    }
+
+    fn refuse_all(&mut self, key: DeploymentKey) {
+        let deployment = &mut self.deployments[key.0 as usize];
+        if let Some(error) = &deployment.gone {
+            self.actions.extend(deployment.queue.clear().map(|waiter| Action::Refuse(waiter, error.clone())));
+        }
+    }
+
+    /// A new request: goes, waits (`waiter` is then asked for), or is refused.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] and [`Error::Backpressure`].
+    pub fn request(
+        &mut self,
+        key: DeploymentKey,
+        deadline: Option<u64>,
+        waiter: impl FnOnce(Place) -> W,
+    ) -> Result<Admission, Error> {
+        let deployment = &mut self.deployments[key.0 as usize];
+        if let Some(error) = &deployment.gone {
+            return Err(error.clone());
+        }
+        let place = Place { deployment: key, seq: deployment.queue.arrive() };
+        if deployment.queue.len() == 0
+            && let Some(lease) = self.lease(place)
+        {
+            return Ok(Admission::Go(lease));
+        }
+        let Deployment { queue, config, .. } = &mut self.deployments[key.0 as usize];
+        match usize::try_from(config.max_queued_requests) {
+            Ok(limit) if queue.len() >= limit => {
+                Err(Error::Backpressure { queued: queue.len(), limit, policy: config.backpressure })
+            }
+            _ => {
+                queue.push(place.seq, deadline, waiter(place));
+                Ok(Admission::Wait(place))
+            }
+        }
+    }
+
+    /// A request that came back unbegun, or is tried once more, takes its old place again; limits do not refuse it.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`].
+    pub fn again(
+        &mut self,
+        place: Place,
+        deadline: Option<u64>,
+        waiter: impl FnOnce(Place) -> W,
+    ) -> Result<Admission, Error> {
+        let deployment = &mut self.deployments[place.deployment.0 as usize];
+        if let Some(error) = &deployment.gone {
+            return Err(error.clone());
+        }
+        if !deployment.queue.has_before(place.seq)
+            && let Some(lease) = self.lease(place)
+        {
+            return Ok(Admission::Go(lease));
+        }
+        self.deployments[place.deployment.0 as usize].queue.push(place.seq, deadline, waiter(place));
+        Ok(Admission::Wait(place))
+    }
+
+    /// Somebody waits no more; `None` if an action has already named the waiter.
+    pub fn cancel(&mut self, place: Place) -> Option<W> {
+        self.deployments[place.deployment.0 as usize].queue.cancel(place.seq)
+    }
+
+    /// Takes out everybody whose deadline is not after `now`, in the clock of the deadlines that were given.
+    pub fn expire(&mut self, now: u64) -> Vec<W> {
+        self.deployments.iter_mut().flat_map(|deployment| deployment.queue.expire(now)).collect()
+    }
+
+    fn lease(&mut self, place: Place) -> Option<Lease> {
+        let Deployment { members, rotor, .. } = &mut self.deployments[place.deployment.0 as usize];
+        let key = pick::pick(&self.replicas, members, rotor)?;
+        let replica = &mut self.replicas[key.0];
+        let session = replica.session?;
+        Some(Lease { replica: key, place, granted: replica.take(), session })
+    }
+
+    /// Starts whoever waits first while there is room.
+    fn dispatch(&mut self, deployment: DeploymentKey) {
+        while self.queued(deployment) > 0 {
+            let Some(mut lease) = self.lease(Place { deployment, seq: 0 }) else { return };
+            if let Some((seq, waiter)) = self.deployments[deployment.0 as usize].queue.pop() {
+                lease.place.seq = seq;
+                self.actions.push_back(Action::Start(waiter, lease));
+            }
+        }
+    }
+
+    /// The replica of a lease, if its link is still the one of the lease.
+    fn holder(&mut self, lease: &Lease) -> Option<&mut Replica> {
+        self.replicas.get_mut(lease.replica.0).filter(|replica| replica.session == Some(lease.session))
+    }
+
+    /// The replica's final frame came (or the request was never sent): the slot is free.
+    pub fn answered(&mut self, lease: Lease, report: Option<(u16, bool)>) {
+        if let Some(replica) = self.holder(&lease) {
+            replica.give();
+            if let Some((load, fast)) = report {
+                replica.report(load, fast);
+            }
+            self.dispatch(lease.place.deployment);
+        }
+    }
+
+    /// BUSY: not begun, and the replica owes a credit. The place is for [`Engine::again`].
+    pub fn busy(&mut self, lease: Lease, load: u16) -> Place {
+        if let Some(replica) = self.holder(&lease) {
+            replica.give();
+            replica.report(load, false);
+            replica.refused();
+        }
+        lease.place
+    }
+
+    /// RETURNED: held, never begun. The place is for [`Engine::again`].
+    pub fn returned(&mut self, lease: Lease) -> Place {
+        if let Some(replica) = self.holder(&lease) {
+            replica.give();
+            replica.draining = true;
+        }
+        lease.place
+    }
+
+    /// A link is up; `max_ongoing` comes from its WELCOME.
+    pub fn linked(&mut self, key: ReplicaKey, max_ongoing: u32) {
+        self.sessions += 1;
+        let replica = &mut self.replicas[key.0];
+        replica.reset(Some(self.sessions));
+        replica.max_ongoing = max_ongoing;
+        let deployment = replica.deployment;
+        self.dispatch(deployment);
+    }
+
+    /// A link is gone with all its leases. Returns whether the replica is still wanted: then the driver links again.
+    pub fn closed(&mut self, key: ReplicaKey) -> bool {
+        let Some(replica) = self.replicas.get_mut(key.0) else { return false };
+        replica.reset(None);
+        if !replica.listed {
+            self.replicas.remove(key.0);
+            return false;
+        }
+        !replica.draining
+    }
+
+    /// DRAIN: the replica takes no new work, whatever a snapshot says.
+    pub fn draining(&mut self, key: ReplicaKey) {
+        if let Some(replica) = self.replicas.get_mut(key.0) {
+            replica.draining = true;
+        }
+    }
+
+    /// The replica does, or does not, answer PING.
+    pub fn silent(&mut self, key: ReplicaKey, silent: bool) {
+        if let Some(replica) = self.replicas.get_mut(key.0)
+            && std::mem::replace(&mut replica.silent, silent) != silent
+        {
+            let deployment = replica.deployment;
+            self.dispatch(deployment);
+        }
+    }
+
+    /// CREDIT: slots reserved for this caller; what nobody waits for goes back at once.
+    pub fn credit(&mut self, key: ReplicaKey, count: u32) {
+        let Some(replica) = self.replicas.get_mut(key.0) else { return };
+        replica.credit(count);
+        let deployment = replica.deployment;
+        self.dispatch(deployment);
+        let unused = self.replicas[key.0].unused();
+        if unused > 0 {
+            self.actions.push_back(Action::Unused(key, unused));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

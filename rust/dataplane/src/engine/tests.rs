@@ -1,0 +1,353 @@
+//! The engine as a driver sees it: scripted cases and a random walk that holds its invariants.
+
+use std::collections::{BTreeMap, HashMap};
+
+use proptest::prelude::*;
+
+use super::*;
+use crate::snapshot::Version;
+
+fn snapshot(n: u64, max_ongoing: u32, max_queued: i64, replicas: &[&str]) -> Snapshot {
+    let replicas: Vec<_> = replicas
+        .iter()
+        .map(|id| snapshot::Replica { id: (*id).into(), node_id: "n".into(), unix: Some((*id).into()), tcp: None })
+        .collect();
+    let deployment = snapshot::Deployment {
+        app: "a".into(),
+        name: "D".into(),
+        max_ongoing_requests: max_ongoing,
+        max_queued_requests: max_queued,
+        backpressure: snapshot::Backpressure::default(),
+        retry_idempotent: true,
+        unavailable: None,
+        replicas,
+    };
+    Snapshot {
+        version: Version(1, n),
+        deployments: BTreeMap::from([("a#D".into(), deployment)]),
+        ..Snapshot::default()
+    }
+}
+
+struct Driver {
+    engine: Engine<u32>,
+    key: DeploymentKey,
+    keys: HashMap<String, ReplicaKey>,
+    started: Vec<(u32, Lease)>,
+    refused: Vec<(u32, Error)>,
+    closing: Vec<ReplicaKey>,
+    unused: u32,
+}
+
+impl Driver {
+    fn new(snapshot: &Snapshot) -> Self {
+        let mut engine = Engine::default();
+        engine.apply(snapshot);
+        let key = engine.deployment("a#D").expect("declared");
+        let (keys, started, refused, closing) = Default::default();
+        let mut driver = Self { engine, key, keys, started, refused, closing, unused: 0 };
+        driver.settle();
+        driver
+    }
+
+    fn linked(snapshot: &Snapshot) -> Self {
+        let mut driver = Self::new(snapshot);
+        for replica in &snapshot.deployments["a#D"].replicas {
+            driver.link(&replica.id, snapshot.deployments["a#D"].max_ongoing_requests);
+        }
+        driver
+    }
+
+    fn link(&mut self, id: &str, max_ongoing: u32) {
+        self.engine.linked(self.keys[id], max_ongoing);
+        self.settle();
+    }
+
+    fn settle(&mut self) {
+        while let Some(action) = self.engine.next_action() {
+            match action {
+                Action::Start(waiter, lease) => self.started.push((waiter, lease)),
+                Action::Refuse(waiter, error) => self.refused.push((waiter, error)),
+                Action::Open(key, address) => drop(self.keys.insert(address.id, key)),
+                Action::Close(key) => self.closing.push(key),
+                Action::Unused(_, count) => self.unused += count,
+            }
+        }
+    }
+
+    fn request(&mut self, waiter: u32) -> Result<Option<Place>, Error> {
+        Ok(match self.engine.request(self.key, None, |_| waiter)? {
+            Admission::Go(lease) => {
+                self.started.push((waiter, lease));
+                None
+            }
+            Admission::Wait(place) => Some(place),
+        })
+    }
+
+    fn again(&mut self, place: Place, waiter: u32) {
+        if let Admission::Go(lease) = self.engine.again(place, None, |_| waiter).expect("declared") {
+            self.started.push((waiter, lease));
+        }
+        self.settle();
+    }
+
+    fn waiters(&self) -> Vec<u32> {
+        self.started.iter().map(|(waiter, _)| *waiter).collect()
+    }
+
+    fn finish_first(&mut self) -> u32 {
+        let (waiter, lease) = self.started.remove(0);
+        self.engine.answered(lease, Some((0, false)));
+        self.settle();
+        waiter
+    }
+}
+
+#[test]
+fn requests_wait_for_the_first_replica_and_start_in_order() {
+    let mut driver = Driver::new(&snapshot(1, 2, -1, &["r"]));
+    for waiter in 0..4 {
+        assert!(driver.request(waiter).expect("no limit").is_some());
+    }
+    driver.link("r", 2);
+    assert_eq!(driver.waiters(), [0, 1]);
+    driver.finish_first();
+    assert_eq!(driver.waiters(), [1, 2]);
+}
+
+#[test]
+fn a_full_queue_refuses_with_its_numbers() {
+    let mut driver = Driver::linked(&snapshot(1, 1, 2, &["r"]));
+    for waiter in 0..3 {
+        driver.request(waiter).expect("one runs, two wait");
+    }
+    let policy = snapshot::Backpressure::default();
+    assert_eq!(driver.request(3), Err(Error::Backpressure { queued: 2, limit: 2, policy }));
+}
+
+#[test]
+fn a_busy_answer_waits_for_its_credit_and_keeps_its_place() {
+    let mut driver = Driver::linked(&snapshot(1, 2, -1, &["r"]));
+    for waiter in 0..3 {
+        driver.request(waiter).expect("no limit");
+    }
+    let (waiter, lease) = driver.started.remove(0);
+    let place = driver.engine.busy(lease, 5);
+    driver.again(place, waiter);
+    assert_eq!(driver.waiters(), [1], "nobody is sent before a credit comes");
+    driver.engine.credit(driver.keys["r"], 1);
+    driver.settle();
+    assert_eq!(driver.waiters(), [1, 0], "the refused one goes first");
+    assert!(driver.started[1].1.granted);
+}
+
+#[test]
+fn credits_that_nobody_needs_go_back() {
+    let mut driver = Driver::linked(&snapshot(1, 2, -1, &["r"]));
+    driver.request(0).expect("room");
+    let (_, lease) = driver.started.remove(0);
+    driver.engine.busy(lease, 5);
+    driver.engine.credit(driver.keys["r"], 2);
+    driver.settle();
+    assert_eq!(driver.unused, 2);
+}
+
+#[test]
+fn drain_outranks_a_later_snapshot() {
+    let mut driver = Driver::linked(&snapshot(1, 2, -1, &["r", "s"]));
+    driver.engine.draining(driver.keys["r"]);
+    driver.engine.apply(&snapshot(2, 2, -1, &["r", "s"]));
+    driver.settle();
+    for waiter in 0..4 {
+        driver.request(waiter).expect("no limit");
+    }
+    assert_eq!(driver.started.len(), 2);
+    assert!(driver.started.iter().all(|(_, lease)| lease.replica == driver.keys["s"]));
+    assert!(!driver.engine.closed(driver.keys["r"]), "not linked again");
+}
+
+#[test]
+fn a_returned_request_goes_elsewhere_at_its_old_place() {
+    let mut driver = Driver::linked(&snapshot(1, 1, -1, &["r", "s"]));
+    for waiter in 0..3 {
+        driver.request(waiter).expect("no limit");
+    }
+    let (waiter, lease) = driver.started.remove(0);
+    let other = lease.replica;
+    let place = driver.engine.returned(lease);
+    driver.again(place, waiter);
+    driver.finish_first();
+    assert_eq!(driver.waiters(), [0], "ahead of the one that arrived later");
+    assert_ne!(driver.started[0].1.replica, other);
+}
+
+#[test]
+fn a_dead_link_takes_its_leases_with_it() {
+    let mut driver = Driver::linked(&snapshot(1, 1, -1, &["r"]));
+    driver.request(0).expect("room");
+    assert!(driver.engine.closed(driver.keys["r"]), "still wanted");
+    driver.link("r", 1);
+    driver.request(1).expect("room again");
+    assert_eq!(driver.waiters(), [0, 1]);
+    let (_, stale) = driver.started.remove(0);
+    driver.engine.answered(stale, None);
+    assert!(driver.request(2).expect("no limit").is_some(), "a stale lease frees nothing");
+}
+
+#[test]
+fn a_replica_that_left_the_snapshot_is_closed_and_finishes_its_work() {
+    let mut driver = Driver::linked(&snapshot(1, 1, -1, &["r"]));
+    driver.request(0).expect("room");
+    driver.engine.apply(&snapshot(2, 1, -1, &["s"]));
+    driver.settle();
+    assert_eq!(driver.closing, [driver.keys["r"]]);
+    driver.request(1).expect("waits");
+    assert_eq!(driver.finish_first(), 0);
+    assert!(driver.started.is_empty(), "the leaving one takes no more");
+    assert!(!driver.engine.closed(driver.keys["r"]));
+    driver.link("s", 1);
+    assert_eq!(driver.waiters(), [1]);
+}
+
+#[test]
+fn a_deleted_deployment_refuses_those_who_wait() {
+    let mut driver = Driver::new(&snapshot(1, 1, -1, &[]));
+    driver.request(0).expect("waits");
+    driver.engine.apply(&Snapshot { version: Version(1, 2), ..Snapshot::default() });
+    driver.settle();
+    assert!(matches!(&driver.refused[..], [(0, Error::Unavailable(_))]));
+    assert!(matches!(driver.request(1), Err(Error::Unavailable(_))));
+    assert_eq!(driver.engine.deployment("a#D"), None);
+}
+
+#[test]
+fn a_failed_deployment_refuses_with_its_sentence_until_it_serves_again() {
+    let mut failed = snapshot(2, 1, -1, &[]);
+    failed.deployments.get_mut("a#D").expect("there").unavailable = Some("It failed.".into());
+    let mut driver = Driver::new(&snapshot(1, 1, -1, &[]));
+    driver.request(0).expect("waits");
+    driver.engine.apply(&failed);
+    driver.settle();
+    assert_eq!(driver.refused, [(0, Error::Unavailable("It failed.".into()))]);
+    driver.engine.apply(&snapshot(3, 1, -1, &["r"]));
+    driver.settle();
+    driver.link("r", 1);
+    assert_eq!(driver.request(1), Ok(None));
+}
+
+#[test]
+fn a_silent_replica_gets_nothing_until_it_answers() {
+    let mut driver = Driver::linked(&snapshot(1, 1, -1, &["r"]));
+    driver.engine.silent(driver.keys["r"], true);
+    assert!(driver.request(0).expect("no limit").is_some());
+    driver.engine.silent(driver.keys["r"], false);
+    driver.settle();
+    assert_eq!(driver.waiters(), [0]);
+}
+
+#[test]
+fn deadlines_and_cancellation_empty_the_queue() {
+    let mut driver = Driver::new(&snapshot(1, 1, -1, &[]));
+    driver.engine.request(driver.key, Some(10), |_| 0).expect("waits");
+    let place = driver.request(1).expect("waits").expect("waits");
+    assert_eq!(driver.engine.expire(10), [0]);
+    assert_eq!(driver.engine.cancel(place), Some(1));
+    assert_eq!(driver.engine.queued(driver.key), 0);
+}
+
+#[derive(Debug, Clone)]
+enum Event {
+    Request,
+    Finish(prop::sample::Index),
+    Busy(prop::sample::Index),
+    Credit(prop::sample::Index),
+    Death(prop::sample::Index),
+    Cancel(prop::sample::Index),
+}
+
+fn any_event() -> impl Strategy<Value = Event> {
+    let index = any::<prop::sample::Index>;
+    prop_oneof![
+        6 => Just(Event::Request),
+        4 => index().prop_map(Event::Finish),
+        1 => index().prop_map(Event::Busy),
+        1 => index().prop_map(Event::Credit),
+        1 => index().prop_map(Event::Death),
+        1 => index().prop_map(Event::Cancel),
+    ]
+}
+
+proptest! {
+    /// Whatever happens, every request is started once a life, no replica is above its limit, and when everything is paid
+    /// and finished nobody is left waiting.
+    #[test]
+    fn nothing_is_lost_and_no_limit_is_passed(events in prop::collection::vec(any_event(), 0..200)) {
+        const IDS: [&str; 3] = ["r", "s", "t"];
+        let mut driver = Driver::linked(&snapshot(1, 2, -1, &IDS));
+        let (mut next, mut waiting, mut done) = (0, HashMap::new(), 0);
+        let mut owed: HashMap<ReplicaKey, u32> = HashMap::new();
+        for event in events {
+            match event {
+                Event::Request => {
+                    if let Some(place) = driver.request(next).expect("no limit") {
+                        waiting.insert(next, place);
+                    }
+                    next += 1;
+                }
+                Event::Finish(which) if !driver.started.is_empty() => {
+                    let (_, lease) = driver.started.remove(which.index(driver.started.len()));
+                    driver.engine.answered(lease, None);
+                    done += 1;
+                }
+                Event::Busy(which) if !driver.started.is_empty() => {
+                    let (waiter, lease) = driver.started.remove(which.index(driver.started.len()));
+                    *owed.entry(lease.replica).or_default() += 1;
+                    let place = driver.engine.busy(lease, 0);
+                    waiting.insert(waiter, place);
+                    driver.again(place, waiter);
+                }
+                Event::Credit(which) => {
+                    let key = driver.keys[IDS[which.index(3)]];
+                    if owed.get(&key).is_some_and(|&owed| owed > 0) {
+                        *owed.entry(key).or_default() -= 1;
+                        driver.engine.credit(key, 1);
+                    }
+                }
+                Event::Death(which) => {
+                    let key = driver.keys[IDS[which.index(3)]];
+                    driver.engine.closed(key);
+                    owed.remove(&key);
+                    let (dead, alive): (Vec<_>, Vec<_>) =
+                        driver.started.drain(..).partition(|(_, lease)| lease.replica == key);
+                    driver.started = alive;
+                    done += dead.len() as u32;
+                    driver.link(IDS[which.index(3)], 2);
+                }
+                Event::Cancel(which) if !waiting.is_empty() => {
+                    let waiter = *which.get(&waiting.keys().copied().collect::<Vec<_>>());
+                    if driver.engine.cancel(waiting[&waiter]).is_some() {
+                        done += 1;
+                    }
+                }
+                _ => {}
+            }
+            driver.settle();
+            waiting.retain(|waiter, _| !driver.waiters().contains(waiter));
+            for key in driver.keys.values() {
+                let running = driver.started.iter().filter(|(_, lease)| lease.replica == *key && !lease.granted).count();
+                prop_assert!(running <= 2);
+            }
+        }
+        for (key, owed) in owed {
+            driver.engine.credit(key, owed);
+            driver.settle();
+        }
+        while !driver.started.is_empty() {
+            driver.finish_first();
+            done += 1;
+        }
+        prop_assert_eq!(done, next);
+        prop_assert_eq!(driver.engine.queued(driver.key), 0);
+    }
+}

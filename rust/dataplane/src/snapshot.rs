@@ -1,0 +1,231 @@
+//! What exists: routes, deployments, limits and replica addresses, as the controller last said.
+//!
+//! The value is immutable; a newer one replaces it whole. ARCHITECTURE.md, "Snapshot", is the contract. A proxy keeps the
+//! last one in a file of its node, so that it serves again after a restart without asking anybody.
+
+use std::{
+    collections::BTreeMap,
+    fs, io,
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use serde::{Deserialize, Serialize};
+
+/// Compared as (epoch, n): a controller raises the epoch when it starts, so a restarted one is never refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
+pub struct Version(pub u64, pub u64);
+
+/// One version of everything a caller needs.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Snapshot {
+    /// Only a greater one replaces it.
+    pub version: Version,
+    /// Path prefixes of applications.
+    #[serde(default)]
+    pub routes: Vec<Route>,
+    /// By `{app}#{deployment}`.
+    #[serde(default)]
+    pub deployments: BTreeMap<String, Deployment>,
+    /// Nodes whose proxy takes no new clients.
+    #[serde(default)]
+    pub draining_nodes: Vec<String>,
+}
+
+/// A path prefix and who answers it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Route {
+    /// `/` or `/segments` without a slash at the end.
+    pub prefix: String,
+    /// The application's name.
+    pub app: String,
+    /// A key of [`Snapshot::deployments`]: the application's ingress.
+    pub deployment: String,
+}
+
+/// A deployment as its callers see it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Deployment {
+    /// The application's name.
+    pub app: String,
+    /// The deployment's name.
+    pub name: String,
+    /// What user code runs at once in one replica.
+    pub max_ongoing_requests: u32,
+    /// Requests that one caller may hold waiting; negative: any number.
+    #[serde(default = "unlimited")]
+    pub max_queued_requests: i64,
+    /// How a request beyond that is refused.
+    #[serde(default)]
+    pub backpressure: Backpressure,
+    /// Whether a begun idempotent request of which the client has seen nothing is sent once more when its replica dies.
+    #[serde(default = "yes")]
+    pub retry_idempotent: bool,
+    /// Why nothing serves and nothing will: the deployment failed.
+    #[serde(default)]
+    pub unavailable: Option<String>,
+    /// Where it runs.
+    #[serde(default)]
+    pub replicas: Vec<Replica>,
+}
+
+/// The answer to a request that finds the queue full.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Backpressure {
+    /// 503 or 429.
+    pub status_code: u16,
+    /// Seconds in `Retry-After`.
+    #[serde(default)]
+    pub retry_after_s: Option<f64>,
+}
+
+impl Default for Backpressure {
+    fn default() -> Self {
+        Self { status_code: 503, retry_after_s: None }
+    }
+}
+
+/// Where one replica listens.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Replica {
+    /// Unique for ever.
+    pub id: String,
+    /// The Ray node that it runs on.
+    pub node_id: String,
+    /// Socket path, for callers on the same node.
+    #[serde(default)]
+    pub unix: Option<String>,
+    /// `host:port`, for the others.
+    #[serde(default)]
+    pub tcp: Option<String>,
+}
+
+fn unlimited() -> i64 {
+    -1
+}
+
+fn yes() -> bool {
+    true
+}
+
+/// Why a snapshot was not taken over.
+#[derive(Debug, thiserror::Error)]
+pub enum SnapshotError {
+    /// It is not the JSON value of ARCHITECTURE.md.
+    #[error("snapshot cannot be read")]
+    Json(#[from] serde_json::Error),
+    /// A route leads nowhere.
+    #[error("route {prefix:?} names deployment {deployment:?}, which the snapshot does not hold")]
+    Dangling {
+        /// The route's prefix.
+        prefix: String,
+        /// The missing deployment.
+        deployment: String,
+    },
+}
+
+impl Snapshot {
+    /// Reads and checks what a controller published.
+    ///
+    /// # Errors
+    /// See [`SnapshotError`].
+    pub fn parse(json: &[u8]) -> Result<Self, SnapshotError> {
+        let snapshot: Self = serde_json::from_slice(json)?;
+        match snapshot.routes.iter().find(|route| !snapshot.deployments.contains_key(&route.deployment)) {
+            None => Ok(snapshot),
+            Some(Route { prefix, deployment, .. }) => {
+                Err(SnapshotError::Dangling { prefix: prefix.clone(), deployment: deployment.clone() })
+            }
+        }
+    }
+}
+
+/// The newest snapshot of this process.
+#[derive(Debug, Default)]
+pub struct Latest {
+    current: Mutex<Option<Arc<Snapshot>>>,
+}
+
+impl Latest {
+    /// Takes over `snapshot` if its version is greater, and returns whether it did.
+    pub fn swap(&self, snapshot: &Arc<Snapshot>) -> bool {
+        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
+        let newer = current.as_ref().is_none_or(|old| snapshot.version > old.version);
+        if newer {
+            *current = Some(Arc::clone(snapshot));
+        }
+        newer
+    }
+
+    /// The newest so far.
+    pub fn load(&self) -> Option<Arc<Snapshot>> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// Writes `json` so that a reader sees the old file or the new one, never half of one.
+///
+/// # Errors
+/// The file cannot be written or renamed.
+pub fn save(path: &Path, json: &[u8]) -> io::Result<()> {
+    let aside = path.with_extension(format!("{}.tmp", std::process::id()));
+    fs::write(&aside, json)?;
+    fs::rename(&aside, path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const JSON: &str = r#"{"version": [1, 42],
+        "routes": [{"prefix": "/", "app": "default", "deployment": "default#Ingress"}],
+        "deployments": {"default#Ingress": {
+            "app": "default", "name": "Ingress", "max_ongoing_requests": 5, "max_queued_requests": -1,
+            "backpressure": {"status_code": 429, "retry_after_s": 1.5}, "retry_idempotent": true, "unavailable": null,
+            "replicas": [{"id": "a1b2c3d4", "node_id": "n", "unix": "/tmp/r.sock", "tcp": "10.0.0.1:41234"}]}},
+        "draining_nodes": [], "of_a_later_version": 1}"#;
+
+    fn version(epoch: u64, n: u64) -> Arc<Snapshot> {
+        Arc::new(Snapshot { version: Version(epoch, n), ..Snapshot::default() })
+    }
+
+    #[test]
+    fn the_documented_value_reads_and_writes_back() {
+        let snapshot = Snapshot::parse(JSON.as_bytes()).expect("valid");
+        assert_eq!(snapshot.version, Version(1, 42));
+        let deployment = &snapshot.deployments["default#Ingress"];
+        assert_eq!(deployment.backpressure, Backpressure { status_code: 429, retry_after_s: Some(1.5) });
+        assert_eq!(deployment.replicas[0].tcp.as_deref(), Some("10.0.0.1:41234"));
+        let again = serde_json::to_vec(&snapshot).expect("plain data");
+        assert_eq!(Snapshot::parse(&again).expect("valid"), snapshot);
+    }
+
+    #[test]
+    fn a_route_to_nowhere_is_refused() {
+        let refused = Snapshot::parse(JSON.replace("\"default#Ingress\": {", "\"other\": {").as_bytes());
+        assert!(matches!(refused, Err(SnapshotError::Dangling { .. })));
+    }
+
+    #[test]
+    fn only_a_greater_version_replaces_the_current_one() {
+        let latest = Latest::default();
+        assert!(latest.swap(&version(1, 5)));
+        assert!(!latest.swap(&version(1, 5)));
+        assert!(!latest.swap(&version(1, 4)));
+        assert!(latest.swap(&version(2, 0)), "a restarted controller is not refused");
+        assert!(!latest.swap(&version(1, 9)));
+        assert_eq!(latest.load().map(|snapshot| snapshot.version), Some(Version(2, 0)));
+    }
+
+    #[test]
+    fn what_was_saved_is_whole() {
+        let dir = std::env::temp_dir().join(format!("rsf-snapshot-{}", std::process::id()));
+        fs::create_dir_all(&dir).expect("temporary directory");
+        let path = dir.join("snapshot.json");
+        save(&path, b"{}").expect("writable");
+        save(&path, JSON.as_bytes()).expect("replaceable");
+        assert_eq!(fs::read(&path).expect("there"), JSON.as_bytes());
+        assert_eq!(fs::read_dir(&dir).expect("there").count(), 1, "nothing is left aside");
+        fs::remove_dir_all(&dir).expect("ours");
+    }
+}
