@@ -52,7 +52,7 @@ bench: .venv/extension ## measure against Ray Serve and others; results go to be
 	$(BIN)/python -m bench
 
 readme: ## put the newest bench results into README.md
-	$(PYTHON) bench/readme.py
+	$(PYTHON) -m bench readme
 
 clean: ## remove everything that make built
 	rm -rf .venv target dist .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/.venvs bench/work

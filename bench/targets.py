@@ -1,0 +1,105 @@
+"""The table of targets, each computed from the medians of one run.
+
+A target is a function of the medians and a bound. Its inputs are named cells, so a missing cell gives "not measured",
+never a pass. Nothing here is typed by hand but the bounds, which are the project's own promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+US, DEFAULT, BEST, UVICORN, FRONTED = "rayserve-fast", "ray-serve", "ray-serve-best", "uvicorn", "haproxy-granian"
+Cell = Callable[[str, str, int], dict[str, Any]]  # (peer, work, connections) -> medians; KeyError when not measured
+
+
+@dataclass(frozen=True)
+class Target:
+    """`value(cell, scalar)` against `bound`: at least it, or at most it when `at_most`."""
+
+    work: str
+    promise: str
+    bound: float
+    value: Callable[[Cell, Callable[[str], float]], float]
+    at_most: bool = False
+
+    def met(self, measured: float) -> bool:
+        return measured <= self.bound if self.at_most else measured >= self.bound
+
+
+def rate(work: str, connections: int, peer: str, own: str = "") -> Callable[[Cell, object], float]:
+    """Our requests per second for `work` over those of `peer` for `own` (the same work unless given)."""
+    return lambda cell, _: cell(US, work, connections)["rps"] / cell(peer, own or work, connections)["rps"]
+
+
+def median_latency(work: str, peer: str) -> Callable[[Cell, object], float]:
+    """Our p50 at one connection over that of `peer`."""
+    return lambda cell, _: cell(US, work, 1)["p50_us"] / cell(peer, work, 1)["p50_us"]
+
+
+def against_one_thread(cell: Cell, scalar: Callable[[str], float]) -> float:
+    return cell(US, "sync_sleep", 64)["rps"] / scalar("one_thread_sleeps_per_s")
+
+
+def stuck_tail(cell: Cell, _: object) -> float:
+    return cell(US, "sync_stuck", 64)["p99_us"] / cell(US, "sync_sleep", 64)["p99_us"]
+
+
+def proxy_cost(cell: Cell, _: object) -> float:
+    own_answer = cell(US, "healthz", 64)["cpu_us"]["proxy"]
+    return cell(US, "async_noop", 64)["cpu_us"]["proxy"] / own_answer
+
+
+def switches(cell: Cell, _: object) -> float:
+    per_request = cell(US, "async_noop", 64)["switches"]
+    return per_request["proxy"] + per_request["replica"]
+
+
+def deploy_time(name: str) -> Callable[[object, Callable[[str], float]], float]:
+    return lambda _, scalar: scalar(f"{US}:{name}")
+
+
+NOOP = "async no-op, 64 connections, limit 100"
+TARGETS = (
+    Target(NOOP, "at least 200x Ray Serve default", 200, rate("async_noop", 64, DEFAULT)),
+    Target(NOOP, "at least 15x Ray Serve's best mode", 15, rate("async_noop", 64, BEST)),
+    Target(NOOP, "at least 2x HAProxy in front of Granian", 2, rate("async_noop", 64, FRONTED)),
+    Target(NOOP, "at least 0.7x `/-/healthz` by the same proxy", 0.7, rate("async_noop", 64, US, "healthz")),
+    Target(
+        "the same, default limit of 5", "at least 0.8x of limit 100", 0.8, rate("default_limit", 64, US, "async_noop")
+    ),
+    Target(
+        "the same, 1 connection, p50", "at most 1/6 of the best mode's", 1 / 6, median_latency("async_noop", BEST), True
+    ),
+    Target(
+        "the same, 1 connection, p50",
+        "at most 0.6x HAProxy in front of Granian's",
+        0.6,
+        median_latency("async_noop", FRONTED),
+        True,
+    ),
+    Target("sync no-op, 64 connections", "at least 0.8x the async one", 0.8, rate("sync_noop", 64, US, "async_noop")),
+    Target("sync sleep of 0.3 ms, limit 64, 64 connections", "at least 8x one thread alone", 8, against_one_thread),
+    Target("the same, one handler stuck for a second", "p99 of the others at most 2x usual", 2, stuck_tail, True),
+    Target("FastAPI route, 64 connections", "at least 1.0x uvicorn alone", 1.0, rate("fastapi", 64, UVICORN)),
+    Target("FastAPI route, 64 connections", "at least 2.5x the best mode", 2.5, rate("fastapi", 64, BEST)),
+    Target(
+        "1 MiB body up, 8 connections", "at least 0.8x HAProxy in front of Granian", 0.8, rate("upload_1m", 8, FRONTED)
+    ),
+    Target("1 MiB body up, 8 connections", "at least 2x the best mode", 2, rate("upload_1m", 8, BEST)),
+    Target(
+        "1 MiB body down, 8 connections",
+        "at least 0.8x HAProxy in front of Granian",
+        0.8,
+        rate("download_1m", 8, FRONTED),
+    ),
+    Target("1 MiB body down, 8 connections", "at least 2x the best mode", 2, rate("download_1m", 8, BEST)),
+    Target("streaming 50 small chunks, 64 connections", "at least 10x the best mode", 10, rate("stream_50", 64, BEST)),
+    Target(
+        "proxy CPU per request, 64 connections", "at most 1.7x `/-/healthz` by the same proxy", 1.7, proxy_cost, True
+    ),
+    Target("context switches per request, 64 connections", "at most 0.3 over proxy and replica", 0.3, switches, True),
+    Target("first `serve.run` of a no-op on a running Ray", "at most 2.5 s", 2.5, deploy_time("first_deploy_s"), True),
+    Target("a further `serve.run`", "at most 1 s", 1.0, deploy_time("next_deploy_s"), True),
+)

@@ -1,0 +1,53 @@
+"""What is measured: one `Work` is one kind of request against one application, at some numbers of connections.
+
+The works are data; `run.py` measures them, `report.py` prints them and `targets.py` compares them. Every answer is
+checked once against `answer` before its cell is measured, so a fast wrong peer does not win.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+
+from bench.apps import CHUNK, CHUNKS, ONE_MIB
+
+EVERYONE, SERVES, OURS = "everyone", "serves", "ours"  # which peers a work is for
+RECORD = json.dumps({"user": 42, "name": "Ada", "scores": [0.5, 0.25, 1.0], "active": True}, separators=(",", ":"))
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of request. `app` names the application; `path` follows the application's prefix."""
+
+    name: str
+    title: str
+    app: str
+    answer: bytes = b"ok"
+    path: str = ""
+    body: bytes = b""
+    content_type: str = "application/octet-stream"
+    connections: tuple[int, ...] = (1, 8, 64)
+    peers: str = EVERYONE
+    stuck: bool = False  # one further client keeps one handler blocked all the time
+
+
+WORKS = (
+    Work("async_noop", "async no-op", "async_noop"),
+    Work("sync_noop", "sync no-op", "sync_noop"),
+    Work("json_echo", "JSON echo", "json_echo", RECORD.encode(), body=RECORD.encode(), content_type="application/json"),
+    Work("fastapi", "FastAPI route", "fastapi", b'{"item":7,"q":"abc"}', path="/items/7?q=abc"),
+    Work("body_10k", "10 KB body, echoed", "body_echo", b"b" * 10_000, body=b"b" * 10_000),
+    Work("upload_1m", "1 MiB body up", "upload", b"%d" % ONE_MIB, body=b"u" * ONE_MIB),
+    Work("download_1m", "1 MiB body down", "download", b"d" * ONE_MIB),
+    Work("stream_50", "streaming 50 small chunks", "stream", CHUNK * CHUNKS),
+    Work("healthz", "`/-/healthz` by the proxy itself", "", b"", path="/-/healthz", connections=(1, 64), peers=OURS),
+    Work("default_limit", "async no-op, default limit of 5", "default_limit", connections=(64,), peers=SERVES),
+    Work("sync_sleep", "sync sleep of 0.3 ms, limit 64", "sync_sleep", connections=(64,), peers=SERVES),
+    Work("sync_stuck", "the same, one handler stuck", "sync_sleep", connections=(64,), peers=SERVES, stuck=True),
+)
+BY_NAME = {work.name: work for work in WORKS}
+
+
+def with_connections(work: Work, connections: tuple[int, ...]) -> Work:
+    """The same work at these numbers of connections only."""
+    return replace(work, connections=connections)

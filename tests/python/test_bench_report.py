@@ -1,0 +1,198 @@
+"""The benchmark's parsing and rendering: what is measured is what is shown, and holes and failures stay visible."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from bench import load, plot, procs, profiler, report, targets, works
+
+PEERS = ("rayserve-fast", "ray-serve", "ray-serve-best", "uvicorn", "granian", "haproxy-granian")
+
+
+def sample(peer: str, work: str, connections: int, rps: float, **changes: Any) -> dict[str, Any]:
+    """One measured cell with plain costs: 10 us of proxy, 5 us of replica, 0.1 switches each per request."""
+    processes = [
+        {"pid": 1, "title": "p", "role": "proxy", "cpu_s": rps * 10e-6, "switches": int(rps * 0.1)},
+        {"pid": 2, "title": "r", "role": "replica", "cpu_s": rps * 5e-6, "switches": int(rps * 0.1)},
+    ]
+    latency = {"p50_us": 100.0, "p99_us": 300.0}
+    errors = {"connect": 0, "read": 0, "write": 0, "status": 0, "timeout": 0}
+    cell = {"peer": peer, "work": work, "connections": connections, "rps": rps, "requests": int(rps), "errors": errors}
+    return {**cell, **latency, "foreign_cpus": 0.0, "seconds": 1.0, "processes": processes, **changes}
+
+
+def run_of(samples: list[dict[str, Any]], scalars: dict[str, float] | None = None) -> dict[str, Any]:
+    machine = {"cpu": "a CPU", "cores": 2, "virtual": False, "memory_gib": 8, "kernel": "6", "wrk": "wrk 4"}
+    return {
+        "started": "today",
+        "commit": "abc",
+        "machine": machine,
+        "settings": {"rounds": 1, "seconds": 1},
+        "peers": {peer: {"title": peer} for peer in PEERS},
+        "versions": {"granian": {"python": "3.11", "granian": "2"}},
+        "samples": samples,
+        "scalars": [{"name": name, "value": value, "round": 0} for name, value in (scalars or {}).items()],
+        "failures": [],
+    }
+
+
+def verdict(raw: dict[str, Any], promise: str, work: str = "") -> dict[str, Any]:
+    rows = [row for row in report.judge(report.Medians(raw)) if promise in row["promise"] and work in row["work"]]
+    assert len(rows) == 1, rows
+    return rows[0]
+
+
+def test_the_result_line_of_wrk_becomes_seconds_and_a_rate() -> None:
+    line = {"requests": 300, "duration_us": 1_500_000, "p50_us": 40, "errors": {"status": 0}}
+    assert load.parse("Running 2s test\nRESULT " + json.dumps(line))["rps"] == pytest.approx(200)
+
+
+def test_output_without_a_result_is_an_error() -> None:
+    with pytest.raises(ValueError, match="0 results"):
+        load.parse("unable to connect")
+
+
+@pytest.mark.parametrize(
+    ("got", "expected", "equal"),
+    [
+        (b"ok", b"ok", True),
+        (b'"ok"', b"ok", True),
+        (b'{"a": 1}', b'{"a":1}', True),
+        (b"no", b"ok", False),
+        (b"", b"ok", False),
+    ],
+)
+def test_an_answer_counts_as_expected_by_bytes_or_by_json_value(got: bytes, expected: bytes, equal: bool) -> None:
+    assert load.same(got, expected) is equal
+
+
+def test_the_median_over_rounds_is_shown_with_its_spread() -> None:
+    cell = report.summary([sample("granian", "fastapi", 64, rps) for rps in (80.0, 100.0, 130.0)])
+    assert cell["rps"] == 100.0
+    assert cell["spread"] == pytest.approx(0.25)
+
+
+def test_cost_is_per_request_and_split_by_role() -> None:
+    cell = report.summary([sample("rayserve-fast", "async_noop", 64, 1000.0)])
+    assert cell["cpu_us"] == pytest.approx({"proxy": 10.0, "replica": 5.0, "other": 0.0})
+    assert cell["switches"] == pytest.approx({"proxy": 0.1, "replica": 0.1, "other": 0.0})
+
+
+def test_a_target_is_met_at_its_bound_and_missed_below() -> None:
+    for ours, met in ((20_000.0, True), (19_900.0, False)):
+        raw = run_of([sample("rayserve-fast", "async_noop", 64, ours), sample("ray-serve", "async_noop", 64, 100.0)])
+        row = verdict(raw, "200x")
+        assert (row["measured"], row["met"]) == (pytest.approx(ours / 100), met)
+
+
+def test_an_at_most_target_is_missed_above_its_bound() -> None:
+    slow = sample("rayserve-fast", "async_noop", 1, 10.0, p50_us=61.0)
+    raw = run_of([slow, sample("haproxy-granian", "async_noop", 1, 10.0)])
+    assert verdict(raw, "0.6x")["met"] is False
+    assert verdict(run_of([slow | {"p50_us": 59.0}, raw["samples"][1]]), "0.6x")["met"] is True
+
+
+def test_a_missing_peer_gives_not_measured_and_never_a_pass() -> None:
+    raw = run_of([sample("rayserve-fast", "async_noop", 64, 1e6)])
+    assert verdict(raw, "200x")["met"] is None
+    assert "not measured" in report.targets_table(report.Medians(raw))
+
+
+def test_failed_requests_void_a_target_and_show_in_the_row() -> None:
+    broken = sample("rayserve-fast", "async_noop", 64, 1e6, errors={"status": 7})
+    raw = run_of([broken, sample("ray-serve", "async_noop", 64, 100.0)])
+    assert verdict(raw, "200x")["met"] is False
+    assert "**7 status**" in report.details(report.Medians(raw), "async_noop")
+
+
+def test_the_sleep_row_is_held_against_the_measured_rate_of_one_thread() -> None:
+    raw = run_of([sample("rayserve-fast", "sync_sleep", 64, 20_000.0)], {"one_thread_sleeps_per_s": 2_000.0})
+    assert verdict(raw, "one thread")["measured"] == pytest.approx(10.0)
+
+
+def test_every_target_names_works_and_peers_that_the_bench_measures() -> None:
+    asked: list[tuple[str, str, int]] = []
+
+    def cell(peer: str, work: str, connections: int) -> dict[str, Any]:
+        asked.append((peer, work, connections))
+        return report.summary([sample(peer, work, connections, 100.0)])
+
+    for target in targets.TARGETS:
+        target.value(cell, lambda name: 1.0)
+    assert asked
+    assert {peer for peer, _, _ in asked} <= set(PEERS)
+    assert all(count in works.BY_NAME[work].connections for _, work, count in asked)
+
+
+def test_the_report_has_a_table_for_every_measured_work_and_lists_what_failed() -> None:
+    raw = run_of(
+        [sample(peer, work.name, count, 50.0) for peer in PEERS for work in works.WORKS for count in work.connections]
+    )
+    raw["failures"] = [{"peer": "granian", "work": "stream_50", "round": 0, "error": "it burned"}]
+    text = report.render(raw)
+    assert all(f"## {report.capital(work.title)}" in text for work in works.WORKS)
+    assert "granian, stream_50, round 1: it burned" in text
+    assert plot.render(raw).count("<rect") > len(works.WORKS)
+
+
+def test_the_readme_section_is_replaced_between_its_marks_only() -> None:
+    text = "before\n<!-- bench:begin (made) -->\nold\n<!-- bench:end -->\nafter\n"
+    once = report.replace_section(text, "new")
+    assert "old" not in once
+    assert once.startswith("before\n<!-- bench:begin (made) -->\n")
+    assert once.endswith("<!-- bench:end -->\nafter\n")
+    assert report.replace_section(once, "new") == once
+
+
+def test_a_file_without_the_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="found 0"):
+        report.replace_section("nothing here", "new")
+
+
+def test_context_switches_are_voluntary_plus_involuntary() -> None:
+    assert procs.context_switches("Name:\tx\nvoluntary_ctxt_switches:\t12\nnonvoluntary_ctxt_switches:\t3\n") == 15
+
+
+def test_what_was_spent_counts_new_threads_in_full_and_leaves_idle_processes_out() -> None:
+    before = {1: procs.Usage("ray::Proxy", 1.0, {10: 5}), 2: procs.Usage("raylet", 2.0, {20: 7})}
+    after = {1: procs.Usage("ray::Proxy", 1.5, {10: 6, 11: 4}), 2: procs.Usage("raylet", 2.0, {20: 7})}
+    assert procs.spent(before, after) == [
+        {"pid": 1, "title": "ray::Proxy", "role": "proxy", "cpu_s": 0.5, "switches": 5}
+    ]
+
+
+@pytest.mark.parametrize(
+    ("title", "role"),
+    [
+        ("ray::ServeReplica:app:Model", "replica"),
+        ("ray::SERVE_REPLICA::app#Model#x", "replica"),
+        ("ray::ProxyActor", "proxy"),
+        ("haproxy", "proxy"),
+        ("raylet", "other"),
+        ("ray::ServeController.run", "other"),
+    ],
+)
+def test_a_process_belongs_to_a_role_by_its_title(title: str, role: str) -> None:
+    assert procs.role(title) == role
+
+
+def test_system_calls_are_counted_per_request() -> None:
+    text = (
+        "% time     seconds  usecs/call     calls    errors syscall\n 60.00    0.1    3    200        10 recvfrom\n"
+        " 40.00    0.1    3    100           sendto\n100.00    0.2    3    300        10 total\n"
+    )
+    assert "2.000 a request       200  recvfrom" in profiler.calls(text, 100)
+    assert "3.000 a request       300  together" in profiler.calls(text, 100)
+
+
+def test_counters_that_the_machine_lacks_are_named_as_such() -> None:
+    text = "<not supported>,,instructions:u,0,100.00,,\n120,,context-switches,1,100.00,,\n"
+    assert profiler.counters(text, 60).splitlines()[0].endswith("not counted here  instructions:u")
+    assert "2.0000 a request  context-switches" in profiler.counters(text, 60)
