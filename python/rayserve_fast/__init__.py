@@ -19,20 +19,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rayserve_fast import serve as serve
     from rayserve_fast._core import __version__ as __version__
-    from rayserve_fast.api import delete as delete
-    from rayserve_fast.api import run as run
-    from rayserve_fast.api import run_many as run_many
-    from rayserve_fast.api import shutdown as shutdown
-    from rayserve_fast.api import shutdown_async as shutdown_async
-    from rayserve_fast.api import start as start
-    from rayserve_fast.api import status as status
+    from rayserve_fast.api import (
+        delete as delete,
+        run as run,
+        run_many as run_many,
+        shutdown as shutdown,
+        shutdown_async as shutdown_async,
+        start as start,
+        status as status,
+    )
     from rayserve_fast.application import RunTarget as RunTarget
-    from rayserve_fast.config import ControllerOptions as ControllerOptions
-    from rayserve_fast.config import HTTPOptions as HTTPOptions
+    from rayserve_fast.config import ControllerOptions as ControllerOptions, HTTPOptions as HTTPOptions
     from rayserve_fast.context import get_replica_context as get_replica_context
-    from rayserve_fast.deployment import Application as Application
-    from rayserve_fast.deployment import Deployment as Deployment
-    from rayserve_fast.deployment import deployment as deployment
+    from rayserve_fast.deployment import (
+        Application as Application,
+        Deployment as Deployment,
+        deployment as deployment,
+    )
     from rayserve_fast.ingress import ingress as ingress
     from rayserve_fast.schema import TracingConfig as TracingConfig
 
@@ -56,7 +59,7 @@ _HOME = {
     "status": "api",
 }
 
-__all__ = list(_HOME)  # noqa: PLE0605 - the table above is the list
+__all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:

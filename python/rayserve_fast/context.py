@@ -100,9 +100,7 @@ def get_replica_context() -> ReplicaContext:
     if _replica_context is None:
         from rayserve_fast.exceptions import RayServeException  # imports Ray: only when it is needed
 
-        raise RayServeException(
-            "`serve.get_replica_context()` may only be called from within a Ray Serve deployment."
-        )
+        raise RayServeException("`serve.get_replica_context()` may only be called from within a Ray Serve deployment.")
     return _replica_context
 
 

@@ -26,7 +26,7 @@ class RayServeException(Exception):
     """What everything raised by Serve itself derives from."""
 
 
-class gRPCStatusError(RayServeException):  # noqa: N801 - the reference's name
+class gRPCStatusError(RayServeException):
     """Carries the gRPC status that a handler set before it raised `original_exception`."""
 
     def __init__(self, original_exception: BaseException, code: Any = None, details: str | None = None) -> None:

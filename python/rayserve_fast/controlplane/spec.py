@@ -121,13 +121,20 @@ class Definition:
     init_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
+def unpack_definition(code: bytes, init_args: tuple[Any, ...], init_kwargs: Mapping[str, Any]) -> Definition:
+    """What the bytes of a definition call when a replica opens them."""
+    from ray import cloudpickle
+
+    return Definition(cloudpickle.loads(code), init_args, init_kwargs)
+
+
 @dataclass(frozen=True, slots=True)
 class DeploymentSpec:
     """One deployment as it travels to the controller and its replicas."""
 
     app: str
     name: str
-    definition: bytes = field(repr=False)  # ray.cloudpickle of a Definition; only replicas open it
+    definition: bytes = field(repr=False)  # ray.cloudpickle.loads makes a Definition of it; only replicas do
     config: DeploymentConfig
     driver: DriverEnv = field(repr=False)
     is_asgi: bool

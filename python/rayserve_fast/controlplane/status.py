@@ -1,6 +1,6 @@
 """What `serve.status()` tells: the states of replicas, deployments, applications and proxies.
 
-Names, members and fields are those of Ray Serve (`ray.serve.schema` re-exports them there, `rayserve_fast.schema` here).
+Names, members and fields are those of Ray Serve; `rayserve_fast.schema` re-exports them, as `ray.serve.schema` does.
 Kept apart from `schema` because the controller and the proxies need them and need no pydantic.
 """
 

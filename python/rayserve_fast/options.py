@@ -1,0 +1,225 @@
+"""The options of one deployment, checked: `DeploymentOptions` holds what the user gave, with defaults for the rest.
+
+Defaults and errors are Ray Serve's: pydantic judges single options, `check` what needs several of them or Ray, and
+`plain` makes the `DeploymentConfig` that travels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
+
+from rayserve_fast.autoscaling import AutoscalingConfig, json_values
+from rayserve_fast.config import BackpressureConfig, DeploymentActorConfig, RequestRouterConfig
+from rayserve_fast.controlplane.spec import Backpressure, DeploymentConfig
+from rayserve_fast.gang import GangSchedulingConfig
+from rayserve_fast.schema import LoggingConfig
+
+_ACTOR_OPTIONS = {
+    "accelerator_type",
+    "fallback_strategy",
+    "label_selector",
+    "memory",
+    "num_cpus",
+    "num_gpus",
+    "resources",
+    "runtime_env",
+}
+
+
+class DeploymentOptions(BaseModel):
+    """Every option of `@serve.deployment` except the name; suffix `_s` is seconds."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    num_replicas: NonNegativeInt | None = 1
+    ray_actor_options: Any = None
+    placement_group_bundles: Any = None
+    placement_group_strategy: Any = None
+    placement_group_bundle_label_selector: Any = None
+    max_replicas_per_node: Any = None
+    user_config: Any = None
+    max_ongoing_requests: PositiveInt = 5
+    max_queued_requests: int = -1
+    backpressure_config: BackpressureConfig = BackpressureConfig()
+    autoscaling_config: AutoscalingConfig | None = None
+    graceful_shutdown_wait_loop_s: NonNegativeFloat = 2
+    graceful_shutdown_timeout_s: NonNegativeFloat = 20
+    health_check_period_s: PositiveFloat = 10
+    health_check_timeout_s: PositiveFloat = 30
+    logging_config: Any = None
+    request_router_config: RequestRouterConfig = RequestRouterConfig()
+    max_constructor_retry_count: PositiveInt = 20
+    gang_scheduling_config: GangSchedulingConfig | None = None
+    deployment_actors: list[DeploymentActorConfig] | None = None
+    rolling_update_percentage: float = Field(default=0.2, gt=0.0, le=1.0)
+    max_surge_percent: int = Field(default=0, ge=0, le=100)
+    retry_idempotent: bool = True
+
+    @field_validator("user_config")
+    @classmethod
+    def _json(cls, config: Any) -> Any:
+        return config if isinstance(config, bytes) else json_values("user_config", config)
+
+    @field_validator("max_queued_requests")
+    @classmethod
+    def _limit(cls, limit: int) -> int:
+        if limit < 1 and limit != -1:
+            raise ValueError("max_queued_requests must be -1 (no limit) or a positive integer.")
+        return limit
+
+    @field_validator("logging_config")
+    @classmethod
+    def _logging(cls, config: Any) -> dict[str, Any] | None:
+        if config is None:
+            return None
+        if not isinstance(config, (dict, LoggingConfig)):
+            raise TypeError(f"Got invalid type '{type(config)}' for logging_config. Expected a dictionary.")
+        return LoggingConfig.model_validate(config).model_dump()
+
+    @field_validator("deployment_actors")
+    @classmethod
+    def _unique_names(cls, actors: list[DeploymentActorConfig] | None) -> list[DeploymentActorConfig] | None:
+        names = [actor.name for actor in actors or ()]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"deployment_actors must have unique names. Duplicate name(s): {twice}")
+        return actors
+
+    def check(self) -> DeploymentOptions:
+        """Itself, once what pydantic cannot judge is judged too.
+
+        Raises:
+            TypeError, ValueError: an option is wrong; plain ones, as in Ray Serve, which read better than a
+                ValidationError around them.
+        """
+        self._check_actor()
+        if self.gang_scheduling_config is not None:
+            self._check_gang(self.gang_scheduling_config)
+        if self.placement_group_bundles is not None:
+            self._check_bundles(self.placement_group_bundles)
+            return self
+        for option in ("placement_group_strategy", "placement_group_bundle_label_selector"):
+            if getattr(self, option) is not None:
+                raise ValueError(f"If `{option}` is provided, `placement_group_bundles` must also be provided.")
+        return self
+
+    def _check_actor(self) -> None:
+        options, limit = self.ray_actor_options, self.max_replicas_per_node
+        if options is not None and not isinstance(options, dict):
+            raise TypeError(f'Got invalid type "{type(options)}" for ray_actor_options. Expected a dictionary.')
+        for option in options or ():
+            if option not in _ACTOR_OPTIONS:
+                raise ValueError(
+                    f"Specifying '{option}' in ray_actor_options is not allowed. "
+                    f"Allowed options: {sorted(_ACTOR_OPTIONS)}"
+                )
+        if options:
+            _validate_by_ray(options)
+        if limit is not None and not isinstance(limit, int):
+            raise TypeError(f"max_replicas_per_node must be None or an integer in [1, 100], not {type(limit)}.")
+        if limit is not None and not 1 <= limit <= 100:
+            raise ValueError(f"Invalid max_replicas_per_node {limit}. Valid values are None or an integer in [1, 100].")
+
+    def _check_gang(self, gang: GangSchedulingConfig) -> None:
+        for option in ("max_replicas_per_node", "placement_group_strategy"):
+            if getattr(self, option) is not None:
+                raise ValueError(f"Setting {option} is not allowed when gang_scheduling_config is provided.")
+        if self.autoscaling_config is None and self.replicas_now() % gang.gang_size:
+            raise ValueError(f"num_replicas ({self.num_replicas}) must be a multiple of gang_size ({gang.gang_size}).")
+
+    def _check_bundles(self, bundles: list[dict[str, float]]) -> None:
+        from ray.util.placement_group import validate_placement_group
+
+        if self.max_replicas_per_node is not None:
+            raise ValueError("Setting max_replicas_per_node is not allowed when placement_group_bundles is provided.")
+        strategy = self.placement_group_strategy or "PACK"
+        validate_placement_group(bundles, strategy, lifetime="detached", bundle_label_selector=self._selectors())
+        for resource, needed in self._actor_resources().items():
+            if bundles[0].get(resource, 0) < needed:
+                raise ValueError(
+                    "When using `placement_group_bundles`, the replica actor will be placed in the first bundle, so "
+                    f"its resources must fit there: it needs {needed} {resource}, the bundle has "
+                    f"{bundles[0].get(resource, 0)}."
+                )
+
+    def _selectors(self) -> Any:
+        """The label selectors of the bundles; a single one counts for all of them."""
+        selectors = self.placement_group_bundle_label_selector
+        return selectors * len(self.placement_group_bundles or ()) if selectors and len(selectors) == 1 else selectors
+
+    def _actor_resources(self) -> dict[str, float]:
+        options = self.actor_options()
+        return {"CPU": options["num_cpus"], "GPU": options.get("num_gpus") or 0, **(options.get("resources") or {})}
+
+    def actor_options(self) -> dict[str, Any]:
+        """The options of the replica's actor, with one CPU unless something else was given."""
+        options = dict(self.ray_actor_options or {})
+        if options.get("num_cpus") is None:
+            options["num_cpus"] = 1
+        return options
+
+    def replicas_now(self) -> int:
+        """How many replicas to run: with autoscaling, the number to begin with, and never none while nothing scales."""
+        scaling = self.autoscaling_config
+        if scaling is None:
+            return 1 if self.num_replicas is None else self.num_replicas
+        return max(1, scaling.min_replicas if scaling.initial_replicas is None else scaling.initial_replicas)
+
+    def plain(self) -> DeploymentConfig:
+        """The value that travels."""
+        from ray import cloudpickle
+
+        bundles, selectors, actors = self.placement_group_bundles, self._selectors(), self.deployment_actors
+        return DeploymentConfig(
+            num_replicas=self.replicas_now(),
+            ray_actor_options=self.actor_options(),
+            placement_group_bundles=None if bundles is None else tuple(bundles),
+            placement_group_bundle_label_selector=None if selectors is None else tuple(selectors),
+            backpressure=Backpressure(**self.backpressure_config.model_dump()),
+            autoscaling_config=_dump(self.autoscaling_config),
+            request_router_config=_dump(self.request_router_config),
+            gang_scheduling_config=_dump(self.gang_scheduling_config),
+            deployment_actors=None if actors is None else cloudpickle.dumps(actors),
+            configured=frozenset(self.model_fields_set),
+            **{name: getattr(self, name) for name in _AS_THEY_ARE},
+        )
+
+
+_AS_THEY_ARE = (
+    "graceful_shutdown_timeout_s",
+    "graceful_shutdown_wait_loop_s",
+    "health_check_period_s",
+    "health_check_timeout_s",
+    "logging_config",
+    "max_constructor_retry_count",
+    "max_ongoing_requests",
+    "max_queued_requests",
+    "max_replicas_per_node",
+    "max_surge_percent",
+    "placement_group_strategy",
+    "retry_idempotent",
+    "rolling_update_percentage",
+    "user_config",
+)
+
+
+def _dump(config: BaseModel | None) -> dict[str, Any] | None:
+    return None if config is None else config.model_dump(mode="json")
+
+
+def _validate_by_ray(options: dict[str, Any]) -> None:
+    """Let Ray judge values that it alone knows; the runtime environment is judged when the actor starts."""
+    import ray
+
+    ray.remote(type("Replica", (), {})).options(**{k: v for k, v in options.items() if k != "runtime_env"})
