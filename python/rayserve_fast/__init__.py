@@ -49,6 +49,8 @@ _HOME = {
     "TracingConfig": "schema",
     "delete": "api",
     "deployment": "deployment",
+    "get_app_handle": "api",
+    "get_deployment_handle": "api",
     "get_replica_context": "context",
     "ingress": "ingress",
     "run": "api",

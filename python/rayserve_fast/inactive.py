@@ -23,12 +23,11 @@ DEPLOYMENT_OPTIONS = {
     "health_check_timeout_s": "only the death of a replica is noticed, at once",
     "logging_config": "replicas log as Ray's workers do",
     "max_replicas_per_node": "Ray places the replicas",
-    "max_surge_percent": "updates replace replicas as resources allow",
+    "max_surge_percent": "an old replica stops before its successor starts",
     "placement_group_bundle_label_selector": "replicas get no placement group",
     "placement_group_bundles": "replicas get no placement group",
     "placement_group_strategy": "replicas get no placement group",
     "request_router_config": "requests go to the least loaded replica",
-    "rolling_update_percentage": "updates replace replicas as resources allow",
 }
 APPLICATION_OPTIONS = {
     "logging_config": "replicas log as Ray's workers do",

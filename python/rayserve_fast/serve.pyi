@@ -9,6 +9,8 @@ from rayserve_fast import (
     __version__ as __version__,
     delete as delete,
     deployment as deployment,
+    get_app_handle as get_app_handle,
+    get_deployment_handle as get_deployment_handle,
     get_replica_context as get_replica_context,
     ingress as ingress,
     run as run,

@@ -1,0 +1,289 @@
+"""The functions of `ray.serve`: run, start, status, delete, shutdown and the handles by name.
+
+They validate, build and ask the controller; what happens in the cluster is `controlplane`'s. Differences from Ray
+Serve are named in each docstring; where none is, there is none that we know of.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+from rayserve_fast import inactive
+from rayserve_fast.controlplane import client
+from rayserve_fast.controlplane.options import ClusterOptions
+from rayserve_fast.controlplane.status import ServeStatus
+from rayserve_fast.exceptions import RayServeException
+
+if TYPE_CHECKING:
+    from rayserve_fast.application import RunTarget
+    from rayserve_fast.config import ControllerOptions, HTTPOptions, ProxyLocation
+    from rayserve_fast.deployment import Application
+    from rayserve_fast.handle import DeploymentHandle
+
+logger = logging.getLogger("ray.serve")
+
+
+def run(
+    target: Application,
+    blocking: bool = False,
+    name: str = "default",
+    route_prefix: str | None = "/",
+    logging_config: Any = None,
+    _local_testing_mode: bool = False,
+    external_scaler_enabled: bool = False,
+    controller_options: Mapping[str, Any] | ControllerOptions | None = None,
+) -> DeploymentHandle:
+    """Deploy an application and wait until it serves; the same name again is a redeploy, others are not touched.
+
+    Starts Ray and Serve if they do not run.
+
+    Args:
+        target: what `Deployment.bind()` returned.
+        blocking: stay until Ctrl-C, which raises KeyboardInterrupt here.
+        name: of the application, unique in the cluster.
+        route_prefix: where HTTP requests reach it; None: only handles do.
+        logging_config: accepted, has no effect yet.
+        external_scaler_enabled: accepted, has no effect yet.
+        controller_options: `runtime_env.env_vars` of the controller, when this call starts it.
+
+    Returns:
+        A handle to the ingress deployment.
+
+    Raises:
+        TypeError: `target` is no Application.
+        RayServeException: empty name, or the prefix belongs to another application.
+        RuntimeError: the deployment failed, with the traceback of the user's code, or the HTTP port is taken.
+    """
+    from rayserve_fast.application import RunTarget
+
+    targets = [RunTarget(target, name, route_prefix, logging_config, external_scaler_enabled)]
+    return run_many(
+        targets,
+        blocking=blocking,
+        _local_testing_mode=_local_testing_mode,
+        controller_options=controller_options,
+    )[0]
+
+
+def run_many(
+    targets: Sequence[RunTarget],
+    blocking: bool = False,
+    wait_for_ingress_deployment_creation: bool = True,
+    wait_for_applications_running: bool = True,
+    _local_testing_mode: bool = False,
+    controller_options: Mapping[str, Any] | ControllerOptions | None = None,
+) -> list[DeploymentHandle]:
+    """Deploy several applications at once; see `run`.
+
+    Args:
+        targets: the applications.
+        blocking: stay until Ctrl-C.
+        wait_for_ingress_deployment_creation: accepted; deployments always exist when this returns.
+        wait_for_applications_running: return only when all of them serve.
+        controller_options: see `run`.
+
+    Returns:
+        A handle to each ingress, in the order of `targets`.
+    """
+    handles = _run_many(targets, wait_for_applications_running, _local_testing_mode, controller_options)
+    if blocking:
+        _wait_for_interrupt()
+    return handles
+
+
+def _run_many(
+    targets: Sequence[RunTarget],
+    wait: bool = True,
+    _local_testing_mode: bool = False,
+    controller_options: Mapping[str, Any] | ControllerOptions | None = None,
+) -> list[DeploymentHandle]:
+    from rayserve_fast.application import build_target
+    from rayserve_fast.handle import DeploymentHandle
+
+    began = time.monotonic()
+    if not targets:
+        raise ValueError("No applications provided.")
+    if _local_testing_mode:
+        logger.warning("`_local_testing_mode` has no effect yet: the application runs on Ray.")
+    client.connect_ray()
+    runtime_env = dict(ray.get_runtime_context().runtime_env)
+    specs = [build_target(t, runtime_env) for t in targets]
+    controller = client.find() or client.start(_cluster_options(None, None), _env_vars(controller_options))
+    client.deploy(controller, specs, wait, began)
+    return [DeploymentHandle(spec.ingress, spec.name) for spec in specs]
+
+
+def start(
+    proxy_location: str | ProxyLocation | None = None,
+    http_options: Mapping[str, Any] | HTTPOptions | None = None,
+    grpc_options: Any = None,
+    logging_config: Any = None,
+    tracing_config: Any = None,
+    controller_options: Mapping[str, Any] | ControllerOptions | None = None,
+    **kwargs: Any,
+) -> None:
+    """Start Serve with options that hold until `shutdown`. If it runs already they are ignored, with a warning.
+
+    Args:
+        proxy_location: "EveryNode" (head node and nodes with replicas; the default), "HeadOnly" or "Disabled".
+        http_options: see `HTTPOptions`.
+        grpc_options: accepted, has no effect yet.
+        logging_config: accepted, has no effect yet.
+        tracing_config: accepted, has no effect yet.
+        controller_options: `runtime_env.env_vars` of the controller.
+
+    Raises:
+        RuntimeError: the HTTP port is taken; the text names it. Nothing is left running.
+    """
+    for key in ("http_host", "http_port", "http_middlewares"):
+        if key in kwargs:
+            instead = f'serve.start(http_options={{"{key}": {kwargs[key]}}})'
+            raise ValueError(f"{key} is deprecated, please use {instead} instead.")
+    if kwargs:
+        raise TypeError(f"serve.start() got unexpected keyword arguments {sorted(kwargs)}")
+    given = {"grpc_options": grpc_options, "logging_config": logging_config, "tracing_config": tracing_config}
+    inactive.warn_start(option for option, value in given.items() if value is not None)
+    options = _cluster_options(proxy_location, http_options)
+    env_vars = _env_vars(controller_options)
+    client.connect_ray()
+    controller = client.find()
+    if controller is None:
+        client.ready(client.start(options, env_vars))
+        return
+    logger.info(
+        'Connecting to existing Serve app in namespace "rayserve_fast".'
+        " New http_options/controller_options will not be applied."
+    )
+    if http_options:
+        running, _ = client.ready(controller)
+        different = [k for k in vars(options) if getattr(options, k) != getattr(running, k)]
+        if different:
+            logger.warning(
+                "The new client HTTP config differs from the existing one "
+                f"in the following fields: {different}. The new HTTP config is ignored."
+            )
+
+
+def status() -> ServeStatus:
+    """Proxies, applications and deployments with their states; empty if Serve is not running."""
+    controller = client.find()
+    return ServeStatus() if controller is None else ray.get(controller.status.remote())
+
+
+def delete(name: str, _blocking: bool = True) -> None:
+    """Delete an application: no new requests, requests in flight finish, its processes end.
+
+    Raises:
+        TimeoutError: it was not gone after 60 s; it goes on leaving.
+    """
+    deleted = client.require().delete.remote([name])
+    if _blocking:
+        try:
+            ray.get(deleted, timeout=60)
+        except ray.exceptions.GetTimeoutError:
+            raise TimeoutError(f"Some of these applications weren't deleted after 60s: {[name]}") from None
+
+
+def shutdown() -> None:
+    """Delete all applications, then end the proxies and the controller. Without Serve: nothing but a log line."""
+    controller = client.find()
+    if controller is None:
+        logger.info("Nothing to shut down. There's no Serve application running on this Ray cluster.")
+        return
+    client.stop(controller)
+
+
+async def shutdown_async() -> None:
+    """`shutdown`, without blocking the event loop."""
+    await asyncio.to_thread(shutdown)
+
+
+def get_app_handle(name: str) -> DeploymentHandle:
+    """A handle to the ingress deployment of an application.
+
+    Raises:
+        RayServeException: Serve is not running, or there is no such application.
+    """
+    from rayserve_fast.handle import DeploymentHandle
+
+    ingress = ray.get(client.require().ingress.remote(name))
+    if ingress is None:
+        raise RayServeException(f"Application '{name}' does not exist.")
+    return DeploymentHandle(ingress, name)
+
+
+def get_deployment_handle(
+    deployment_name: str, app_name: str | None = None, _check_exists: bool = True
+) -> DeploymentHandle:
+    """A handle to any deployment of an application.
+
+    Args:
+        deployment_name: of the deployment.
+        app_name: of its application; may be left out in a replica, and means its own there.
+
+    Raises:
+        RayServeException: Serve is not running, or no application was named outside a replica.
+        KeyError: there is no such deployment.
+    """
+    from rayserve_fast import context
+    from rayserve_fast.handle import DeploymentHandle
+
+    controller = client.require()
+    if app_name is None:
+        if context._replica_context is None:
+            raise RayServeException(
+                "Please specify an application name when getting a deployment handle outside of a Serve application."
+            )
+        app_name = context._replica_context.app_name
+    if _check_exists and not ray.get(controller.exists.remote(app_name, deployment_name)):
+        raise KeyError(f"Deployment '{deployment_name}' in application '{app_name}' does not exist.")
+    return DeploymentHandle(deployment_name, app_name)
+
+
+def _cluster_options(
+    proxy_location: str | ProxyLocation | None, http_options: Mapping[str, Any] | HTTPOptions | None
+) -> ClusterOptions:
+    from rayserve_fast.config import HTTPOptions, ProxyLocation
+
+    http = http_options
+    if not isinstance(http, HTTPOptions):
+        http = HTTPOptions.model_validate(dict(http or {}))
+    inactive.warn_start(f"http_options.{field}" for field in http.model_fields_set)
+    location = http.location or ProxyLocation._normalize(proxy_location) or ProxyLocation.EveryNode
+    return ClusterOptions(
+        host=http.host or "",
+        port=http.port,
+        root_path=http.root_path,
+        request_timeout_s=http.request_timeout_s,
+        keep_alive_timeout_s=http.keep_alive_timeout_s,
+        max_head_bytes=http.max_head_bytes,
+        max_body_bytes=http.max_body_bytes,
+        shards=http.shards,
+        proxy_location=location.value if http.host else "Disabled",
+    )
+
+
+def _env_vars(controller_options: Mapping[str, Any] | ControllerOptions | None) -> Mapping[str, str] | None:
+    from rayserve_fast.config import ControllerOptions
+
+    if controller_options is None:
+        return None
+    if isinstance(controller_options, Mapping):
+        controller_options = ControllerOptions.model_validate(dict(controller_options))
+    if not isinstance(controller_options, ControllerOptions):
+        raise TypeError(
+            f"controller_options must be a dict, ControllerOptions, or None; got {type(controller_options).__name__}."
+        )
+    env_vars: Mapping[str, str] = (controller_options.runtime_env or {}).get("env_vars") or {}
+    return env_vars
+
+
+def _wait_for_interrupt() -> None:
+    while True:
+        time.sleep(10)

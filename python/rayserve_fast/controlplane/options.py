@@ -1,0 +1,39 @@
+"""Names and cluster-wide settings of the control plane.
+
+`ClusterOptions` is fixed when the controller is first started and the same for every proxy; it is validated by
+`rayserve_fast.config` in the driver and travels as a plain value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+#: Everything of this project lives in this Ray namespace, so that Ray Serve can run in the same cluster.
+NAMESPACE = "rayserve_fast"
+CONTROLLER_NAME = "SERVE_CONTROLLER_ACTOR"
+
+#: How long a new replica may take to be linked by every live proxy before it counts as ready all the same.
+LINK_WAIT_S = 5.0
+#: How long `serve.shutdown` waits for drains before it kills what is left, as in the reference.
+SHUTDOWN_WAIT_S = 30.0
+
+
+@dataclass(frozen=True)
+class ClusterOptions:
+    """What `serve.start` fixes for the life of the controller."""
+
+    host: str
+    port: int  # 0: a free one, which a restarted proxy takes again
+    root_path: str
+    request_timeout_s: float | None
+    keep_alive_timeout_s: float
+    max_head_bytes: int
+    max_body_bytes: int | None
+    shards: int | None
+    proxy_location: str
+    placement_notice_s: float = 30.0  # a replica that is not placed after this is reported to whoever waits
+
+
+def proxy_name(node_id: str) -> str:
+    """The name of a node's proxy actor."""
+    return f"SERVE_PROXY_ACTOR-{node_id}"

@@ -1,0 +1,158 @@
+"""The controller's side of the proxies: one actor per node, started, published to, watched.
+
+`HeadOnly` runs one on the head node, `EveryNode` also one on each node that has replicas, `Disabled` none. Ray restarts
+a proxy that crashed (`max_restarts=-1`); the watch call tells when, and it is given the current snapshot again. A
+proxy that cannot take its port is UNHEALTHY; on the head node that fails the start of Serve.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rayserve_fast.controlplane.options import LINK_WAIT_S, NAMESPACE, ClusterOptions, proxy_name
+from rayserve_fast.controlplane.proxy import ProxyActor
+
+logger = logging.getLogger("ray.serve")
+
+RESTART_S = 5.0
+
+
+@dataclass
+class _Proxy:
+    node_id: str
+    handle: Any
+    status: str = "STARTING"
+    address: tuple[str, int] | None = None
+    error: str = ""
+    settled: asyncio.Event = field(default_factory=asyncio.Event)  # it listens, or it has failed to
+    task: asyncio.Task[None] | None = None
+
+
+class Fleet:
+    """Every proxy of the cluster."""
+
+    def __init__(self, options: ClusterOptions, token: bytes, head: str, changed: Callable[[], None]) -> None:
+        self._options = options
+        self._token = token
+        self._head = head
+        self._changed = changed
+        self._proxies: dict[str, _Proxy] = {}
+        self._snapshot: bytes | None = None
+        self.cover(())
+
+    def cover(self, nodes: Iterable[str]) -> None:
+        """See that the nodes that need a proxy have one; `nodes` are those with replicas."""
+        where = self._options.proxy_location
+        wanted = set() if where == "Disabled" else {self._head} | (set(nodes) if where == "EveryNode" else set())
+        for node_id in wanted - self._proxies.keys():
+            self._add(node_id)
+
+    def publish(self, snapshot: bytes) -> list[Any]:
+        """Send the snapshot to every proxy that listens; the references tell when it has arrived."""
+        self._snapshot = snapshot
+        return [p.handle.publish.remote(snapshot) for p in self._proxies.values() if p.address]
+
+    async def linked(self, replica_id: str) -> None:
+        """Wait until every live proxy has a link to the replica, at most `LINK_WAIT_S`."""
+        proxies = list(self._proxies.values())
+        await asyncio.gather(*(p.settled.wait() for p in proxies))
+        refs = [p.handle.wait_linked.remote([replica_id], LINK_WAIT_S) for p in proxies if p.status == "HEALTHY"]
+        for missing in await asyncio.gather(*refs, return_exceptions=True):
+            if missing:
+                logger.warning(f"A proxy has no link to replica {replica_id} after {LINK_WAIT_S} s: {missing}")
+
+    async def ready(self) -> tuple[str, int] | None:
+        """The address of the head node's proxy, None without proxies. Raises OSError if it cannot listen."""
+        head = self._proxies.get(self._head)
+        if head is None:
+            return None
+        await head.settled.wait()
+        if head.address is None:
+            raise OSError(head.error)
+        return head.address
+
+    @property
+    def head_settled(self) -> bool:
+        """The head node's proxy listens, has failed, or is not wanted."""
+        return self._head not in self._proxies or self._proxies[self._head].settled.is_set()
+
+    def statuses(self) -> dict[str, str]:
+        """The status of each node's proxy."""
+        return {p.node_id: p.status for p in self._proxies.values()}
+
+    async def shutdown(self, timeout_s: float) -> None:
+        """Stop all proxies and wait until their processes are gone."""
+        proxies, self._proxies = list(self._proxies.values()), {}
+        await within(timeout_s + 1, (p.handle.shutdown.remote(timeout_s) for p in proxies))
+        for p in proxies:
+            ray.kill(p.handle, no_restart=True)
+        await within(5, (p.task for p in proxies if p.task))
+
+    def _add(self, node_id: str) -> None:
+        handle = (
+            ray.remote(ProxyActor)
+            .options(
+                name=proxy_name(node_id),
+                namespace=NAMESPACE,
+                lifetime="detached",
+                get_if_exists=True,
+                num_cpus=0,
+                max_restarts=-1,
+                max_concurrency=1000,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+                enable_task_events=False,
+            )
+            .remote(self._options, self._token, node_id)
+        )
+        p = self._proxies[node_id] = _Proxy(node_id, handle)
+        p.task = asyncio.ensure_future(self._live(p))
+
+    async def _live(self, p: _Proxy) -> None:
+        """Start the proxy and watch it, over its crashes, until it is gone for good."""
+        while True:
+            try:
+                p.address = await p.handle.start.remote(self._snapshot)
+                p.status, p.error = "HEALTHY", ""
+                if self._snapshot:
+                    p.handle.publish.remote(self._snapshot)  # what came while it started; an old version is ignored
+                self._settle(p)
+                await p.handle.watch.remote()
+            except RayTaskError as e:
+                p.status, p.error = "UNHEALTHY", str(e.cause)
+                logger.error(f"The proxy of node {p.node_id} cannot start: {p.error}")
+                self._settle(p)
+                if p.address is None:
+                    return
+                await asyncio.sleep(RESTART_S)  # it ran before: somebody else may leave its port again
+            except ActorDiedError as e:
+                p.status, p.error = "UNHEALTHY", p.error or f"the proxy died: {e}"
+                self._settle(p)
+                if self._proxies.get(p.node_id) is p:
+                    del self._proxies[p.node_id]  # made again as soon as a replica needs it
+                    self._changed()
+                return
+            except RayActorError:
+                logger.warning(f"The proxy of node {p.node_id} crashed and is being restarted.")
+                p.status = "STARTING"
+                self._changed()
+
+    def _settle(self, p: _Proxy) -> None:
+        p.settled.set()
+        self._changed()
+
+
+async def within(timeout_s: float, awaitables: Iterable[Awaitable[Any]]) -> bool:
+    """Wait for all of them, whatever they raise; False if that took longer than `timeout_s`."""
+    try:
+        await asyncio.wait_for(asyncio.gather(*awaitables, return_exceptions=True), timeout_s)
+    except asyncio.TimeoutError:
+        return False
+    return True

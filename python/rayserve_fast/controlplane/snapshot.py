@@ -1,0 +1,58 @@
+"""Builds the snapshot, the one value that proxies and handles know the cluster by.
+
+The format is the contract in ARCHITECTURE.md; `rust/dataplane/src/snapshot.rs` reads it. Pure. A route leaves the
+table as soon as its application is being deleted; a deployment stays until its last replica has drained, so that what
+was admitted before can finish.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from rayserve_fast.controlplane.state import Application, Deployment
+
+
+def build(version: tuple[int, int], apps: Iterable[Application]) -> bytes:
+    """The snapshot as JSON bytes."""
+    apps = list(apps)
+    return json.dumps(
+        {
+            "version": version,
+            "routes": [
+                {
+                    "prefix": app.spec.route_prefix,
+                    "app": app.name,
+                    "deployment": f"{app.name}#{app.spec.ingress}",
+                }
+                for app in apps
+                if app.spec.route_prefix is not None and not app.deleting
+            ],
+            "deployments": {d.key: _deployment(d) for app in apps for d in app.deployments.values()},
+            "draining_nodes": [],
+        },
+        separators=(",", ":"),
+    ).encode()
+
+
+def _deployment(d: Deployment) -> dict[str, Any]:
+    config = d.spec.config
+    serving = d.serving()
+    return {
+        "app": d.spec.app,
+        "name": d.spec.name,
+        "max_ongoing_requests": config.max_ongoing_requests,
+        "max_queued_requests": config.max_queued_requests,
+        "backpressure": {
+            "status_code": config.backpressure.status_code,
+            "retry_after_s": config.backpressure.retry_after_s,
+        },
+        "retry_idempotent": config.retry_idempotent,
+        "unavailable": f"{d.spec.id} is unavailable because it failed to deploy." if d.failed and not serving else None,
+        "replicas": [
+            {"id": r.id, "node_id": r.address.node_id, "unix": r.address.unix, "tcp": r.address.tcp}
+            for r in serving
+            if r.address is not None
+        ],
+    }

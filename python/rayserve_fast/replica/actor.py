@@ -1,0 +1,126 @@
+"""The replica actor: a thin Ray actor around `ReplicaRuntime`, which owns the sockets and the user's code.
+
+Its methods run on the actor's own event loop, never on the user's, and block only threads: the controller can always
+ask, drain and stop. Before anything of the user's is unpickled the process becomes one of the driver that deployed
+it: Ray has set it up for the driver that happened to start the controller. Nothing heavy is imported before `start`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+if TYPE_CHECKING:
+    from rayserve_fast.controlplane.spec import DeploymentConfig, DriverEnv, ReplicaAddress, ReplicaSpec
+
+
+@dataclass(frozen=True)
+class StartFailure:
+    """Why the replica could not start, as text: the user's exception may not be importable where this is read."""
+
+    traceback: str
+
+
+class ReplicaActor:
+    """One replica of one deployment."""
+
+    def __init__(self) -> None:
+        self._runtime: Any = None
+        self._address: ReplicaAddress | None = None
+
+    async def place(self) -> str:
+        """The node that this process runs on; answered as soon as there is a process."""
+        node_id: str = ray.get_runtime_context().get_node_id()
+        return node_id
+
+    async def start(self, spec: ReplicaSpec) -> ReplicaAddress | StartFailure:
+        """Construct the user's object and listen."""
+        try:
+            self._address = await asyncio.to_thread(self._start, spec)
+        except BaseException:  # the user's constructor may raise anything, SystemExit included
+            return StartFailure(traceback.format_exc())
+        return self._address
+
+    async def address(self) -> ReplicaAddress | None:
+        """Where it listens; None while it has not started. For a restarted controller."""
+        return self._address
+
+    async def reconfigure(self, config: DeploymentConfig) -> None:
+        """Give the user's object its new `user_config`, and the runtime its new limits."""
+        await asyncio.to_thread(self._runtime.reconfigure, config)
+
+    async def check_health(self) -> None:
+        """Raises what the user's `check_health` raises."""
+        await asyncio.to_thread(self._runtime.check_health)
+
+    async def counters(self) -> dict[str, int]:
+        """What the runtime counts."""
+        counters: dict[str, int] = self._runtime.counters()
+        return counters
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Take no new requests and wait for the old ones; False if some are left after `timeout_s`."""
+        self._runtime.drain()
+        idle: bool = await asyncio.to_thread(self._runtime.wait_idle, timeout_s)
+        return idle
+
+    async def stop(self) -> None:
+        """Let the user's object clean up, close everything. The controller kills the process after this."""
+        if self._runtime is not None:
+            await asyncio.to_thread(self._runtime.stop)
+
+    async def watch(self) -> None:
+        """Never returns; fails when this process dies."""
+        await asyncio.Event().wait()
+
+    def _start(self, spec: ReplicaSpec) -> ReplicaAddress:
+        from rayserve_fast.controlplane import sockets
+
+        become(spec.deployment.driver, spec.deployment.config.ray_actor_options.get("runtime_env") or {})
+        sockets.prepare(spec.socket_dir)
+        from rayserve_fast.replica.runtime import ReplicaRuntime
+
+        self._runtime = ReplicaRuntime(spec)
+        address: ReplicaAddress = self._runtime.start()
+        self._runtime.check_health()
+        return address
+
+
+def become(driver: DriverEnv, runtime_env: dict[str, Any]) -> None:
+    """Make this process import what `driver` would, instead of what the driver of this process's Ray job would.
+
+    With a `working_dir` of its own the deployment's code is there, and Ray has put it first. Otherwise the driver's
+    entries come before those of this interpreter, and the paths and modules of the job's driver go.
+    """
+    job_paths = set(ray._private.worker.global_worker.core_worker.get_job_config().py_driver_sys_path)
+    cwd = os.getcwd()
+    if "working_dir" in runtime_env:
+        first = [cwd]
+    else:
+        first = [os.path.abspath(os.path.join(driver.cwd, p)) for p in driver.sys_path]
+        if "/runtime_resources/working_dir_files/" in cwd:
+            job_paths.add(cwd)  # the job's, which an actor inherits
+        if os.path.isdir(driver.cwd):
+            os.chdir(driver.cwd)
+    strangers = job_paths.difference(first)
+    mine = [p for p in sys.path if p not in strangers]
+    _forget_modules(strangers, mine)
+    sys.path[:] = [*(p for p in first if p not in mine), *mine]
+
+
+def _forget_modules(strangers: Iterable[str], kept: Iterable[str]) -> None:
+    """Drop modules that an earlier task in this process imported from a path that is gone."""
+    roots = sorted([*strangers, *kept], key=len, reverse=True)
+    gone = set(strangers)
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        root = next((r for r in roots if file and file.startswith(r.rstrip("/") + "/")), None)
+        if root in gone and name != "__main__":
+            del sys.modules[name]
