@@ -7,8 +7,9 @@ Fixtures, from the cheapest to the dearest; a test that needs none of them must 
 - `serve_instance`: Serve runs in that Ray on a free port. Yields the base URL, such as `http://127.0.0.1:40123`.
   All applications are deleted after each test, so a test deploys with `serve.run(app)` and leaves it there.
 
-A test that needs a Ray of its own (another port, a dying controller, a second driver) runs a script with `run_script`;
-one that calls `serve.shutdown()` in this process must not, since the instance belongs to everyone.
+A test that needs a Ray of its own (another port, a dying controller, a second driver) runs a script with `run_script`,
+or its own processes in the environment `own_ray`. Nothing in this process may call `serve.shutdown()`: the instance
+belongs to all tests.
 
 When the session ends, Ray is shut down and every process that it started must be gone: whatever still holds a file
 in its directory fails the session. Invariant: tests never touch port 8000 and never another Ray of the machine.
@@ -56,10 +57,11 @@ def ray_session(ray_directory: Path) -> Iterator[None]:
 def serve_url(ray_session: None) -> Iterator[str]:
     """The running Serve without the clean-up of `serve_instance`, for fixtures that deploy once for a module."""
     from rayserve_fast import serve
+    from rayserve_fast.controlplane import client
 
-    port = unused_port()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    yield f"http://127.0.0.1:{port}"
+    serve.start(http_options={"host": "127.0.0.1", "port": 0})
+    _, (host, port) = client.ready(client.require())
+    yield f"http://{host}:{port}"
     serve.shutdown()
 
 
@@ -81,27 +83,30 @@ RunScript = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def run_script(tmp_path: Path) -> Iterator[RunScript]:
-    """`run_script(source, *args, timeout=90)`: run Python source in a fresh process with a Ray directory of its own.
-
-    Returns the completed process (text output); afterwards nothing that the script started may be alive.
-    """
+def own_ray() -> Iterator[dict[str, str]]:
+    """The environment for processes that start a Ray of their own; after the test none of it may be alive."""
     with directory_left_by_all() as directory:
+        yield {**os.environ, "RAY_TMPDIR": str(directory)}
 
-        def run(source: str, *args: str, timeout: float = 90) -> subprocess.CompletedProcess[str]:
-            script = tmp_path / "script.py"
-            script.write_text(source)
-            return subprocess.run(
-                [sys.executable, str(script), *args],
-                env={**os.environ, "RAY_TMPDIR": str(directory)},
-                cwd=tmp_path,
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-            )
 
-        yield run
+@pytest.fixture
+def run_script(own_ray: dict[str, str], tmp_path: Path) -> RunScript:
+    """`run_script(source, *args, timeout=90)`: run Python source in a fresh process; its outcome and text."""
+
+    def run(source: str, *args: str, timeout: float = 90) -> subprocess.CompletedProcess[str]:
+        script = tmp_path / "script.py"
+        script.write_text(source)
+        return subprocess.run(
+            [sys.executable, str(script), *args],
+            env=own_ray,
+            cwd=tmp_path,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
 
 
 def unused_port() -> int:

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from ray.exceptions import RayError, RayTaskError
+
 from rayserve_fast import values
 
 

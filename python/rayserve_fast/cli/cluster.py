@@ -1,0 +1,48 @@
+"""Which Ray the command line talks to: the one that is named, the one that runs here, or a new local one."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from typing import Any
+
+import click
+import ray
+
+ADDRESS_HELP = "Address of the Ray cluster. The default is $RAY_ADDRESS, or the cluster that runs on this machine."
+
+
+def connect(address: str | None, *, may_start: bool = False, runtime_env: dict[str, Any] | None = None) -> None:
+    """Connect this process to Ray.
+
+    Args:
+        address: `host:port` of a cluster, or None for the one that runs here.
+        may_start: with `address` None, start a local Ray unless `ray start` has made a cluster here.
+        runtime_env: the default for the deployments of this driver.
+
+    Raises:
+        click.ClickException: there is nothing to connect to.
+    """
+    if ray.is_initialized():  # the user's module has done it on import
+        return
+    if address is not None:
+        probe(address)
+    target = address if may_start else address or "auto"
+    try:
+        ray.init(address=target, runtime_env=runtime_env, logging_level=logging.WARNING)
+    except ConnectionError as error:
+        where = f"at {address}" if address else "on this machine; start one with `ray start --head`, or pass --address"
+        raise click.ClickException(f"no Ray cluster is running {where}") from error
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def probe(address: str) -> None:
+    """Fail within seconds where nobody listens; Ray itself would try for two minutes and then end the process."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:  # "auto", "local", or a form that Ray itself explains
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+    except OSError as error:
+        raise click.ClickException(f"no Ray cluster is running at {address}: {error}") from error
