@@ -97,7 +97,9 @@ def is_importable(module: ModuleType, name: str) -> bool:
             return False
         path = spec.submodule_search_locations
     here, there = getattr(module, "__file__", None), spec.origin if spec else None
-    return not (here and there) or os.path.realpath(here) == os.path.realpath(there)
+    if not (here and there and spec and spec.has_location):  # built in, frozen (`os`), or a namespace
+        return True
+    return os.path.realpath(here) == os.path.realpath(there)
 
 
 def _find(name: str, path: Any) -> ModuleSpec | None:
