@@ -1,0 +1,169 @@
+"""Start and end of Serve, each in a process and a Ray of its own."""
+
+from __future__ import annotations
+
+import socket
+from typing import Any
+
+HEADER = """
+import os, sys, time, logging, threading
+from pathlib import Path
+import ray
+from rayserve_fast import serve
+ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=128 << 20)
+
+@serve.deployment
+async def f(request):
+    return str(os.getpid())
+
+def workers():
+    # The titles of this Ray's processes that do something.
+    found = []
+    for p in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (p / "cmdline").read_bytes().decode(errors="replace")
+            if title.startswith("ray::") and "IDLE" not in title:
+                if os.environ["RAY_TMPDIR"] in str([os.readlink(x) for x in (p / "fd").iterdir()]):
+                    found.append(title)
+        except OSError:
+            continue
+    return found
+"""
+
+
+def check(result: Any) -> str:
+    assert result.returncode == 0, result.stdout + result.stderr
+    out: str = result.stdout + result.stderr
+    return out
+
+
+def test_shutdown_leaves_no_process_no_socket_and_no_key(run_script: Any) -> None:
+    out = check(
+        run_script(
+            HEADER
+            + """
+from rayserve_fast.controlplane import client, sockets
+from ray.experimental.internal_kv import _internal_kv_list
+serve.start(http_options={"port": 0})
+serve.run_many([serve.RunTarget(f.options(num_replicas=2).bind(), "a", "/a"), serve.RunTarget(f.bind(), "b", "/b")])
+directory = sockets.directory(client.cluster_token())
+assert os.listdir(directory)
+assert len(workers()) >= 5, workers()
+serve.shutdown()
+assert workers() == [], workers()
+assert not os.path.exists(directory)
+assert _internal_kv_list(b"", namespace=b"rayserve_fast") == []
+assert serve.status().applications == {}
+serve.shutdown()
+serve.start(http_options={"port": 0})
+serve.run(f.bind())
+serve.shutdown()
+print("all gone")
+"""
+        )
+    )
+    assert "all gone" in out
+    assert "Nothing to shut down" in out
+
+
+def test_a_taken_port_is_named_and_nothing_is_left(run_script: Any) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        out = check(
+            run_script(
+                HEADER
+                + f"""
+try:
+    serve.start(http_options={{"port": {port}}})
+except RuntimeError as e:
+    print("REFUSED", e)
+assert workers() == [], workers()
+serve.start(http_options={{"port": 0}})
+serve.run(f.bind())
+serve.shutdown()
+"""
+            )
+        )
+    (line,) = [line for line in out.splitlines() if line.startswith("REFUSED")]
+    assert f"127.0.0.1:{port}" in line
+
+
+def test_run_starts_ray_and_the_options_of_a_running_serve_stay(run_script: Any) -> None:
+    out = check(
+        run_script(
+            """
+import os, ray
+os.environ["RAY_DISABLE_IMPORT_WARNING"] = "1"
+from rayserve_fast import serve
+
+@serve.deployment
+async def f(request):
+    return "x"
+
+serve.start(http_options={"port": 0})
+serve.start(http_options={"port": 12345})
+assert ray.is_initialized()
+serve.run(f.bind(), route_prefix="/x")
+serve.shutdown()
+ray.shutdown()
+"""
+        )
+    )
+    assert "differs from the existing one in the following fields: ['port']" in out
+    assert "Application 'default' is ready at http://127.0.0.1:" in out
+
+
+def test_replicas_without_room_are_reported_and_waited_for(run_script: Any) -> None:
+    out = check(
+        run_script(
+            HEADER
+            + """
+from dataclasses import replace
+from rayserve_fast import api
+from rayserve_fast.controlplane import client
+options = replace(api._cluster_options(None, {"port": 0}), placement_notice_s=1.0)
+client.ready(client.start(options))
+serve.run(f.bind(), name="small", route_prefix="/small")
+threading.Timer(4, lambda: serve.delete("small")).start()
+serve.run(f.options(ray_actor_options={"num_cpus": 2}).bind(), name="big", route_prefix="/big")
+print(serve.status().applications["big"].status)
+serve.shutdown()
+"""
+        )
+    )
+    assert "Each needs 2 CPU" in out
+    assert "free in the cluster: 1 CPU" in out
+    assert "RUNNING" in out
+
+
+def test_a_replica_that_does_not_leave_in_time_is_killed(run_script: Any) -> None:
+    out = check(
+        run_script(
+            HEADER
+            + """
+import requests
+@serve.deployment(graceful_shutdown_timeout_s=1)
+class Stuck:
+    def __call__(self, request):
+        time.sleep(600)
+
+serve.start(http_options={"port": 0})
+serve.run(Stuck.bind())
+from rayserve_fast.controlplane import client
+_, (host, port) = client.ready(client.find())
+def ask():
+    try: print("GOT", requests.get(f"http://{host}:{port}/", timeout=60).status_code)
+    except requests.RequestException as e: print("GOT", e)
+threading.Thread(target=ask).start()
+time.sleep(0.5)
+began = time.monotonic()
+serve.delete("default")
+assert time.monotonic() - began < 6
+assert not any("ReplicaActor" in w for w in workers()), workers()
+serve.shutdown()
+"""
+        )
+    )
+    assert "GOT" in out
