@@ -2,10 +2,15 @@
 //!
 //! No thread of this crate ever attaches to the interpreter by itself; Rust touches Python only when Python called it.
 
+mod client;
+
 use pyo3::prelude::*;
 
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<client::Client>()?;
+    module.add_class::<client::Call>()?;
+    module.add_class::<client::Mailbox>()?;
     Ok(())
 }

@@ -88,19 +88,19 @@ pub enum Step {
     Done(u32),
 }
 
-/// The side that opened the link.
+/// The side that opened the link. `T` is the token, borrowed or shared: a link that a poller drives outlives its caller's frame.
 #[derive(Debug)]
-pub struct Caller<'t> {
-    token: &'t [u8],
+pub struct Caller<T> {
+    token: T,
     role: Role,
     replica_id: Vec<u8>,
     nonce: [u8; NONCE],
     proven: bool,
 }
 
-impl<'t> Caller<'t> {
+impl<T: AsRef<[u8]>> Caller<T> {
     /// Appends HELLO to `out`.
-    pub fn start(token: &'t [u8], role: Role, replica_id: &str, out: &mut BytesMut) -> Self {
+    pub fn start(token: T, role: Role, replica_id: &str, out: &mut BytesMut) -> Self {
         let nonce = nonce();
         let version = VERSION.to_le_bytes();
         put(out, Header::new(Kind::Hello, 0), &[&MAGIC, &version, &[role as u8], &nonce, replica_id.as_bytes()]);
@@ -119,10 +119,10 @@ impl<'t> Caller<'t> {
         }
         expect(frame, Kind::Challenge)?;
         let theirs = at.array::<NONCE>()?;
-        mac(self.token, b'R', self.role, &self.nonce, &theirs, &self.replica_id)
+        mac(self.token.as_ref(), b'R', self.role, &self.nonce, &theirs, &self.replica_id)
             .verify_slice(at.take(MAC)?)
             .map_err(|_| HelloError::Untrusted)?;
-        let ours = mac(self.token, b'C', self.role, &self.nonce, &theirs, &self.replica_id).finalize().into_bytes();
+        let ours = mac(self.token.as_ref(), b'C', self.role, &self.nonce, &theirs, &self.replica_id).finalize().into_bytes();
         put(out, Header::new(Kind::Proof, 0), &[&ours]);
         self.proven = true;
         Ok(Step::Continue)

@@ -1,0 +1,221 @@
+"""This process's end of all handle calls: one native client, the thread that tends it, the asyncio loops that wait.
+
+A caller comes into being with the first call. Its tender is a Python thread that sleeps in Rust: it looks after calls
+that nobody waits for, and fetches snapshots from the controller when the client finds its own outdated; no call waits
+for that unless it cannot be sent without. At exit every waiter is woken and the tender joined, because a thread that
+comes back to a finalizing interpreter is killed in the middle of native code. A forked child starts afresh.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import itertools
+import os
+import threading
+import weakref
+from typing import TYPE_CHECKING, TypeAlias
+
+from rayserve_fast import _core
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Texts: TypeAlias = "tuple[str, str, str, str, str, str]"
+
+#: How long a snapshot may take to come from the controller, seconds.
+SNAPSHOT_TIMEOUT_S = 10.0
+#: How long the interpreter's exit waits for the tender, seconds; it comes at once unless a Ray call holds it.
+EXIT_TIMEOUT_S = 2.0
+
+
+class Caller:
+    """The calls of one process to one cluster.
+
+    Args:
+        node_id: the Ray node of this process; replicas on it are reached by Unix sockets.
+        token: the cluster's secret.
+        fetch: gives the newest snapshot; it may wait, and runs on the tender's thread only.
+        stale: says whether the cluster that `token` belongs to is gone.
+    """
+
+    def __init__(
+        self,
+        node_id: str,
+        token: bytes,
+        fetch: Callable[[], bytes],
+        stale: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.client = _core.Client(node_id, token)
+        self.forked = False
+        self._fetch = fetch
+        self._stale = stale
+        self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWatch] = weakref.WeakKeyDictionary()
+        self._tender = threading.Thread(target=self._tend, name="rayserve-fast-calls", daemon=True)
+        self._tender.start()
+
+    def _tend(self) -> None:
+        while self.client.tend():
+            try:
+                newer = self.client.publish(self._fetch())
+                if not newer and self._stale():
+                    replace(self)
+            except Exception as error:
+                self.client.unpublished(f"The controller cannot be asked: {error}")
+
+    def begin(self, deployment: str, texts: Texts, pickle: bytes, buffers: list[memoryview]) -> Begun:
+        """Start a call; `texts`: method, request id, route, application, model id, session id."""
+        return Begun(self, self.client.begin(deployment, texts, pickle, buffers))
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> LoopWatch:
+        """What wakes the calls that are awaited in `loop`, which is the running one."""
+        watch = self._loops.get(loop)
+        if watch is None:
+            watch = self._loops[loop] = LoopWatch(self.client, loop)
+        return watch
+
+    def close(self) -> None:
+        """End every call and every wait. Calls made later are refused."""
+        self.client.close()
+        if threading.current_thread() is not self._tender:
+            self._tender.join(EXIT_TIMEOUT_S)
+
+    def abandon(self) -> None:
+        """In a forked child: leave the sockets to the parent."""
+        self.forked = True
+        self.client.abandon()
+
+
+class Begun:
+    """A call under way."""
+
+    __slots__ = ("_call", "_caller", "cancel", "done", "outcome")
+
+    def __init__(self, caller: Caller, call: _core.Call) -> None:
+        self._caller = caller
+        self._call = call
+        self.done = call.done
+        self.cancel = call.cancel
+        self.outcome = call.outcome
+
+    def wait(self, timeout_s: float | None, main: bool) -> bool:
+        """Whether the call has ended within the time; the main thread looks for signals meanwhile."""
+        if self._caller.forked:
+            raise RuntimeError("The call was made before this process was forked; its answer is the parent's.")
+        return self._call.wait(timeout_s, main)
+
+    async def wait_async(self) -> None:
+        """Return when the call has ended."""
+        await self._caller.watch(asyncio.get_running_loop()).wait(self._call)
+
+
+class LoopWatch:
+    """Lets one asyncio loop read answers itself, and hear of those that another thread has read."""
+
+    def __init__(self, client: _core.Client, loop: asyncio.AbstractEventLoop) -> None:
+        self._client = client
+        # Not the loop itself: the watch is the value of a weak dictionary whose key is the loop.
+        self._loop = weakref.ref(loop)
+        self._mailbox = _core.Mailbox()
+        self._waiting: dict[int, asyncio.Future[None]] = {}
+        self._tokens = itertools.count()
+        self._reading = False
+        loop.add_reader(self._mailbox.fileno(), self._wake_mailbox)
+
+    async def wait(self, call: _core.Call) -> None:
+        """Return when the call has ended; a cancelled wait leaves the call alone."""
+        loop = asyncio.get_running_loop()
+        token = next(self._tokens)
+        if not call.notify(self._mailbox, token):
+            return
+        future = self._waiting[token] = loop.create_future()
+        if not self._reading:
+            self._reading = True
+            loop.add_reader(self._client.fileno(), self._pump)
+        try:
+            await future
+        finally:
+            if self._waiting.pop(token, None) is not None:
+                call.forget(token)
+
+    def _pump(self) -> None:
+        if not self._waiting and (loop := self._loop()) is not None:
+            # Only other threads' answers come now, and they read them themselves.
+            self._reading = False
+            loop.remove_reader(self._client.fileno())
+            return
+        self._wake(self._client.pump(self._mailbox))
+
+    def _wake_mailbox(self) -> None:
+        self._wake(self._mailbox.take())
+
+    def _wake(self, tokens: list[int]) -> None:
+        for token in tokens:
+            future = self._waiting.pop(token, None)
+            if future is not None and not future.done():
+                future.set_result(None)
+
+
+_current: Caller | None = None
+_lock = threading.Lock()
+
+
+def exists() -> bool:
+    """Whether this process has made a call."""
+    return _current is not None
+
+
+def current() -> Caller:
+    """This process's caller; the first call makes it, which asks Ray for the cluster's secret."""
+    return _current or _connect()
+
+
+def _connect() -> Caller:
+    import ray
+
+    from rayserve_fast.controlplane import client
+
+    with _lock:
+        if _current is not None:
+            return _current
+        token = client.cluster_token()
+        return _set(
+            Caller(
+                ray.get_runtime_context().get_node_id(),
+                token,
+                lambda: client.snapshot(timeout_s=SNAPSHOT_TIMEOUT_S),
+                lambda: client.cluster_token() != token,
+            )
+        )
+
+
+def _set(caller: Caller) -> Caller:
+    global _current
+    _current = caller
+    return caller
+
+
+def replace(old: Caller) -> None:
+    """Forget a caller whose cluster is gone; the next call finds the new one."""
+    global _current
+    if _current is old:
+        _current = None
+    old.close()
+
+
+def reset() -> None:
+    """Close this process's caller, if there is one: Serve is being shut down, or the interpreter."""
+    if (caller := _current) is not None:
+        replace(caller)
+
+
+def _after_fork() -> None:
+    global _current, _lock
+    _lock = threading.Lock()
+    if _current is not None:
+        _current.abandon()
+        _current = None
+
+
+atexit.register(reset)
+os.register_at_fork(after_in_child=_after_fork)

@@ -1,0 +1,331 @@
+"""Handles: calling a deployment from Python, over the same frames and the same router as HTTP requests.
+
+`.remote()` puts the call on its way before it returns, whether or not anybody waits for the answer. `.result()` reads
+the answer on the thread that waits, `await` on the loop that waits. No Ray task is involved.
+
+Not here yet: streaming calls, responses and object references as arguments, routing by model or session.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import uuid
+from collections.abc import Generator
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NoReturn
+
+import ray
+from ray.exceptions import ActorDiedError
+
+from rayserve_fast import caller, values
+from rayserve_fast.context import _serve_request_context
+from rayserve_fast.controlplane.spec import DeploymentID
+from rayserve_fast.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    RequestCancelledError,
+)
+
+__all__ = ["DeploymentHandle", "DeploymentResponse"]
+
+_UNSET: Any = object()
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What `options()` changes; the serialization options are accepted and mean nothing here: see `values.py`."""
+
+    method_name: str = "__call__"
+    multiplexed_model_id: str = ""
+    session_id: str = ""
+    stream: bool = False
+    _prefer_local_routing: bool = False
+    _by_reference: bool = True
+    request_serialization: str = "cloudpickle"
+    response_serialization: str = "cloudpickle"
+
+
+class DeploymentHandle:
+    """Calls a deployment; cheap to make, to copy and to send to another process.
+
+    Args:
+        deployment_name: the deployment's name.
+        app_name: its application's.
+
+    >>> handle = DeploymentHandle("Model", "default")
+    >>> handle.predict
+    DeploymentHandle(deployment='Model')
+    >>> handle.predict.options(session_id="a").method_name
+    Traceback (most recent call last):
+    ...
+    AttributeError: 'DeploymentHandle' has no attribute 'method_name'
+    """
+
+    def __init__(self, deployment_name: str, app_name: str = "default", *, _options: _Options | None = None) -> None:
+        self.deployment_id = DeploymentID(name=deployment_name, app_name=app_name)
+        self.handle_id = uuid.uuid4().hex[:8]
+        self._options = _options or _Options()
+        self._key = f"{app_name}#{deployment_name}"
+
+    @property
+    def deployment_name(self) -> str:
+        """The deployment that is called."""
+        return self.deployment_id.name
+
+    @property
+    def app_name(self) -> str:
+        """The application of that deployment."""
+        return self.deployment_id.app_name
+
+    def options(
+        self,
+        *,
+        method_name: str = _UNSET,
+        multiplexed_model_id: str = _UNSET,
+        session_id: str = _UNSET,
+        stream: bool = _UNSET,
+        _prefer_local_routing: bool = _UNSET,
+        _by_reference: bool = _UNSET,
+        request_serialization: str = _UNSET,
+        response_serialization: str = _UNSET,
+    ) -> DeploymentHandle:
+        """A copy of this handle with other options.
+
+        Args:
+            method_name: the method to call; `__call__` if never set.
+            multiplexed_model_id: the model that `serve.get_multiplexed_model_id()` returns in the replica.
+            session_id: the session that the replica's request context holds.
+            stream: call a generator and receive its items.
+            request_serialization, response_serialization: accepted for compatibility; the values decide.
+        """
+        given = {name: value for name, value in locals().items() if name != "self" and value is not _UNSET}
+        handle = object.__new__(DeploymentHandle)
+        handle.__dict__.update(self.__dict__, _options=replace(self._options, **given))
+        return handle
+
+    def __getattr__(self, name: str) -> DeploymentHandle:
+        # Copying, pickling and inspection ask for dunder names, before __init__ has run even; none is a method to call.
+        if name.startswith("__") and name != "__call__":
+            raise AttributeError(f"'DeploymentHandle' has no attribute {name!r}")
+        return self.options(method_name=name)
+
+    def remote(self, *args: Any, **kwargs: Any) -> DeploymentResponse:
+        """Call the deployment.
+
+        Args:
+            *args, **kwargs: what the method is called with; it gets copies.
+
+        Returns:
+            The answer to come. Dropping it does not cancel the call.
+
+        Raises:
+            RayServeException: Serve is not running, or an argument is of a kind that does not travel.
+        """
+        options = self._options
+        if options.stream:
+            raise RayServeException("Streaming calls (`handle.options(stream=True)`) are not implemented yet.")
+        for arg in (*args, *kwargs.values()):
+            if isinstance(arg, DeploymentResponse | ray.ObjectRef):
+                raise RayServeException(
+                    f"A {type(arg).__name__} cannot be passed to a handle call yet: pass its value, "
+                    "`await response` or `ray.get(ref)`."
+                )
+        context = _serve_request_context.get()
+        request_id = (context.request_id if context else "") or new_request_id()
+        try:
+            pickle, buffers = values.dump_arguments(args, kwargs)
+        except Exception as error:
+            failure = TypeError(f"The arguments of {self._described()} cannot be pickled: {error}")
+            failure.__cause__ = error
+            return DeploymentResponse(self, request_id, None, failure)
+        texts = (
+            options.method_name,
+            request_id,
+            context.route if context else "",
+            context.app_name if context else "",
+            options.multiplexed_model_id,
+            options.session_id,
+        )
+        call = caller.current().begin(self._key, texts, pickle, [buffer.raw() for buffer in buffers])
+        return DeploymentResponse(self, request_id, call)
+
+    def _described(self) -> str:
+        return f"'{self.deployment_name}.{self._options.method_name}'"
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether this process has called anything yet; there is nothing to initialize in a handle itself."""
+        return caller.exists()
+
+    def running_replicas_populated(self) -> bool:
+        """Whether this process holds a link to a replica."""
+        return caller.exists() and caller.current().client.counters()["links"] > 0
+
+    def _init(self, **_: Any) -> None:
+        """Accepted for compatibility: handles need no initialization."""
+
+    def shutdown(self) -> None:
+        """Accepted for compatibility: links belong to the process, not to a handle."""
+
+    async def shutdown_async(self) -> None:
+        """See `shutdown`."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _unpickle, (self.deployment_name, self.app_name, asdict(self._options))
+
+    def __repr__(self) -> str:
+        return f"DeploymentHandle(deployment='{self.deployment_name}')"
+
+
+def _unpickle(deployment_name: str, app_name: str, options: dict[str, Any]) -> DeploymentHandle:
+    return DeploymentHandle(deployment_name, app_name, _options=_Options(**options))
+
+
+def new_request_id() -> str:
+    """A random UUID, as the proxy makes them."""
+    return str(uuid.UUID(int=random.getrandbits(128), version=4))
+
+
+class DeploymentResponse:
+    """The answer to a call, which is on its way already; made by `DeploymentHandle.remote`.
+
+    The answer is read when it is asked for, once; asking again gives the same value or raises the same error.
+    """
+
+    def __init__(
+        self,
+        handle: DeploymentHandle,
+        request_id: str,
+        call: caller.Begun | None,
+        error: Exception | None = None,
+    ) -> None:
+        self._handle = handle
+        self._request_id = request_id
+        self._call = call
+        self._value: Any = None
+        self._error: BaseException | None = error
+        self._cancelled = False
+
+    @property
+    def request_id(self) -> str:
+        """The id of the request that the call belongs to."""
+        return self._request_id
+
+    @property
+    def by_reference(self) -> bool:
+        """False: the value itself travels."""
+        return False
+
+    def result(self, *, timeout_s: float | None = None) -> Any:
+        """Wait for the answer and return it.
+
+        Args:
+            timeout_s: seconds to wait; None: as long as it takes. The call goes on when the time is over.
+
+        Raises:
+            TimeoutError: there is no answer yet.
+            RuntimeError: the thread runs an asyncio loop, which would stand still; use `await`.
+            RayTaskError: the method raised; the error is also an instance of the type that it raised.
+            ActorDiedError: the replica died during the call.
+            RequestCancelledError: the call was cancelled.
+            BackPressureError: `max_queued_requests` calls of this process wait already.
+            DeploymentUnavailableError: the deployment failed to deploy, or does not exist.
+        """
+        if (call := self._call) is not None:
+            if asyncio._get_running_loop() is not None:
+                raise RuntimeError(
+                    "Sync methods should not be called from within an `asyncio` event loop. "
+                    "Use `await response` instead."
+                )
+            main = threading.current_thread() is threading.main_thread()
+            if not call.wait(timeout_s, main):
+                raise TimeoutError(f"{self._handle._described()} has not answered within {timeout_s} s.")
+            self._settle(call)
+        return self._answer()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Any:
+        if (call := self._call) is not None:
+            if not call.done():
+                await call.wait_async()
+            self._settle(call)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def _settle(self, call: caller.Begun) -> None:
+        try:
+            self._value = self._read(*call.outcome())
+        except Exception as error:
+            self._error = error
+        self._call = None
+
+    def _read(self, kind: str, *rest: Any) -> Any:
+        """The value of an outcome of the native client, or the exception that it stands for."""
+        if kind == "value":
+            return values.loads(*rest)
+        if kind == "fault":
+            self._raise_fault(*rest)
+        if kind == "died":
+            error = ActorDiedError()
+            error.error_msg = f"{error.error_msg} {self._handle._described()}: {rest[0]}"
+            raise error
+        if kind == "backpressure":
+            raise BackPressureError(*rest)
+        if kind == "unavailable":
+            raise _Unavailable(self._handle.deployment_id, rest[0])
+        if kind == "unknown":
+            raise _Unavailable(self._handle.deployment_id, f"{self._handle.deployment_id} does not exist.")
+        if kind == "cancelled":
+            raise RequestCancelledError(self._request_id)
+        raise RayServeException(f"{self._handle._described()}: {rest[0] if rest else kind}")
+
+    def _raise_fault(self, fault: int, payload: bytes) -> NoReturn:
+        """Raise what an ERROR frame says; the numbers are `Fault` of the wire format."""
+        if fault == 2:
+            raise values.load_error(payload)
+        if fault == 4:
+            raise RequestCancelledError(self._request_id)
+        text = payload.decode("utf-8", "replace")
+        if fault == 5:
+            raise TimeoutError(text)
+        if fault in (7, 8):
+            raise TypeError(text)
+        raise RayServeException(text)
+
+    def cancel(self) -> None:
+        """Cancel the call: a queued one never starts, a running coroutine gets `asyncio.CancelledError`."""
+        if (call := self._call) is not None and call.cancel():
+            self._cancelled = True
+
+    def cancelled(self) -> bool:
+        """Whether `cancel` came before the answer."""
+        return self._cancelled
+
+    def __reduce__(self) -> NoReturn:
+        raise RayServeException(
+            "`DeploymentResponse` is not serializable. Only its value can be sent elsewhere: `await` it first."
+        )
+
+    def __repr__(self) -> str:
+        return f"DeploymentResponse(deployment='{self._handle.deployment_name}', request_id='{self._request_id}')"
+
+
+class _Unavailable(DeploymentUnavailableError):
+    """Says why, where the reference has one sentence for all cases."""
+
+    def __init__(self, deployment_id: DeploymentID, why: str) -> None:
+        super().__init__(deployment_id)
+        self.args = (deployment_id, why)
+
+    @property
+    def message(self) -> str:
+        return str(self.args[1])

@@ -1,0 +1,289 @@
+//! One socket to one replica: the handshake, bytes out, bytes in, and the calls that are under way on it.
+//!
+//! Nothing here blocks. A large payload is never copied into the output: it stands there as the slice that the call keeps.
+//! `flushed` says how far the kernel has taken the output, and so which calls count as begun when the replica dies.
+
+use std::{
+    collections::VecDeque,
+    io::{self, ErrorKind, IoSlice, Read, Write},
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::{Buf, Bytes, BytesMut};
+use mio::{
+    Interest, Registry, Token,
+    event::Source,
+    net::{TcpStream, UnixStream},
+};
+use rayserve_dataplane::{
+    engine::{Lease, ReplicaKey, Streams},
+    snapshot::Replica,
+    wire::{Decoder, Frame, HEADER_LEN, Header, Kind, MAX_PAYLOAD, WireError, flag, hello, put},
+};
+
+use super::pending::{Pending, Place};
+
+/// From here on a payload is written from where it is; below, a copy is cheaper than another slice.
+const SLICE_FROM: usize = 16 * 1024;
+/// The contract's time for the handshake.
+const HANDSHAKE: Duration = Duration::from_secs(2);
+
+#[derive(Debug)]
+enum Socket {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+impl Socket {
+    /// On this node by path, else by address; neither waits for the peer.
+    fn open(replica: &Replica, node_id: &str) -> io::Result<Self> {
+        if let Some(path) = replica.unix.as_deref().filter(|_| replica.node_id == node_id) {
+            return UnixStream::connect(path).map(Self::Unix);
+        }
+        let address = replica.tcp.as_deref().ok_or_else(|| io::Error::from(ErrorKind::AddrNotAvailable))?;
+        let address: SocketAddr = address.parse().map_err(|_| io::Error::from(ErrorKind::InvalidInput))?;
+        let stream = TcpStream::connect(address)?;
+        stream.set_nodelay(true)?;
+        Ok(Self::Tcp(stream))
+    }
+
+    fn source(&mut self) -> &mut dyn Source {
+        match self {
+            Self::Unix(stream) => stream,
+            Self::Tcp(stream) => stream,
+        }
+    }
+
+    fn read(&mut self, buf: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Self::Unix(stream) => stream.read(buf),
+            Self::Tcp(stream) => stream.read(buf),
+        }
+    }
+
+    fn write(&mut self, slices: &[IoSlice<'_>]) -> io::Result<usize> {
+        match (self, slices) {
+            (Self::Unix(stream), [slice]) => stream.write(slice),
+            (Self::Tcp(stream), [slice]) => stream.write(slice),
+            (Self::Unix(stream), _) => stream.write_vectored(slices),
+            (Self::Tcp(stream), _) => stream.write_vectored(slices),
+        }
+    }
+}
+
+/// A call on a link.
+#[derive(Debug)]
+pub(super) struct Sent {
+    pub(super) call: Arc<Pending>,
+    pub(super) lease: Lease,
+    /// The offset in the output at which its frame is complete.
+    end: u64,
+}
+
+/// What a socket had for its owner.
+#[derive(Debug)]
+pub(super) enum Input {
+    /// A frame after the handshake.
+    Frame(Frame),
+    /// The handshake is through; the replica's `max_ongoing_requests`.
+    Ready(u32),
+    /// Nothing more for now.
+    Empty,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Link {
+    pub(super) key: ReplicaKey,
+    pub(super) replica: Replica,
+    pub(super) streams: Streams<Sent>,
+    /// It closes with its last stream.
+    pub(super) leaving: bool,
+    hello: Option<(hello::Caller<Arc<[u8]>>, Instant)>,
+    socket: Socket,
+    decoder: Decoder,
+    input: BytesMut,
+    readable: bool,
+    segments: VecDeque<Bytes>,
+    tail: BytesMut,
+    appended: u64,
+    flushed: u64,
+}
+
+impl Link {
+    /// Opens the socket and begins the handshake; it is through when [`Link::read`] says `Ready`.
+    pub(super) fn open(
+        key: ReplicaKey,
+        replica: Replica,
+        node_id: &str,
+        token: &Arc<[u8]>,
+        registry: &Registry,
+        poll: Token,
+    ) -> io::Result<Self> {
+        let mut socket = Socket::open(&replica, node_id)?;
+        registry.register(socket.source(), poll, Interest::READABLE | Interest::WRITABLE)?;
+        let mut tail = BytesMut::new();
+        let hello = hello::Caller::start(Arc::clone(token), hello::Role::Handle, &replica.id, &mut tail);
+        let mut link = Self {
+            key,
+            replica,
+            streams: Streams::default(),
+            leaving: false,
+            hello: Some((hello, Instant::now() + HANDSHAKE)),
+            socket,
+            decoder: Decoder::new(hello::MAX_HELLO),
+            input: BytesMut::new(),
+            readable: false,
+            segments: VecDeque::new(),
+            appended: tail.len() as u64,
+            flushed: 0,
+            tail,
+        };
+        link.flush()?;
+        Ok(link)
+    }
+
+    /// When the handshake must be through.
+    pub(super) fn deadline(&self) -> Option<Instant> {
+        self.hello.as_ref().map(|(_, deadline)| *deadline)
+    }
+
+    /// Appends a frame without calls of its own.
+    pub(super) fn send(&mut self, header: Header) {
+        let before = self.tail.len();
+        put(&mut self.tail, header, &[]);
+        self.appended += (self.tail.len() - before) as u64;
+    }
+
+    /// Appends a CALL under a new stream id.
+    ///
+    /// # Errors
+    /// The lease comes back when a million streams are open.
+    pub(super) fn send_call(&mut self, call: &Arc<Pending>, lease: Lease, poll: usize) -> Result<(), Lease> {
+        let payload = call.payload();
+        let flags = if lease.granted { flag::GRANTED } else { 0 };
+        let end = self.appended + (HEADER_LEN + payload.len()) as u64;
+        let sent = Sent { call: Arc::clone(call), lease, end };
+        let stream = self.streams.insert(sent).map_err(|sent| sent.lease)?;
+        let header = Header::new(Kind::Call, stream).with(flag::FIN | flags);
+        self.appended = end;
+        if payload.len() < SLICE_FROM {
+            put(&mut self.tail, header, &[&payload]);
+        } else {
+            self.tail.extend_from_slice(&header.encode(payload.len()));
+            self.segments.push_back(self.tail.split().freeze());
+            self.segments.push_back(payload);
+        }
+        call.move_to(Place::Sent { link: poll, stream });
+        Ok(())
+    }
+
+    /// Hands the kernel what it takes; the rest waits for the socket to become writable.
+    pub(super) fn flush(&mut self) -> io::Result<()> {
+        loop {
+            if !self.segments.is_empty() && !self.tail.is_empty() {
+                self.segments.push_back(self.tail.split().freeze());
+            }
+            let written = if self.segments.is_empty() {
+                if self.tail.is_empty() {
+                    return Ok(());
+                }
+                self.socket.write(&[IoSlice::new(&self.tail)])
+            } else {
+                let slices: Vec<_> = self.segments.iter().take(16).map(|segment| IoSlice::new(segment)).collect();
+                self.socket.write(&slices)
+            };
+            match written {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(count) => self.advance(count),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                // A TCP connection that is still being made says NotConnected; it will become writable.
+                Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => return Ok(()),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn advance(&mut self, mut count: usize) {
+        self.flushed += count as u64;
+        while let Some(front) = self.segments.front_mut() {
+            let step = count.min(front.len());
+            front.advance(step);
+            count -= step;
+            if !front.is_empty() {
+                return;
+            }
+            self.segments.pop_front();
+        }
+        self.tail.advance(count);
+    }
+
+    /// Notes that the poller has reported bytes (or the end).
+    pub(super) fn mark_readable(&mut self) {
+        self.readable = true;
+    }
+
+    /// The next frame, from what was read before or from the socket.
+    ///
+    /// # Errors
+    /// The link is of no further use: end of file, an error, or bytes that are no frames.
+    pub(super) fn read(&mut self, scratch: &mut [u8]) -> io::Result<Input> {
+        loop {
+            while let Some(frame) = self.decoder.next(&mut self.input).map_err(invalid)? {
+                if let Some(ready) = self.shake(frame)? {
+                    return Ok(ready);
+                }
+            }
+            if !self.readable {
+                return Ok(Input::Empty);
+            }
+            match self.socket.read(scratch) {
+                Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
+                Ok(count) => {
+                    // The poller reports edges; a short read says that the socket is empty and saves asking again.
+                    self.readable = count == scratch.len();
+                    self.input.extend_from_slice(&scratch[..count]);
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Passes a frame on, or feeds it to the handshake.
+    fn shake(&mut self, frame: Frame) -> io::Result<Option<Input>> {
+        let Some((hello, _)) = &mut self.hello else { return Ok(Some(Input::Frame(frame))) };
+        let before = self.tail.len();
+        let step = hello.feed(&frame, &mut self.tail).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
+        self.appended += (self.tail.len() - before) as u64;
+        self.flush()?;
+        let hello::Step::Done(limit) = step else { return Ok(None) };
+        self.hello = None;
+        self.decoder = Decoder::new(MAX_PAYLOAD);
+        Ok(Some(Input::Ready(limit)))
+    }
+
+    /// Closes the socket and returns the calls in the order in which they were sent, each with whether it counts as
+    /// begun: the kernel has its whole frame.
+    pub(super) fn close(mut self, registry: &Registry) -> Vec<(Sent, bool)> {
+        // Closing the descriptor would do, unless a forked child holds a copy of it.
+        let _ = registry.deregister(self.socket.source());
+        let mut calls: Vec<_> = self.streams.ids().into_iter().filter_map(|id| self.streams.remove(id)).collect();
+        calls.sort_by_key(|sent| sent.end);
+        let flushed = self.flushed;
+        calls
+            .into_iter()
+            .map(|sent| {
+                let begun = sent.end <= flushed;
+                (sent, begun)
+            })
+            .collect()
+    }
+}
+
+fn invalid(error: WireError) -> io::Error {
+    io::Error::new(ErrorKind::InvalidData, error)
+}

@@ -1,0 +1,211 @@
+//! Handles: what Python calls to make calls. The engine is the proxy's; the driver is whichever thread waits.
+//!
+//! `turns.rs` decides which thread moves bytes, `router.rs` carries out the engine's actions, `link.rs` owns a socket,
+//! `pending.rs` is a call, `mailbox.rs` reaches asyncio loops. This file converts.
+
+mod link;
+mod mailbox;
+mod pending;
+mod router;
+mod turns;
+
+use std::{
+    os::fd::RawFd,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use bytes::BytesMut;
+use pyo3::{
+    buffer::PyBuffer,
+    exceptions::{PyRuntimeError, PyValueError},
+    prelude::*,
+    pybacked::PyBackedStr,
+    types::{PyByteArray, PyBytes, PyDict, PyList},
+};
+use rayserve_dataplane::{
+    error::Error,
+    snapshot::Snapshot,
+    wire::call::{CallHead, put_call_head, put_value_head},
+};
+
+use self::{
+    pending::{Outcome, Pending},
+    turns::{Caller, Errand, Wait},
+};
+
+/// How long the main thread sleeps before it looks for signals; other threads get none.
+const SIGNALS: Duration = Duration::from_millis(100);
+
+/// Method, request id, route, application, model id and session id of a call.
+type Texts = (PyBackedStr, PyBackedStr, PyBackedStr, PyBackedStr, PyBackedStr, PyBackedStr);
+
+/// All handle calls of one process.
+#[pyclass(frozen, module = "rayserve_fast._core")]
+pub(crate) struct Client {
+    caller: Arc<Caller>,
+}
+
+#[pymethods]
+impl Client {
+    #[new]
+    fn new(node_id: String, token: &[u8]) -> PyResult<Self> {
+        Ok(Self { caller: Arc::new(Caller::new(node_id, token)?) })
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "what a Python argument becomes is owned")]
+    fn begin(
+        &self,
+        py: Python<'_>,
+        deployment: String,
+        texts: Texts,
+        pickle: &[u8],
+        buffers: Vec<PyBuffer<u8>>,
+    ) -> PyResult<Call> {
+        let (method, request_id, route, app, multiplexed_model_id, session_id) = &texts;
+        let head = CallHead { method, request_id, route, app, multiplexed_model_id, session_id };
+        let size: usize = buffers.iter().map(|buffer| buffer.len_bytes()).sum();
+        let mut out = BytesMut::with_capacity(256 + pickle.len() + size);
+        put_call_head(&mut out, &head);
+        put_value_head(&mut out, pickle.len(), buffers.iter().map(|buffer| buffer.len_bytes()));
+        out.extend_from_slice(pickle);
+        for buffer in &buffers {
+            let start = out.len();
+            out.resize(start + buffer.len_bytes(), 0);
+            buffer.copy_to_slice(py, &mut out[start..])?;
+        }
+        let call = Pending::new(deployment, out.freeze());
+        if !self.caller.begin(&call) {
+            return Err(PyRuntimeError::new_err("handles are closed: the interpreter exits"));
+        }
+        Ok(Call { caller: Arc::clone(&self.caller), call })
+    }
+
+    fn publish(&self, py: Python<'_>, snapshot: &[u8]) -> PyResult<bool> {
+        let snapshot = Snapshot::parse(snapshot).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok(py.detach(|| self.caller.publish(snapshot)))
+    }
+
+    fn unpublished(&self, py: Python<'_>, why: &str) {
+        py.detach(|| self.caller.unpublished(why));
+    }
+
+    /// True: fetch a snapshot; false: closed.
+    fn tend(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.caller.tend()) == Errand::Snapshot
+    }
+
+    fn fileno(&self) -> RawFd {
+        self.caller.fd()
+    }
+
+    fn pump(&self, py: Python<'_>, mailbox: &Mailbox) -> Vec<u64> {
+        py.detach(|| self.caller.pump(&mailbox.mailbox));
+        mailbox.mailbox.take()
+    }
+
+    fn close(&self, py: Python<'_>) {
+        py.detach(|| self.caller.close());
+    }
+
+    fn abandon(&self) {
+        self.caller.abandon();
+    }
+
+    fn counters<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let counters = PyDict::new(py);
+        for (name, value) in self.caller.counters() {
+            counters.set_item(name, value)?;
+        }
+        Ok(counters)
+    }
+}
+
+/// Where an asyncio loop learns which of its calls have ended.
+#[pyclass(frozen, module = "rayserve_fast._core")]
+pub(crate) struct Mailbox {
+    mailbox: Arc<mailbox::Mailbox>,
+}
+
+#[pymethods]
+impl Mailbox {
+    #[new]
+    fn new() -> PyResult<Self> {
+        Ok(Self { mailbox: Arc::new(mailbox::Mailbox::new()?) })
+    }
+
+    fn fileno(&self) -> RawFd {
+        self.mailbox.fd()
+    }
+
+    fn take(&self) -> Vec<u64> {
+        self.mailbox.take()
+    }
+}
+
+/// One call, begun.
+#[pyclass(frozen, module = "rayserve_fast._core")]
+pub(crate) struct Call {
+    caller: Arc<Caller>,
+    call: Arc<Pending>,
+}
+
+#[pymethods]
+impl Call {
+    fn done(&self) -> bool {
+        self.call.outcome().is_some()
+    }
+
+    /// False: the time is over. Only the main thread is told of signals.
+    fn wait(&self, py: Python<'_>, timeout_s: Option<f64>, main: bool) -> PyResult<bool> {
+        // A time that no Duration can hold is no limit.
+        let limit = timeout_s.and_then(|seconds| Duration::try_from_secs_f64(seconds.max(0.0)).ok());
+        let until = limit.and_then(|limit| Instant::now().checked_add(limit));
+        loop {
+            let slice = main.then(|| Instant::now() + SIGNALS);
+            let wake = [until, slice].into_iter().flatten().min();
+            match py.detach(|| self.caller.wait(&self.call, wake)) {
+                Wait::Done => return Ok(true),
+                Wait::Timeout if wake == until => return Ok(false),
+                Wait::Timeout | Wait::Interrupted => py.check_signals()?,
+            }
+        }
+    }
+
+    fn cancel(&self, py: Python<'_>) -> bool {
+        py.detach(|| self.caller.cancel(&self.call))
+    }
+
+    /// False: the call has ended, and no token will come.
+    fn notify(&self, mailbox: &Mailbox, token: u64) -> bool {
+        self.caller.notify(&self.call, &mailbox.mailbox, token)
+    }
+
+    fn forget(&self, token: u64) {
+        self.caller.forget(&self.call, token);
+    }
+
+    /// What became of the call: a word and what belongs to it, or None while it runs.
+    fn outcome<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Some(outcome) = self.call.outcome() else { return Ok(None) };
+        let told = match outcome {
+            Outcome::Value(value) => {
+                let buffers = PyList::new(py, value.buffers.iter().map(|buffer| PyByteArray::new(py, buffer)))?;
+                ("value", PyBytes::new(py, &value.pickle), buffers).into_pyobject(py)?.into_any()
+            }
+            Outcome::Fault(fault, payload) => {
+                ("fault", *fault as u32, PyBytes::new(py, payload)).into_pyobject(py)?.into_any()
+            }
+            Outcome::Died(why) => ("died", why).into_pyobject(py)?.into_any(),
+            Outcome::Refused(Error::Backpressure { queued, limit, policy }) => {
+                ("backpressure", queued, limit, policy.status_code, policy.retry_after_s).into_pyobject(py)?.into_any()
+            }
+            Outcome::Refused(Error::Unavailable(why)) => ("unavailable", why).into_pyobject(py)?.into_any(),
+            Outcome::Refused(error) => ("internal", error.to_string()).into_pyobject(py)?.into_any(),
+            Outcome::Unknown => ("unknown",).into_pyobject(py)?.into_any(),
+            Outcome::Cancelled => ("cancelled",).into_pyobject(py)?.into_any(),
+            Outcome::Closed => ("closed",).into_pyobject(py)?.into_any(),
+        };
+        Ok(Some(told))
+    }
+}

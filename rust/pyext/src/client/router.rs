@@ -1,0 +1,399 @@
+//! Drives the engine for handles: carries out its actions on links, and feeds it what the links bring.
+//!
+//! It holds only the deployments that this process calls. Everything here happens under the caller's lock and without a
+//! system call that waits. What is wrong with the snapshot shows in `stale`; somebody else fetches a newer one.
+
+use std::{
+    collections::{HashMap, HashSet},
+    io,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use mio::{Registry, Token};
+use rayserve_dataplane::{
+    engine::{Action, Admission, Engine, Lease, Place as QueuePlace, ReplicaKey},
+    error::Error,
+    snapshot::{Replica, Snapshot},
+    wire::{Fault, Frame, Header, Kind, call::Value, flag},
+};
+use slab::Slab;
+
+use super::{
+    link::{Input, Link, Sent},
+    pending::{Outcome, Pending, Place},
+};
+
+const RECONNECT: Duration = Duration::from_millis(50);
+const SCRATCH: usize = 64 * 1024;
+
+/// What queued calls lack, the worst last.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum Hunger {
+    /// Replicas are there, and busy.
+    Room,
+    /// No replica takes calls.
+    Replica,
+}
+
+/// See the module.
+#[derive(Debug)]
+pub(super) struct Router {
+    engine: Engine<Arc<Pending>>,
+    links: Slab<Link>,
+    by_key: HashMap<ReplicaKey, usize>,
+    /// Replicas that could not be reached, and when to try again.
+    lost: Vec<(Instant, ReplicaKey, Replica)>,
+    /// Calls whose deployment no snapshot holds yet.
+    unrouted: Vec<Arc<Pending>>,
+    used: HashSet<String>,
+    snapshot: Option<Snapshot>,
+    unflushed: Vec<usize>,
+    scratch: Box<[u8]>,
+    registry: Registry,
+    node_id: String,
+    token: Arc<[u8]>,
+    /// The snapshot does not describe the world any more.
+    pub(super) stale: bool,
+    /// Calls that have not ended.
+    pub(super) outstanding: usize,
+    /// Those of them that somebody waits for.
+    pub(super) attended: usize,
+    /// Calls since the start.
+    pub(super) calls: u64,
+}
+
+impl Router {
+    pub(super) fn new(node_id: String, token: Arc<[u8]>, registry: Registry) -> Self {
+        Self {
+            engine: Engine::default(),
+            links: Slab::new(),
+            by_key: HashMap::new(),
+            lost: Vec::new(),
+            unrouted: Vec::new(),
+            used: HashSet::new(),
+            snapshot: None,
+            unflushed: Vec::new(),
+            scratch: vec![0; SCRATCH].into_boxed_slice(),
+            registry,
+            node_id,
+            token,
+            stale: true,
+            outstanding: 0,
+            attended: 0,
+            calls: 0,
+        }
+    }
+
+    pub(super) fn links(&self) -> usize {
+        self.links.iter().filter(|(_, link)| link.deadline().is_none()).count()
+    }
+
+    /// Starts a call: it is on its way, queued or refused when this returns.
+    pub(super) fn begin(&mut self, call: &Arc<Pending>) {
+        self.calls += 1;
+        self.outstanding += 1;
+        if !self.used.contains(&call.deployment) {
+            self.used.insert(call.deployment.clone());
+            self.apply();
+        }
+        self.route(call);
+        self.settle();
+    }
+
+    fn route(&mut self, call: &Arc<Pending>) {
+        let Some(key) = self.engine.deployment(&call.deployment) else {
+            call.move_to(Place::Unrouted);
+            self.unrouted.push(Arc::clone(call));
+            self.stale = true;
+            return;
+        };
+        let admission = self.engine.request(key, None, |_| Arc::clone(call));
+        self.admitted(call, admission);
+    }
+
+    /// Puts a call that came back unbegun into its old place.
+    fn again(&mut self, call: &Arc<Pending>, place: QueuePlace) {
+        if call.place() == Place::Done {
+            return; // cancelled meanwhile
+        }
+        let admission = self.engine.again(place, None, |_| Arc::clone(call));
+        self.admitted(call, admission);
+    }
+
+    fn admitted(&mut self, call: &Arc<Pending>, admission: Result<Admission, Error>) {
+        match admission {
+            Ok(Admission::Go(lease)) => self.send(call, lease),
+            Ok(Admission::Wait(place)) => call.move_to(Place::Queued(place)),
+            Err(error) => self.finish(call, Outcome::Refused(error)),
+        }
+    }
+
+    fn send(&mut self, call: &Arc<Pending>, lease: Lease) {
+        let Some(&index) = self.by_key.get(&lease.replica) else {
+            let place = self.engine.returned(lease);
+            return self.again(call, place);
+        };
+        self.unflushed.push(index);
+        if let Err(lease) = self.links[index].send_call(call, lease, index) {
+            self.engine.answered(lease, None);
+            self.finish(call, Outcome::Refused(Error::Internal("a million calls are open on one link".into())));
+        }
+    }
+
+    fn finish(&mut self, call: &Arc<Pending>, outcome: Outcome) {
+        if call.place() != Place::Done {
+            self.outstanding -= 1;
+            self.attended -= usize::from(call.attended());
+            call.finish(outcome);
+        }
+    }
+
+    /// Ends a call from here. A replica that has begun it is told; its slot comes back with the replica's last frame.
+    pub(super) fn cancel(&mut self, call: &Arc<Pending>) -> bool {
+        match call.place() {
+            Place::Done => return false,
+            Place::Unrouted => self.unrouted.retain(|other| !Arc::ptr_eq(other, call)),
+            Place::Queued(place) => drop(self.engine.cancel(place)),
+            Place::Sent { link, stream } => {
+                self.links[link].send(Header::new(Kind::Cancel, stream));
+                self.unflushed.push(link);
+            }
+        }
+        self.finish(call, Outcome::Cancelled);
+        self.settle();
+        true
+    }
+
+    /// Takes over a newer snapshot; returns whether it was newer.
+    pub(super) fn publish(&mut self, snapshot: Snapshot) -> bool {
+        let newer = self.snapshot.as_ref().is_none_or(|old| snapshot.version > old.version);
+        if newer {
+            self.snapshot = Some(snapshot);
+            self.apply();
+        }
+        for call in std::mem::take(&mut self.unrouted) {
+            if self.engine.deployment(&call.deployment).is_some() {
+                self.route(&call);
+            } else {
+                self.finish(&call, Outcome::Unknown);
+            }
+        }
+        self.settle();
+        self.stale = !self.lost.is_empty();
+        newer
+    }
+
+    /// Whether calls wait for a replica: any at all, or one with room.
+    pub(super) fn starves(&self) -> Option<Hunger> {
+        let keys = self.used.iter().filter_map(|name| self.engine.deployment(name));
+        let hungry = keys.filter(|&key| self.engine.queued(key) > 0);
+        hungry.map(|key| if self.engine.serves(key) { Hunger::Room } else { Hunger::Replica }).max()
+    }
+
+    /// No snapshot can be had: calls that wait for their deployment to be named wait no more.
+    pub(super) fn refuse_unrouted(&mut self, why: &str) {
+        for call in std::mem::take(&mut self.unrouted) {
+            self.finish(&call, Outcome::Refused(Error::Unavailable(why.to_owned())));
+        }
+    }
+
+    /// Gives the engine what the snapshot says of the deployments that this process calls.
+    fn apply(&mut self) {
+        let Some(snapshot) = &self.snapshot else { return };
+        let called = snapshot.deployments.iter().filter(|(name, _)| self.used.contains(*name));
+        let deployments = called.map(|(name, deployment)| (name.clone(), deployment.clone())).collect();
+        self.engine.apply(&Snapshot { version: snapshot.version, deployments, ..Snapshot::default() });
+        self.settle();
+    }
+
+    /// Carries out what the engine wants done, and hands the kernel what that has produced.
+    fn settle(&mut self) {
+        loop {
+            while let Some(action) = self.engine.next_action() {
+                match action {
+                    Action::Start(call, lease) => self.send(&call, lease),
+                    Action::Refuse(call, error) => self.finish(&call, Outcome::Refused(error)),
+                    Action::Open(key, replica) => self.open(key, replica),
+                    Action::Close(key) => self.leave(key),
+                    Action::Unused(key, count) => {
+                        if let Some(&index) = self.by_key.get(&key) {
+                            self.links[index].send(Header::new(Kind::Unused, 0).aux(count));
+                            self.unflushed.push(index);
+                        }
+                    }
+                }
+            }
+            let Some(index) = self.unflushed.pop() else { return };
+            if let Some(link) = self.links.get_mut(index)
+                && let Err(error) = link.flush()
+            {
+                self.down(index, &error);
+            }
+        }
+    }
+
+    fn open(&mut self, key: ReplicaKey, replica: Replica) {
+        let entry = self.links.vacant_entry();
+        let index = entry.key();
+        match Link::open(key, replica.clone(), &self.node_id, &self.token, &self.registry, Token(index)) {
+            Ok(link) => {
+                entry.insert(link);
+                self.by_key.insert(key, index);
+            }
+            Err(_) => self.lose(key, replica),
+        }
+    }
+
+    fn lose(&mut self, key: ReplicaKey, replica: Replica) {
+        self.lost.push((Instant::now() + RECONNECT, key, replica));
+        self.stale = true;
+    }
+
+    fn leave(&mut self, key: ReplicaKey) {
+        self.lost.retain(|(_, lost, _)| *lost != key);
+        match self.by_key.get(&key) {
+            None => drop(self.engine.closed(key)),
+            Some(&index) if self.links[index].streams.is_empty() => self.close(index, "the replica has left"),
+            Some(&index) => self.links[index].leaving = true,
+        }
+    }
+
+    fn down(&mut self, index: usize, error: &io::Error) {
+        self.stale = true;
+        self.close(index, &error.to_string());
+    }
+
+    /// Ends a link: calls that had not begun go elsewhere, the others fail.
+    fn close(&mut self, index: usize, why: &str) {
+        let Some(link) = self.links.try_remove(index) else { return };
+        let (key, replica) = (link.key, link.replica.clone());
+        self.by_key.remove(&key);
+        let calls = link.close(&self.registry);
+        if self.engine.closed(key) {
+            self.lose(key, replica.clone());
+        }
+        for (Sent { call, lease, .. }, begun) in calls {
+            if begun {
+                self.engine.answered(lease, None);
+                self.finish(&call, Outcome::Died(format!("replica {} died during the call: {why}", replica.id)));
+            } else {
+                let place = self.engine.returned(lease);
+                self.again(&call, place);
+            }
+        }
+    }
+
+    /// The poller reported a link.
+    pub(super) fn ready(&mut self, index: usize, readable: bool, writable: bool) {
+        if writable {
+            self.unflushed.push(index);
+        }
+        if readable && let Some(link) = self.links.get_mut(index) {
+            link.mark_readable();
+            self.drain(index);
+        }
+        self.settle();
+    }
+
+    fn drain(&mut self, index: usize) {
+        while let Some(link) = self.links.get_mut(index) {
+            let key = link.key;
+            match link.read(&mut self.scratch) {
+                Ok(Input::Empty) => return,
+                Ok(Input::Ready(limit)) => self.engine.linked(key, limit),
+                Ok(Input::Frame(frame)) => self.frame(index, key, frame),
+                Err(error) => return self.down(index, &error),
+            }
+        }
+    }
+
+    fn frame(&mut self, index: usize, key: ReplicaKey, Frame { header, payload }: Frame) {
+        let link = &mut self.links[index];
+        match header.kind {
+            Kind::Drain => {
+                self.engine.draining(key);
+                self.stale = true;
+            }
+            Kind::Credit => self.engine.credit(key, header.aux),
+            Kind::Ping => {
+                link.send(Header::new(Kind::Pong, 0).aux(header.aux));
+                self.unflushed.push(index);
+            }
+            Kind::Result | Kind::Error | Kind::Busy | Kind::Returned => {
+                let Some(Sent { call, lease, .. }) = link.streams.remove(header.stream) else { return };
+                let leaving = link.leaving && link.streams.is_empty();
+                match header.kind {
+                    Kind::Busy => {
+                        let place = self.engine.busy(lease, header.load);
+                        self.again(&call, place);
+                    }
+                    Kind::Returned => {
+                        let place = self.engine.returned(lease);
+                        self.again(&call, place);
+                    }
+                    kind => {
+                        self.engine.answered(lease, Some((header.load, header.has(flag::FAST))));
+                        let outcome = match kind {
+                            Kind::Result => match Value::parse(payload) {
+                                Ok(value) => Outcome::Value(value),
+                                Err(error) => Outcome::Refused(Error::Internal(error.to_string().into())),
+                            },
+                            _ => Outcome::Fault(Fault::from_aux(header.aux), payload),
+                        };
+                        self.finish(&call, outcome);
+                    }
+                }
+                if leaving {
+                    self.close(index, "the replica has left");
+                }
+            }
+            _ => {} // PONG, and what a newer replica may say
+        }
+    }
+
+    /// Links again where it is time; returns when to come back.
+    pub(super) fn tick(&mut self, now: Instant) -> Option<Instant> {
+        let late: Vec<_> = self.links.iter().filter(|(_, link)| link.deadline().is_some_and(|at| at <= now)).collect();
+        let late: Vec<_> = late.into_iter().map(|(index, _)| index).collect();
+        for index in late {
+            self.down(index, &io::ErrorKind::TimedOut.into());
+        }
+        let due: Vec<_> = self.lost.extract_if(.., |(at, _, _)| *at <= now).collect();
+        for (_, key, replica) in due {
+            self.open(key, replica);
+        }
+        self.settle();
+        let handshakes = self.links.iter().filter_map(|(_, link)| link.deadline());
+        handshakes.chain(self.lost.iter().map(|(at, _, _)| *at)).min()
+    }
+
+    /// Closes this process's copies of the sockets and nothing else.
+    pub(super) fn abandon(&mut self) {
+        self.links.clear();
+        self.by_key.clear();
+        self.lost.clear();
+    }
+
+    /// Ends every call and closes every link.
+    pub(super) fn close_all(&mut self) {
+        for index in self.links.iter().map(|(index, _)| index).collect::<Vec<_>>() {
+            if let Some(link) = self.links.try_remove(index) {
+                for (Sent { call, .. }, _) in link.close(&self.registry) {
+                    self.finish(&call, Outcome::Closed);
+                }
+            }
+        }
+        self.by_key.clear();
+        self.lost.clear();
+        for call in std::mem::take(&mut self.unrouted) {
+            self.finish(&call, Outcome::Closed);
+        }
+        self.engine.apply(&Snapshot::default());
+        while let Some(action) = self.engine.next_action() {
+            if let Action::Refuse(call, _) = action {
+                self.finish(&call, Outcome::Closed);
+            }
+        }
+    }
+}

@@ -1,0 +1,174 @@
+"""A replica whose every frame a test decides: for refusals, drains and deaths that a real one shows only by chance.
+
+It speaks the wire format of ARCHITECTURE.md over a Unix socket, in one thread per link; handlers get each CALL.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import queue
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from rayserve_fast import values
+
+HELLO, CHALLENGE, PROOF, WELCOME = 1, 2, 3, 4
+CALL, RESULT, ERROR, CANCEL = 30, 31, 32, 40
+BUSY, RETURNED, DRAIN, PING, PONG, CREDIT, UNUSED = 42, 43, 44, 45, 46, 47, 48
+FIN, FAST, GRANTED = 1, 2, 4
+TOKEN = b"a cluster token"
+
+
+class Link:
+    """One caller's connection."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self._lock = threading.Lock()
+
+    def send(
+        self, kind: int, stream: int = 0, payload: bytes = b"", *, flags: int = 0, load: int = 0, aux: int = 0
+    ) -> None:
+        with self._lock:
+            self.sock.sendall(struct.pack("<IBBHII", len(payload), kind, flags, load, stream, aux) + payload)
+
+    def read(self) -> tuple[int, int, int, int, bytes]:
+        length, kind, flags, _, stream, aux = struct.unpack("<IBBHII", self._exactly(16))
+        return kind, flags, stream, aux, self._exactly(length)
+
+    def _exactly(self, count: int) -> bytes:
+        out = bytearray()
+        while len(out) < count:
+            if not (more := self.sock.recv(min(count - len(out), 1 << 20))):
+                raise EOFError
+            out += more
+        return bytes(out)
+
+
+class Call:
+    """A CALL frame that a handler answers, whenever it likes."""
+
+    def __init__(self, link: Link, flags: int, stream: int, payload: bytes) -> None:
+        self.link, self.flags, self.stream = link, flags, stream
+        lengths = struct.unpack_from("<6H", payload)
+        at, texts = 12, []
+        for length in lengths:
+            texts.append(payload[at : at + length].decode())
+            at += length
+        self.method, self.request_id, self.route, self.app, self.model_id, self.session_id = texts
+        count, size = struct.unpack_from("<IQ", payload, at)
+        sizes = struct.unpack_from(f"<{count}Q", payload, at + 12)
+        at += 12 + 8 * count
+        parts = []
+        for length in (size, *sizes):
+            parts.append(bytearray(payload[at : at + length]))
+            at += length
+        assert at == len(payload)
+        self.args, self.kwargs = values.loads(parts[0], parts[1:])
+
+    def reply(self, value: Any, *, flags: int = 0, load: int = 0) -> None:
+        pickle, buffers = values.dumps(value)
+        raws = [bytes(buffer.raw()) for buffer in buffers]
+        head = struct.pack("<IQ", len(raws), len(pickle)) + b"".join(struct.pack("<Q", len(raw)) for raw in raws)
+        self.link.send(RESULT, self.stream, head + pickle + b"".join(raws), flags=FIN | flags, load=load)
+
+    def fail(self, fault: int, payload: bytes) -> None:
+        self.link.send(ERROR, self.stream, payload, flags=FIN, aux=fault)
+
+    def send(self, kind: int, **fields: Any) -> None:
+        self.link.send(kind, self.stream, **fields)
+
+
+class ScriptedReplica:
+    """Listens on a Unix socket; `handler` answers calls on the link's thread, other frames land in `frames`."""
+
+    def __init__(
+        self, directory: Path, replica_id: str, handler: Callable[[Call], None] | None = None, max_ongoing: int = 5
+    ) -> None:
+        self.id = replica_id
+        self.path = str(directory / f"{replica_id}.sock")
+        self.handler = handler or (lambda call: call.reply(call.args))
+        self.max_ongoing = max_ongoing
+        self.calls: queue.Queue[Call] = queue.Queue()
+        self.frames: queue.Queue[tuple[int, int, int]] = queue.Queue()
+        self.links: list[Link] = []
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(self.path)
+        self._listener.listen()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=(Link(sock),), daemon=True).start()
+
+    def _shake(self, link: Link) -> None:
+        kind, _, _, _, hello = link.read()
+        assert (kind, hello[:6]) == (HELLO, b"RSF1\x01\x00")
+        role, theirs, wanted = hello[6:7], hello[7:39], hello[39:]
+        ours = os.urandom(32)
+
+        def mac(side: bytes) -> bytes:
+            covered = hello[:6] + side + role + theirs + ours + wanted
+            return hmac.new(TOKEN, covered, hashlib.sha256).digest()
+
+        link.send(CHALLENGE, payload=ours + mac(b"R"))
+        kind, _, _, _, proof = link.read()
+        assert (kind, proof) == (PROOF, mac(b"C"))
+        assert wanted.decode() == self.id
+        link.send(WELCOME, payload=struct.pack("<I", self.max_ongoing))
+
+    def _serve(self, link: Link) -> None:
+        try:
+            self._shake(link)
+            self.links.append(link)
+            while True:
+                kind, flags, stream, aux, payload = link.read()
+                if kind != CALL:
+                    self.frames.put((kind, stream, aux))
+                    continue
+                call = Call(link, flags, stream, payload)
+                self.calls.put(call)
+                self.handler(call)
+        except (EOFError, OSError):
+            link.sock.close()
+
+    def die(self) -> None:
+        """What a killed process looks like from outside."""
+        self.stop_listening()
+        for link in self.links:
+            link.sock.shutdown(socket.SHUT_RDWR)
+            link.sock.close()
+
+    def stop_listening(self) -> None:
+        self._listener.close()
+        Path(self.path).unlink(missing_ok=True)
+
+
+class Cluster:
+    """A controller's part: snapshots of one deployment, `app#D`."""
+
+    def __init__(self, *replicas: ScriptedReplica, **config: Any) -> None:
+        self.version = 0
+        self.asked = 0
+        self.config = {"max_ongoing_requests": 5, "max_queued_requests": -1, **config}
+        self.publish(*replicas)
+
+    def publish(self, *replicas: ScriptedReplica) -> None:
+        self.version += 1
+        self.replicas = [{"id": r.id, "node_id": "n", "unix": r.path, "tcp": None} for r in replicas]
+
+    def snapshot(self) -> bytes:
+        self.asked += 1
+        deployment = {"app": "app", "name": "D", "replicas": self.replicas, **self.config}
+        return json.dumps({"version": [1, self.version], "deployments": {"app#D": deployment}}).encode()
