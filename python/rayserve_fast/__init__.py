@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rayserve_fast._core import __version__ as __version__
     from rayserve_fast.api import (
         delete as delete,
+        get_app_handle as get_app_handle,
+        get_deployment_handle as get_deployment_handle,
         run as run,
         run_many as run_many,
         shutdown as shutdown,

@@ -104,7 +104,7 @@ def _run_many(
     _local_testing_mode: bool = False,
     controller_options: Mapping[str, Any] | ControllerOptions | None = None,
 ) -> list[DeploymentHandle]:
-    from rayserve_fast.application import build_target
+    from rayserve_fast.application import build_target, check_target
     from rayserve_fast.handle import DeploymentHandle
 
     began = time.monotonic()
@@ -112,6 +112,8 @@ def _run_many(
         raise ValueError("No applications provided.")
     if _local_testing_mode:
         logger.warning("`_local_testing_mode` has no effect yet: the application runs on Ray.")
+    for target in targets:
+        check_target(target)  # before Ray is started for nothing
     client.connect_ray()
     runtime_env = dict(ray.get_runtime_context().runtime_env)
     specs = [build_target(t, runtime_env) for t in targets]
@@ -148,8 +150,16 @@ def start(
             raise ValueError(f"{key} is deprecated, please use {instead} instead.")
     if kwargs:
         raise TypeError(f"serve.start() got unexpected keyword arguments {sorted(kwargs)}")
-    given = {"grpc_options": grpc_options, "logging_config": logging_config, "tracing_config": tracing_config}
-    inactive.warn_start(option for option, value in given.items() if value is not None)
+    from rayserve_fast import config, schema
+
+    for option, value, model in (
+        ("grpc_options", grpc_options, config.gRPCOptions),
+        ("logging_config", logging_config, schema.LoggingConfig),
+        ("tracing_config", tracing_config, schema.TracingConfig),
+    ):
+        if value is not None:
+            model.model_validate(value)
+            inactive.warn_start([option])
     options = _cluster_options(proxy_location, http_options)
     env_vars = _env_vars(controller_options)
     client.connect_ray()

@@ -58,10 +58,7 @@ def build_target(target: RunTarget, default_runtime_env: Mapping[str, Any] | Non
         ValueError: the route prefix or the logging configuration is wrong.
         RayServeException: the name is empty, or two deployments are FastAPI ingresses.
     """
-    if target.logging_config is not None:
-        from rayserve_fast.schema import LoggingConfig
-
-        LoggingConfig.model_validate(target.logging_config)
+    check_target(target)
     spec = build(target.target, target.name, target.route_prefix, default_runtime_env)
     inactive.warn_application(
         target.name, [name for name in inactive.APPLICATION_OPTIONS if getattr(target, name) not in (None, False)]
@@ -71,6 +68,19 @@ def build_target(target: RunTarget, default_runtime_env: Mapping[str, Any] | Non
     return spec
 
 
+def check_target(target: RunTarget) -> None:
+    """What can be said about the arguments of `serve.run` before anything is built; errors as for `build_target`."""
+    if not isinstance(target.target, Application):
+        raise TypeError("`serve.run` expects an `Application` returned by `Deployment.bind()`.")
+    if not target.name:
+        raise RayServeException("Application name must a non-empty string.")
+    check_route_prefix(target.route_prefix)
+    if target.logging_config is not None:
+        from rayserve_fast.schema import LoggingConfig
+
+        LoggingConfig.model_validate(target.logging_config)
+
+
 def build(
     app: Application,
     name: str = DEFAULT_APP_NAME,
@@ -78,11 +88,7 @@ def build(
     default_runtime_env: Mapping[str, Any] | None = None,
 ) -> ApplicationSpec:
     """Build `app` and every application bound into it; arguments and errors as for `build_target`."""
-    if not isinstance(app, Application):
-        raise TypeError("`serve.run` expects an `Application` returned by `Deployment.bind()`.")
-    if not name:
-        raise RayServeException("Application name must a non-empty string.")
-    check_route_prefix(route_prefix)
+    check_target(RunTarget(app, name, route_prefix))
     builder = _Builder(name, dict(default_runtime_env or {}))
     ingress = builder.handle(app).deployment_name
     if sum(spec.is_asgi for spec in builder.specs) > 1:

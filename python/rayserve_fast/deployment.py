@@ -148,8 +148,8 @@ class Deployment:
     @property
     def logging_config(self) -> dict[str, Any] | None:
         """The fields of the `LoggingConfig`, or None."""
-        config: dict[str, Any] | None = self._options.logging_config
-        return config
+        config = self._options.logging_config
+        return None if config is None else config.model_dump()
 
     def set_logging_config(self, logging_config: dict[str, Any]) -> None:
         """Change the logging options in place."""
@@ -209,8 +209,6 @@ class Deployment:
         """
         given = {k: v for k, v in locals().items() if k not in _NOT_OPTIONS}
         _refuse_version(version, "Deployment.options()")
-        if given["num_replicas"] is None:
-            del given["num_replicas"]  # unlike the decorator's, this None means "as it is"
         return Deployment(
             self._name if name is DEFAULT.VALUE else name,
             _merge(self._options, _given(given)),
@@ -331,13 +329,15 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
     """The options that were given, with what is about the number of replicas sorted out."""
     given = {name: value for name, value in options.items() if value is not DEFAULT.VALUE}
     replicas, scaling = given.get("num_replicas"), given.get("autoscaling_config")
+    if replicas in (None, "auto"):
+        given.pop("num_replicas", None)
     if "max_ongoing_requests" in given and given["max_ongoing_requests"] is None:
         raise ValueError("`max_ongoing_requests` must be non-null, got None.")
     if replicas == "auto":
         if isinstance(scaling, AutoscalingConfig):
             scaling = scaling.model_dump(exclude_unset=True)
         auto = AutoscalingConfig.default().model_dump(exclude_unset=True)
-        return {**given, "num_replicas": None, "autoscaling_config": AutoscalingConfig(**{**auto, **(scaling or {})})}
+        return {**given, "autoscaling_config": AutoscalingConfig(**{**auto, **(scaling or {})})}
     if replicas == 0:
         raise ValueError("num_replicas is expected to larger than 0")
     if replicas is not None and scaling is not None:

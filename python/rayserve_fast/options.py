@@ -57,7 +57,7 @@ class DeploymentOptions(BaseModel):
     graceful_shutdown_timeout_s: NonNegativeFloat = 20
     health_check_period_s: PositiveFloat = 10
     health_check_timeout_s: PositiveFloat = 30
-    logging_config: Any = None
+    logging_config: LoggingConfig | None = None
     request_router_config: RequestRouterConfig = RequestRouterConfig()
     max_constructor_retry_count: PositiveInt = 20
     gang_scheduling_config: GangSchedulingConfig | None = None
@@ -77,15 +77,6 @@ class DeploymentOptions(BaseModel):
         if limit < 1 and limit != -1:
             raise ValueError("max_queued_requests must be -1 (no limit) or a positive integer.")
         return limit
-
-    @field_validator("logging_config")
-    @classmethod
-    def _logging(cls, config: Any) -> dict[str, Any] | None:
-        if config is None:
-            return None
-        if not isinstance(config, (dict, LoggingConfig)):
-            raise TypeError(f"Got invalid type '{type(config)}' for logging_config. Expected a dictionary.")
-        return LoggingConfig.model_validate(config).model_dump()
 
     @field_validator("deployment_actors")
     @classmethod
@@ -188,6 +179,7 @@ class DeploymentOptions(BaseModel):
             placement_group_bundle_label_selector=None if selectors is None else tuple(selectors),
             backpressure=Backpressure(**self.backpressure_config.model_dump()),
             autoscaling_config=_dump(self.autoscaling_config),
+            logging_config=_dump(self.logging_config),
             request_router_config=_dump(self.request_router_config),
             gang_scheduling_config=_dump(self.gang_scheduling_config),
             deployment_actors=None if actors is None else cloudpickle.dumps(actors),
@@ -201,7 +193,6 @@ _AS_THEY_ARE = (
     "graceful_shutdown_wait_loop_s",
     "health_check_period_s",
     "health_check_timeout_s",
-    "logging_config",
     "max_constructor_retry_count",
     "max_ongoing_requests",
     "max_queued_requests",
