@@ -1,0 +1,40 @@
+"""The examples of README and docs run, in the order in which a reader meets them, and answer what the text says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import requests
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_python_blocks(document: str) -> dict[str, Any]:
+    """Execute every Python block of a document in one namespace, which is returned."""
+    namespace: dict[str, Any] = {"__name__": "documentation"}
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL):
+        exec(compile(block, document, "exec"), namespace)
+    return namespace
+
+
+def test_readme_example_answers_as_shown(serve_instance: str) -> None:
+    from rayserve_fast import serve
+
+    serve.run(run_python_blocks("README.md")["app"])
+    assert requests.get(serve_instance, params={"name": "Corey"}, timeout=10).text == '{"message":"Hello Corey"}'
+
+
+def test_getting_started_runs_from_top_to_bottom(serve_instance: str) -> None:
+    run_python_blocks("docs/getting-started.md")
+    assert requests.get(serve_instance, params={"name": "Corey"}, timeout=10).text == '{"message":"Hello Corey"}'
+    greeting = requests.get(f"{serve_instance}/v1/greet/Corey", timeout=10)
+    assert greeting.json() == {"message": "Hello Corey"}
+    assert "/v1/openapi.json" in requests.get(f"{serve_instance}/v1/docs", timeout=10).text
+
+
+def test_links_between_the_documents_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
