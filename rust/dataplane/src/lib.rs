@@ -4,5 +4,7 @@
 
 pub mod engine;
 pub mod error;
+pub mod metrics;
+pub mod proxy;
 pub mod snapshot;
 pub mod wire;

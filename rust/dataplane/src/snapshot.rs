@@ -3,12 +3,7 @@
 //! The value is immutable; a newer one replaces it whole. ARCHITECTURE.md, "Snapshot", is the contract. A proxy keeps the
 //! last one in a file of its node, so that it serves again after a restart without asking anybody.
 
-use std::{
-    collections::BTreeMap,
-    fs, io,
-    path::Path,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::BTreeMap, fs, io, path::Path};
 
 use serde::{Deserialize, Serialize};
 
@@ -138,28 +133,10 @@ impl Snapshot {
             }
         }
     }
-}
 
-/// The newest snapshot of this process.
-#[derive(Debug, Default)]
-pub struct Latest {
-    current: Mutex<Option<Arc<Snapshot>>>,
-}
-
-impl Latest {
-    /// Takes over `snapshot` if its version is greater, and returns whether it did.
-    pub fn swap(&self, snapshot: &Arc<Snapshot>) -> bool {
-        let mut current = self.current.lock().unwrap_or_else(PoisonError::into_inner);
-        let newer = current.as_ref().is_none_or(|old| snapshot.version > old.version);
-        if newer {
-            *current = Some(Arc::clone(snapshot));
-        }
-        newer
-    }
-
-    /// The newest so far.
-    pub fn load(&self) -> Option<Arc<Snapshot>> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    /// Whether it takes the place of `old`.
+    pub fn replaces(&self, old: Option<&Self>) -> bool {
+        old.is_none_or(|old| self.version > old.version)
     }
 }
 
@@ -185,10 +162,6 @@ mod tests {
             "replicas": [{"id": "a1b2c3d4", "node_id": "n", "unix": "/tmp/r.sock", "tcp": "10.0.0.1:41234"}]}},
         "draining_nodes": [], "of_a_later_version": 1}"#;
 
-    fn version(epoch: u64, n: u64) -> Arc<Snapshot> {
-        Arc::new(Snapshot { version: Version(epoch, n), ..Snapshot::default() })
-    }
-
     #[test]
     fn the_documented_value_reads_and_writes_back() {
         let snapshot = Snapshot::parse(JSON.as_bytes()).expect("valid");
@@ -207,14 +180,13 @@ mod tests {
     }
 
     #[test]
-    fn only_a_greater_version_replaces_the_current_one() {
-        let latest = Latest::default();
-        assert!(latest.swap(&version(1, 5)));
-        assert!(!latest.swap(&version(1, 5)));
-        assert!(!latest.swap(&version(1, 4)));
-        assert!(latest.swap(&version(2, 0)), "a restarted controller is not refused");
-        assert!(!latest.swap(&version(1, 9)));
-        assert_eq!(latest.load().map(|snapshot| snapshot.version), Some(Version(2, 0)));
+    fn only_a_greater_version_replaces_another() {
+        let version = |epoch, n| Snapshot { version: Version(epoch, n), ..Snapshot::default() };
+        let current = version(1, 5);
+        assert!(current.replaces(None));
+        assert!(!version(1, 5).replaces(Some(&current)));
+        assert!(!version(1, 4).replaces(Some(&current)));
+        assert!(version(2, 0).replaces(Some(&current)), "a restarted controller is not refused");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! No thread of this crate ever attaches to the interpreter by itself; Rust touches Python only when Python called it.
 
 mod client;
+mod proxy;
 
 use pyo3::prelude::*;
 
@@ -12,5 +13,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<client::Client>()?;
     module.add_class::<client::Call>()?;
     module.add_class::<client::Mailbox>()?;
+    module.add_class::<proxy::Proxy>()?;
     Ok(())
 }

@@ -26,6 +26,13 @@ pub struct DeploymentKey(u32);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ReplicaKey(usize);
 
+impl ReplicaKey {
+    /// Small and dense, for drivers that keep links in a vector.
+    pub fn index(self) -> usize {
+        self.0
+    }
+}
+
 /// A request's place in the order of arrival at its deployment.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Place {
@@ -299,6 +306,11 @@ impl<W> Engine<W> {
     /// The replica of a lease, if its link is still the one of the lease.
     fn holder(&mut self, lease: &Lease) -> Option<&mut Replica> {
         self.replicas.get_mut(lease.replica.0).filter(|replica| replica.session == Some(lease.session))
+    }
+
+    /// Whether the link that a lease was made for is still up.
+    pub fn holds(&self, lease: &Lease) -> bool {
+        self.replicas.get(lease.replica.0).is_some_and(|replica| replica.session == Some(lease.session))
     }
 
     /// The replica's final frame came (or the request was never sent): the slot is free.

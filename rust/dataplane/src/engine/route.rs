@@ -6,10 +6,16 @@
 use std::{borrow::Cow, cmp::Ordering};
 
 /// Prefixes and what they lead to.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct RouteTable<T> {
     /// Sorted by prefix; `/` stands as the empty prefix.
     entries: Vec<(Vec<u8>, T)>,
+}
+
+impl<T> Default for RouteTable<T> {
+    fn default() -> Self {
+        Self { entries: Vec::new() }
+    }
 }
 
 impl<T> RouteTable<T> {

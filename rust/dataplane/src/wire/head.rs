@@ -34,13 +34,13 @@ pub struct RequestHead<'a> {
     pub server: (&'a [u8], u16),
 }
 
-/// Appends a request head; `headers` is gone through twice.
+/// Appends a request head.
 ///
 /// The proxy's limits keep every part within its length field (a method of 255 bytes, 65,535 headers); what is longer all
 /// the same is cut, so that the frame stays readable.
 pub fn put_request_head<'h, H>(out: &mut BytesMut, head: &RequestHead<'_>, headers: H)
 where
-    H: Iterator<Item = (&'h [u8], &'h [u8])> + Clone,
+    H: Iterator<Item = (&'h [u8], &'h [u8])>,
 {
     let cut = |part: &'_ [u8]| part.len().min(usize::from(u16::MAX));
     let head = &RequestHead {
@@ -50,8 +50,8 @@ where
         request_id: &head.request_id[..cut(head.request_id)],
         ..*head
     };
-    let (count, len) = measure(headers.clone());
-    out.reserve(FIXED + head.path.len() + head.query.len() + len + 256);
+    let start = out.len();
+    out.reserve(FIXED + head.path.len() + head.query.len() + 1024);
     out.put_u8(head.method.len() as u8);
     out.put_u8(head.http_version);
     out.put_u8(u8::from(head.https));
@@ -63,42 +63,44 @@ where
     out.put_u16_le(head.client.1);
     out.put_u16_le(head.server.0.len() as u16);
     out.put_u16_le(head.server.1);
-    out.put_u16_le(count);
+    out.put_u16_le(0);
     out.put_u32_le(head.path.len() as u32);
     out.put_u32_le(head.query.len() as u32);
-    out.put_u32_le(len as u32);
+    out.put_u32_le(0);
     for part in
         [head.method, head.path, head.query, head.root_path, head.route, head.request_id, head.client.0, head.server.0]
     {
         out.put_slice(part);
     }
-    put_headers(out, headers);
+    let (count, len) = put_headers(out, headers);
+    out[start + 18..start + 20].copy_from_slice(&count.to_le_bytes());
+    out[start + 28..start + 32].copy_from_slice(&len.to_le_bytes());
 }
 
-/// Appends a response head; `headers` is gone through twice.
+/// Appends a response head.
 pub fn put_response_head<'h, H>(out: &mut BytesMut, headers: H)
 where
-    H: Iterator<Item = (&'h [u8], &'h [u8])> + Clone,
+    H: Iterator<Item = (&'h [u8], &'h [u8])>,
 {
-    let (count, len) = measure(headers.clone());
-    out.reserve(8 + len);
-    out.put_u16_le(count);
-    out.put_u16_le(0);
-    out.put_u32_le(len as u32);
-    put_headers(out, headers);
+    let start = out.len();
+    out.put_bytes(0, 8);
+    let (count, len) = put_headers(out, headers);
+    out[start..start + 2].copy_from_slice(&count.to_le_bytes());
+    out[start + 4..start + 8].copy_from_slice(&len.to_le_bytes());
 }
 
-fn measure<'h>(headers: impl Iterator<Item = (&'h [u8], &'h [u8])>) -> (u16, usize) {
-    headers.fold((0, 0), |(count, len), (name, value)| (count + 1, len + 6 + name.len() + value.len()))
-}
-
-fn put_headers<'h>(out: &mut BytesMut, headers: impl Iterator<Item = (&'h [u8], &'h [u8])>) {
+/// Appends headers and returns how many there are and how long they are.
+fn put_headers<'h>(out: &mut BytesMut, headers: impl Iterator<Item = (&'h [u8], &'h [u8])>) -> (u16, u32) {
+    let start = out.len();
+    let mut count = 0;
     for (name, value) in headers {
         out.put_u16_le(name.len() as u16);
         out.put_u32_le(value.len() as u32);
         out.put_slice(name);
         out.put_slice(value);
+        count += 1;
     }
+    (count, (out.len() - start) as u32)
 }
 
 /// A request head as the replica sees it: the payload and where its parts end.

@@ -1,0 +1,192 @@
+//! One HTTP request: its id, its route, its body and deadline, and the answer that it gets in every case.
+
+use std::{borrow::Cow, convert::Infallible, rc::Rc, time::Duration};
+
+use bytes::Bytes;
+use http::{
+    HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode,
+    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, UPGRADE},
+    request::Parts,
+};
+use hyper::body::Incoming;
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+use super::{
+    body::{Body, Inbound},
+    builtin,
+    listen::{Conn, Open},
+    relay::{Call, X_REQUEST_ID, relay},
+    stream::{Outcome, StreamRef},
+};
+use crate::{engine::route::decoded, error::Error};
+
+const X_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-seconds");
+const X_DISCONNECT_DISABLED: HeaderName = HeaderName::from_static("x-request-disconnect-disabled");
+const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
+
+/// When a request must be answered, and how many seconds that was.
+type Deadline = Option<(Instant, f64)>;
+
+/// Answers one request of a connection.
+pub(super) async fn answer(conn: Rc<Conn>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+    let open = Open::new(&conn);
+    let (parts, incoming) = request.into_parts();
+    let (request_id, made_id) = match parts.headers.get(X_REQUEST_ID) {
+        Some(given) => (given.clone(), false),
+        None => (make_id(&conn), true),
+    };
+    let mut response = if let Some(page) = builtin::page(&conn.shard, parts.uri.path()) {
+        page.map(|bytes| Body::whole(bytes, false, open))
+    } else if parts.headers.get(X_DISCONNECT_DISABLED).is_some_and(|value| value == "?1") {
+        // On a task of its own the request goes on when hyper drops this future.
+        let (id, keeper) = (request_id.clone(), Rc::clone(&conn));
+        let task = async move { handle(&keeper, &parts, incoming, (&id, made_id), true, open).await };
+        match tokio::task::spawn_local(task).await {
+            Ok(response) => response,
+            Err(_) => refusal(&Error::Internal("the request's task panicked".into()), Open::new(&conn)),
+        }
+    } else {
+        handle(&conn, &parts, incoming, (&request_id, made_id), false, open).await
+    };
+    response.headers_mut().append(X_REQUEST_ID, request_id);
+    Ok(response)
+}
+
+async fn handle(
+    conn: &Rc<Conn>,
+    parts: &Parts,
+    incoming: Incoming,
+    (request_id, made_id): (&HeaderValue, bool),
+    keep: bool,
+    open: Open,
+) -> Response<Body> {
+    let deadline = deadline(conn, &parts.headers);
+    let work = dispatch(conn, parts, incoming, (request_id, made_id), deadline);
+    let result = match deadline {
+        None => work.await,
+        Some((instant, seconds)) => timeout_at(instant, work).await.unwrap_or_else(|_| {
+            let request_id = String::from_utf8_lossy(request_id.as_bytes()).into_owned();
+            Err(Error::Deadline { request_id, seconds })
+        }),
+    };
+    match result {
+        Ok((stream, Outcome::Head { status, payload, head, whole })) => {
+            let headers = head.headers();
+            let body = head.body();
+            let mut response = Response::new(());
+            *response.status_mut() = u16::try_from(status)
+                .ok()
+                .and_then(|status| StatusCode::from_u16(status).ok())
+                .filter(|status| !status.is_informational())
+                .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            let declared = put_headers(response.headers_mut(), headers, &payload, head.header_count());
+            let body = if whole {
+                let declared = declared && response.headers().get(CONTENT_LENGTH) != Some(&body.len().into());
+                drop(stream);
+                Body::whole(body, declared && parts.method != http::Method::HEAD, open)
+            } else {
+                streamed(stream, body, deadline, keep || bodiless(parts, response.status()), open)
+            };
+            response.map(|()| body)
+        }
+        Ok((_, Outcome::Back(_) | Outcome::Failed(_))) => refusal(&Error::Internal("no head".into()), open),
+        Err(error) => {
+            conn.shard.metrics.errors.up();
+            refusal(&error, open)
+        }
+    }
+}
+
+/// hyper reads no body then, which is no reason to cancel the handler.
+fn bodiless(parts: &Parts, status: StatusCode) -> bool {
+    parts.method == http::Method::HEAD || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED
+}
+
+fn streamed(mut stream: StreamRef, first: Bytes, deadline: Deadline, keep: bool, open: Open) -> Body {
+    stream.keep = keep;
+    Body::streamed(first, stream, deadline.map(|(instant, _)| Box::pin(sleep_until(instant))), open)
+}
+
+async fn dispatch(
+    conn: &Rc<Conn>,
+    parts: &Parts,
+    incoming: Incoming,
+    (request_id, made_id): (&HeaderValue, bool),
+    deadline: Deadline,
+) -> Result<(StreamRef, Outcome), Error> {
+    if parts.headers.get(UPGRADE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket")) {
+        return Err(Error::WebSocket);
+    }
+    let shard = &conn.shard;
+    let config = &shard.shared.config;
+    let path = decoded(parts.uri.path().as_bytes());
+    let Some(route) = shard.route(&path) else {
+        let path = format!("{}{}", config.root_path, String::from_utf8_lossy(&path));
+        return Err(Error::NotFound { path });
+    };
+    let body = Inbound::read(incoming, config.max_body_bytes).await?;
+    let deadline = deadline.map(|(instant, _)| instant);
+    relay(&Call { shard, conn, route: &route, parts, request_id, made_id, deadline }, body).await
+}
+
+/// The configured deadline, or the client's: not above zero means none, what is no number is ignored.
+fn deadline(conn: &Conn, headers: &HeaderMap) -> Deadline {
+    let given = headers.get(X_TIMEOUT).and_then(|value| value.to_str().ok()?.trim().parse::<f64>().ok());
+    let seconds = match given.filter(|seconds| !seconds.is_nan()) {
+        Some(seconds) => Some(seconds).filter(|&seconds| seconds > 0.0),
+        None => conn.shard.shared.config.request_timeout_s,
+    }?;
+    let instant = Instant::now().checked_add(Duration::try_from_secs_f64(seconds).ok()?)?;
+    Some((instant, seconds))
+}
+
+/// A version 4 UUID.
+fn make_id(conn: &Conn) -> HeaderValue {
+    const HEX: &[u8; 16] = b"0123456789abcdef";
+    let random = conn.shard.random.borrow_mut().u128(..);
+    let bits = random & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
+    let mut text = [b'-'; 36];
+    let places = (0..36).filter(|place| ![8, 13, 18, 23].contains(place));
+    for (place, digit) in places.zip((0..32).rev()) {
+        text[place] = HEX[(bits >> (digit * 4)) as usize & 0xf];
+    }
+    HeaderValue::from_bytes(&text).expect("hexadecimal digits are a header value")
+}
+
+/// Copies a response's headers; returns whether it declares its length. What cannot be a header is left out.
+fn put_headers<'h>(
+    out: &mut HeaderMap,
+    headers: impl Iterator<Item = (&'h [u8], &'h [u8])>,
+    payload: &Bytes,
+    count: usize,
+) -> bool {
+    out.reserve(count + 1);
+    for (name, value) in headers {
+        let value = HeaderValue::from_maybe_shared(payload.slice_ref(value));
+        if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name), value) {
+            out.append(name, value);
+        }
+    }
+    out.contains_key(CONTENT_LENGTH)
+}
+
+/// The proxy's own answer to a request that failed.
+fn refusal(error: &Error, open: Open) -> Response<Body> {
+    let text = match error.text() {
+        Cow::Borrowed(text) => Bytes::from_static(text.as_bytes()),
+        Cow::Owned(text) => text.into(),
+    };
+    let mut response = Response::new(Body::whole(text, false, open));
+    *response.status_mut() = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
+    let headers = response.headers_mut();
+    if error.typed() {
+        headers.insert(CONTENT_TYPE, TEXT);
+    }
+    if let Some(seconds) = error.retry_after() {
+        headers.insert(RETRY_AFTER, seconds.into());
+    }
+    if error.closes() {
+        headers.insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}

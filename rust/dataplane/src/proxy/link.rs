@@ -1,0 +1,342 @@
+//! One socket to one replica: coalesced writes, reads, death, and the way back.
+//!
+//! Connections append frames to the link's buffer and wake its task; on the shard's single thread it runs after all that
+//! are ready now, so that their frames share a system call while an idle link waits for nothing. Reading never depends on
+//! writing, or two full peers would wait for each other. End of file is the death notice.
+
+use std::{
+    cell::{Cell, RefCell},
+    future::poll_fn,
+    io,
+    pin::{Pin, pin},
+    rc::Rc,
+    task::{Context, Poll, Waker},
+    time::Duration,
+};
+
+use bytes::{Buf, BytesMut};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
+    net::{TcpStream, UnixStream},
+    sync::Notify,
+    time::timeout,
+};
+
+use super::{
+    shard::Shard,
+    stream::{Stream, StreamRef},
+};
+use crate::{
+    engine::{Lease, ReplicaKey, Streams},
+    snapshot,
+    wire::{
+        Decoder, Header, Kind, MAX_PAYLOAD, WireError, flag,
+        hello::{Caller, HelloError, MAX_HELLO, Role, Step},
+        put,
+    },
+};
+
+const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
+const FIRST_BACKOFF: Duration = Duration::from_millis(20);
+const LAST_BACKOFF: Duration = Duration::from_secs(1);
+/// Bytes read at once; larger reads do not save system calls at the rates of one replica.
+const READ: usize = 64 * 1024;
+/// Body senders wait while more than this is unsent: requests and answers of others stay quick.
+pub(super) const HIGH_WATER: usize = 512 * 1024;
+
+type Reader = Box<dyn AsyncRead + Unpin>;
+type Writer = Box<dyn AsyncWrite + Unpin>;
+
+/// Why a link ended.
+#[derive(Debug, thiserror::Error)]
+enum Down {
+    #[error("replica closed the link")]
+    Eof,
+    #[error("socket failed")]
+    Io(#[from] io::Error),
+    #[error("peer broke the protocol")]
+    Wire(#[from] WireError),
+    #[error("handshake failed")]
+    Hello(#[from] HelloError),
+    #[error("peer was silent for too long")]
+    Slow(#[from] tokio::time::error::Elapsed),
+    #[error("replica has no address that this node reaches")]
+    Unreachable,
+    #[error("replica left and its last stream has ended")]
+    Left,
+}
+
+/// Frames on their way out, with offsets that say what the kernel has taken.
+#[derive(Default)]
+struct Outbox {
+    bytes: BytesMut,
+    queued: u64,
+    written: u64,
+    /// The link's task, when there is nothing to write.
+    writer: Option<Waker>,
+    /// Body senders that wait for room.
+    senders: Vec<Waker>,
+}
+
+/// See the module. It lives from the engine's Open to its Close, over any number of sockets.
+pub(super) struct Link {
+    pub(super) key: ReplicaKey,
+    address: snapshot::Replica,
+    outbox: RefCell<Outbox>,
+    streams: RefCell<Streams<Stream>>,
+    leaving: Cell<bool>,
+    left: Notify,
+}
+
+impl Link {
+    pub(super) fn new(key: ReplicaKey, address: snapshot::Replica) -> Rc<Self> {
+        Rc::new(Self {
+            key,
+            address,
+            outbox: RefCell::default(),
+            streams: RefCell::default(),
+            leaving: Cell::new(false),
+            left: Notify::new(),
+        })
+    }
+
+    /// Ends when the last stream has ended.
+    pub(super) fn leave(&self) {
+        self.leaving.set(true);
+        self.left.notify_one();
+        self.wake();
+    }
+
+    fn is_left(&self) -> bool {
+        self.leaving.get() && self.streams.borrow().is_empty()
+    }
+
+    /// Opens a stream for `lease`; `encode` writes its REQUEST under the id that it is given.
+    ///
+    /// # Errors
+    /// The stream table is full; the lease comes back.
+    pub(super) fn open(
+        self: &Rc<Self>,
+        shard: &Rc<Shard>,
+        lease: Lease,
+        encode: impl FnOnce(&mut BytesMut, u32),
+    ) -> Result<StreamRef, Lease> {
+        let id = self.streams.borrow_mut().insert(Stream::new(lease)).map_err(Stream::into_lease)?;
+        shard.metrics.streams.up();
+        let end = self.write(|out| encode(out, id));
+        self.with(id, |stream| stream.begun_at = end);
+        Ok(StreamRef::new(Rc::clone(shard), Rc::clone(self), id))
+    }
+
+    /// Runs `f` on an open stream.
+    pub(super) fn with<R>(&self, id: u32, f: impl FnOnce(&mut Stream) -> R) -> Option<R> {
+        self.streams.borrow_mut().get_mut(id).map(f)
+    }
+
+    /// Forgets a stream that has ended.
+    pub(super) fn remove(&self, shard: &Shard, id: u32) {
+        if self.streams.borrow_mut().remove(id).is_some() {
+            shard.metrics.streams.down();
+            if self.leaving.get() {
+                self.wake();
+            }
+        }
+    }
+
+    /// Appends frames and returns the offset at which they end.
+    pub(super) fn write(&self, fill: impl FnOnce(&mut BytesMut)) -> u64 {
+        let outbox = &mut *self.outbox.borrow_mut();
+        let before = outbox.bytes.len();
+        fill(&mut outbox.bytes);
+        outbox.queued += (outbox.bytes.len() - before) as u64;
+        if let Some(writer) = outbox.writer.take() {
+            writer.wake();
+        }
+        outbox.queued
+    }
+
+    /// A frame without payload.
+    pub(super) fn signal(&self, header: Header) {
+        self.write(|out| put(out, header, &[]));
+    }
+
+    pub(super) fn unused(&self, count: u32) {
+        self.signal(Header::new(Kind::Unused, 0).aux(count));
+    }
+
+    /// Whether a body sender may go on; if not it is woken when it may.
+    pub(super) fn poll_room(&self, cx: &Context<'_>) -> Poll<()> {
+        let outbox = &mut *self.outbox.borrow_mut();
+        if outbox.bytes.len() < HIGH_WATER {
+            return Poll::Ready(());
+        }
+        outbox.senders.push(cx.waker().clone());
+        Poll::Pending
+    }
+
+    fn wake(&self) {
+        if let Some(writer) = self.outbox.borrow_mut().writer.take() {
+            writer.wake();
+        }
+    }
+
+    /// Keeps the link up while the engine wants it.
+    pub(super) async fn supervise(self: Rc<Self>, shard: Rc<Shard>) {
+        let mut backoff = FIRST_BACKOFF;
+        loop {
+            let (was_up, _down) = self.session(&shard).await;
+            if was_up {
+                backoff = FIRST_BACKOFF;
+                shard.metrics.links.down();
+                shard.metrics.links_lost.up();
+                shard.shared.unlinked(&self.address.id);
+            }
+            let wanted = shard.engine.borrow_mut().closed(self.key);
+            self.bury(&shard);
+            shard.settle();
+            if !wanted {
+                shard.set_link(self.key, None);
+                return;
+            }
+            // A leaving link has nothing more to wait for; the next round finds it left.
+            let _ = timeout(backoff, self.left.notified()).await;
+            backoff = LAST_BACKOFF.min(backoff * 2);
+        }
+    }
+
+    /// One socket from its opening to its end; whether it was ever up, and why it ended.
+    async fn session(self: &Rc<Self>, shard: &Rc<Shard>) -> (bool, Down) {
+        let opening = timeout(HELLO_TIMEOUT, self.connect(shard));
+        let (reader, writer, max_ongoing, rest) = match opening.await.unwrap_or_else(|late| Err(late.into())) {
+            Ok(open) => open,
+            Err(down) => return (false, down),
+        };
+        shard.metrics.links.up();
+        shard.engine.borrow_mut().linked(self.key, max_ongoing);
+        shard.settle();
+        shard.shared.linked(&self.address.id);
+        let (mut reading, mut writing) = (pin!(self.read(shard, reader, rest)), pin!(self.write_out(writer)));
+        let ended = poll_fn(|cx| match reading.as_mut().poll(cx) {
+            Poll::Ready(down) => Poll::Ready(down),
+            Poll::Pending => writing.as_mut().poll(cx),
+        });
+        (true, ended.await)
+    }
+
+    async fn connect(&self, shard: &Shard) -> Result<(Reader, Writer, u32, BytesMut), Down> {
+        let config = &shard.shared.config;
+        let (mut reader, mut writer): (Reader, Writer) = match (&self.address.unix, &self.address.tcp) {
+            (Some(path), _) if self.address.node_id == config.node_id => {
+                let (reader, writer) = UnixStream::connect(path).await?.into_split();
+                (Box::new(reader), Box::new(writer))
+            }
+            (_, Some(address)) => {
+                let socket = TcpStream::connect(address).await?;
+                socket.set_nodelay(true)?;
+                let (reader, writer) = socket.into_split();
+                (Box::new(reader), Box::new(writer))
+            }
+            _ => return Err(Down::Unreachable),
+        };
+        let (mut out, mut buf, mut decoder) = (BytesMut::new(), BytesMut::new(), Decoder::new(MAX_HELLO));
+        let mut caller = Caller::start(&config.token, Role::Proxy, &self.address.id, &mut out);
+        loop {
+            writer.write_all_buf(&mut out).await?;
+            let frame = loop {
+                match decoder.next(&mut buf)? {
+                    Some(frame) => break frame,
+                    None if reader.read_buf(&mut buf).await? == 0 => return Err(Down::Eof),
+                    None => {}
+                }
+            };
+            if let Step::Done(max_ongoing) = caller.feed(&frame, &mut out)? {
+                return Ok((reader, writer, max_ongoing, buf));
+            }
+        }
+    }
+
+    async fn read(self: &Rc<Self>, shard: &Rc<Shard>, mut reader: Reader, mut buf: BytesMut) -> Down {
+        let mut decoder = Decoder::new(MAX_PAYLOAD);
+        loop {
+            loop {
+                match decoder.next(&mut buf) {
+                    Ok(Some(frame)) => {
+                        if let Err(error) = self.frame(shard, &frame.header, frame.payload) {
+                            return error.into();
+                        }
+                    }
+                    Ok(None) => break,
+                    Err(error) => return error.into(),
+                }
+            }
+            shard.settle();
+            if buf.capacity() - buf.len() < READ / 4 {
+                buf.reserve(READ);
+            }
+            match reader.read_buf(&mut buf).await {
+                Ok(0) => return Down::Eof,
+                Ok(_) => {}
+                Err(error) => return error.into(),
+            }
+        }
+    }
+
+    fn frame(self: &Rc<Self>, shard: &Rc<Shard>, header: &Header, payload: bytes::Bytes) -> Result<(), WireError> {
+        match header.kind {
+            Kind::Response | Kind::Chunk | Kind::Error | Kind::Busy | Kind::Returned | Kind::Window => {
+                return Stream::receive(shard, self, header, payload);
+            }
+            Kind::Drain => shard.engine.borrow_mut().draining(self.key),
+            Kind::Credit => shard.engine.borrow_mut().credit(self.key, header.aux),
+            Kind::Ping => self.signal(Header::new(Kind::Pong, 0).aux(header.aux)),
+            Kind::Pong => {}
+            _ => return Err(WireError::Malformed("direction of a frame")),
+        }
+        Ok(())
+    }
+
+    async fn write_out(&self, mut writer: Writer) -> Down {
+        poll_fn(|cx| {
+            loop {
+                if self.is_left() {
+                    return Poll::Ready(Down::Left);
+                }
+                let outbox = &mut *self.outbox.borrow_mut();
+                if outbox.bytes.is_empty() {
+                    outbox.writer = Some(cx.waker().clone());
+                    return Poll::Pending;
+                }
+                match Pin::new(&mut writer).poll_write(cx, &outbox.bytes) {
+                    Poll::Ready(Ok(n)) => {
+                        outbox.bytes.advance(n);
+                        outbox.written += n as u64;
+                    }
+                    Poll::Ready(Err(error)) => return Poll::Ready(error.into()),
+                    Poll::Pending => return Poll::Pending,
+                }
+                if outbox.bytes.len() < HIGH_WATER / 2 {
+                    outbox.senders.drain(..).for_each(Waker::wake);
+                }
+            }
+        })
+        .await
+    }
+
+    /// Ends every stream of a socket that is gone: those whose request the kernel had taken whole count as begun.
+    fn bury(self: &Rc<Self>, shard: &Rc<Shard>) {
+        let outbox = std::mem::take(&mut *self.outbox.borrow_mut());
+        outbox.senders.into_iter().for_each(Waker::wake);
+        let ids = self.streams.borrow().ids();
+        for id in ids {
+            let forgotten = self.with(id, |stream| stream.die(outbox.written)).unwrap_or(false);
+            if forgotten {
+                self.remove(shard, id);
+            }
+        }
+    }
+}
+
+/// Whether a frame ends its stream.
+pub(super) fn is_final(header: &Header) -> bool {
+    header.has(flag::FIN) || matches!(header.kind, Kind::Error | Kind::Busy | Kind::Returned)
+}

@@ -1,0 +1,247 @@
+//! The HTTP proxy: hyper on a few single-threaded tokio runtimes ("shards") that share nothing but the snapshot.
+//!
+//! [`Proxy`] is what Python holds. Its threads are started by [`Proxy::start`] and joined by [`Proxy::shutdown`] or `Drop`;
+//! none of them ever touches the interpreter.
+
+mod body;
+mod builtin;
+mod config;
+mod http;
+mod link;
+mod listen;
+mod relay;
+mod shard;
+mod stream;
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    io,
+    net::{SocketAddr, TcpListener},
+    rc::Rc,
+    sync::{
+        Arc, Condvar, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread::JoinHandle,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    runtime::{Builder, LocalOptions},
+    sync::watch,
+};
+
+pub use self::config::{Config, ConfigError};
+use self::shard::Shard;
+use crate::{
+    metrics::Metrics,
+    snapshot::{self, Snapshot, SnapshotError},
+};
+
+/// Instants have an end; nobody waits for longer.
+const LONGEST_WAIT: Duration = Duration::from_secs(24 * 60 * 60);
+
+/// What the shards are told.
+#[derive(Debug, Default)]
+struct Orders {
+    snapshot: Option<Arc<Snapshot>>,
+    /// Until when requests may finish.
+    stop: Option<Instant>,
+}
+
+/// What all threads of a proxy see.
+struct Shared {
+    config: Config,
+    draining: AtomicBool,
+    /// On how many shards a replica's link is up.
+    linked: Mutex<HashMap<String, usize>>,
+    link_changed: Condvar,
+}
+
+impl Shared {
+    fn links(&self) -> std::sync::MutexGuard<'_, HashMap<String, usize>> {
+        self.linked.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn linked(&self, replica_id: &str) {
+        *self.links().entry(replica_id.to_owned()).or_default() += 1;
+        self.link_changed.notify_all();
+    }
+
+    fn unlinked(&self, replica_id: &str) {
+        let mut links = self.links();
+        if let Some(count) = links.get_mut(replica_id) {
+            *count -= 1;
+            if *count == 0 {
+                links.remove(replica_id);
+            }
+        }
+    }
+}
+
+impl Shard {
+    fn is_draining(&self) -> bool {
+        self.node_draining.get() || self.shared.draining.load(Relaxed)
+    }
+}
+
+/// One proxy; two of them can live in one process.
+pub struct Proxy {
+    shared: Arc<Shared>,
+    orders: watch::Sender<Orders>,
+    running: Mutex<Running>,
+}
+
+#[derive(Default)]
+struct Running {
+    address: Option<SocketAddr>,
+    threads: Vec<JoinHandle<()>>,
+    metrics: Vec<Arc<Metrics>>,
+}
+
+impl std::fmt::Debug for Proxy {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Proxy({:?})", self.shared.config)
+    }
+}
+
+impl Proxy {
+    /// A proxy that does not listen yet. A snapshot that its predecessor kept is taken over.
+    pub fn new(config: Config) -> Self {
+        let shared =
+            Shared { config, draining: AtomicBool::default(), linked: Mutex::default(), link_changed: Condvar::new() };
+        let kept = shared.config.snapshot_path.as_ref().and_then(|path| std::fs::read(path).ok());
+        let snapshot = kept.and_then(|json| Snapshot::parse(&json).ok()).map(Arc::new);
+        let orders = watch::Sender::new(Orders { snapshot, stop: None });
+        Self { shared: Arc::new(shared), orders, running: Mutex::default() }
+    }
+
+    fn running(&self) -> std::sync::MutexGuard<'_, Running> {
+        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Binds and starts the shards; returns the bound address, which a second call returns again.
+    ///
+    /// # Errors
+    /// The address cannot be bound; the text says why and what to do.
+    pub fn start(&self) -> io::Result<SocketAddr> {
+        let mut running = self.running();
+        if let Some(address) = running.address {
+            return Ok(address);
+        }
+        listen::raise_descriptor_limit();
+        let listener = listen::bind(&self.shared.config.host, self.shared.config.port)?;
+        let address = listener.local_addr()?;
+        for index in 0..self.shared.config.shards {
+            let (shared, metrics) = (Arc::clone(&self.shared), Arc::<Metrics>::default());
+            let (listener, orders) = (listener.try_clone()?, self.orders.subscribe());
+            running.metrics.push(Arc::clone(&metrics));
+            let body = move || run(shared, metrics, listener, orders);
+            running.threads.push(std::thread::Builder::new().name(format!("rsf-proxy-{index}")).spawn(body)?);
+        }
+        running.address = Some(address);
+        Ok(address)
+    }
+
+    /// Takes over a snapshot if its version is greater than the present one; returns whether it was.
+    ///
+    /// # Errors
+    /// See [`SnapshotError`]; the present one stays.
+    pub fn publish(&self, json: &[u8]) -> Result<bool, SnapshotError> {
+        let snapshot = Arc::new(Snapshot::parse(json)?);
+        let newer = self.orders.send_if_modified(|orders| {
+            let newer = snapshot.replaces(orders.snapshot.as_deref());
+            if newer {
+                orders.snapshot = Some(snapshot);
+            }
+            newer
+        });
+        if newer && let Some(path) = &self.shared.config.snapshot_path {
+            // Serving goes on without the file; only a restart would then wait for the controller.
+            let _ = snapshot::save(path, json);
+        }
+        Ok(newer)
+    }
+
+    /// Waits until every shard has a link to each of these replicas; returns those of which one has not.
+    pub fn wait_linked(&self, replica_ids: &[String], wait: Duration) -> Vec<String> {
+        let shards = self.shared.config.shards;
+        let missing = |links: &HashMap<String, usize>| -> Vec<String> {
+            replica_ids.iter().filter(|id| links.get(*id).is_none_or(|&count| count < shards)).cloned().collect()
+        };
+        let (links, _) = self
+            .shared
+            .link_changed
+            .wait_timeout_while(self.shared.links(), wait.min(LONGEST_WAIT), |links| !missing(links).is_empty())
+            .unwrap_or_else(PoisonError::into_inner);
+        missing(&links)
+    }
+
+    /// Every counter, summed over the shards.
+    pub fn counters(&self) -> BTreeMap<&'static str, u64> {
+        let mut sums = BTreeMap::new();
+        for (name, value) in self.running().metrics.iter().flat_map(|metrics| metrics.all()) {
+            *sums.entry(name).or_default() += value;
+        }
+        sums
+    }
+
+    /// Makes `/-/healthz` say that this node is being drained; requests are still served.
+    pub fn drain(&self) {
+        self.shared.draining.store(true, Relaxed);
+    }
+
+    /// Stops listening, lets requests finish for as long as `wait`, and joins the threads.
+    pub fn shutdown(&self, wait: Duration) {
+        self.orders.send_modify(|orders| orders.stop = Some(Instant::now() + wait.min(LONGEST_WAIT)));
+        let threads = std::mem::take(&mut self.running().threads);
+        for thread in threads {
+            // A shard that panicked has been reported by the panic hook.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.shutdown(Duration::ZERO);
+    }
+}
+
+/// A shard's thread.
+fn run(shared: Arc<Shared>, metrics: Arc<Metrics>, listener: TcpListener, orders: watch::Receiver<Orders>) {
+    let runtime = Builder::new_current_thread().enable_io().enable_time().build_local(LocalOptions::default());
+    let runtime = runtime.expect("a thread can have an epoll descriptor");
+    runtime.block_on(serve(Shard::new(shared, metrics), listener, orders));
+}
+
+async fn serve(shard: Rc<Shard>, listener: TcpListener, mut orders: watch::Receiver<Orders>) {
+    let listener = tokio::net::TcpListener::from_std(listener).expect("the listener is non-blocking");
+    let accepting = tokio::task::spawn_local(listen::accept(Rc::clone(&shard), listener));
+    tokio::task::spawn_local(listen::sweep(Rc::clone(&shard)));
+    let mut applied = None;
+    let stop = loop {
+        let (snapshot, stop) = {
+            let orders = orders.borrow_and_update();
+            (orders.snapshot.clone(), orders.stop)
+        };
+        if let Some(stop) = stop {
+            break stop;
+        }
+        if let Some(snapshot) = snapshot.filter(|snapshot| applied != Some(snapshot.version)) {
+            shard.apply(&snapshot);
+            applied = Some(snapshot.version);
+        }
+        if orders.changed().await.is_err() {
+            break Instant::now();
+        }
+    };
+    accepting.abort();
+    let _ = accepting.await;
+    for (_, conn) in shard.conns.borrow().iter() {
+        conn.retire();
+    }
+    while !shard.conns.borrow().is_empty() && Instant::now() < stop {
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+}

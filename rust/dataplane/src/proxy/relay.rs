@@ -1,0 +1,167 @@
+//! One request to a replica and its answer back: admission, the REQUEST frame, and what a failure leads to.
+//!
+//! Not begun is sent elsewhere, at its old place in the order of arrival. Begun and dead is tried once more if the method
+//! is idempotent, the deployment allows it, nothing was answered and the body is still whole.
+
+use std::{future::poll_fn, rc::Rc, task::Poll};
+
+use bytes::BytesMut;
+use http::{HeaderName, HeaderValue, Version, request::Parts};
+use tokio::time::Instant;
+
+use super::{
+    body::{Inbound, Upload},
+    listen::Conn,
+    shard::{Route, Shard},
+    stream::{Outcome, Sender, StreamRef},
+};
+use crate::{
+    engine::{Lease, Place},
+    error::{Error, Retry},
+    wire::{
+        Header, Kind, flag,
+        frame::put_with,
+        head::{RequestHead, put_request_head},
+    },
+};
+
+pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// A request that has found its route.
+pub(super) struct Call<'c> {
+    pub(super) shard: &'c Rc<Shard>,
+    pub(super) conn: &'c Conn,
+    pub(super) route: &'c Route,
+    pub(super) parts: &'c Parts,
+    pub(super) request_id: &'c HeaderValue,
+    /// The id was made here and is added to the headers.
+    pub(super) made_id: bool,
+    pub(super) deadline: Option<Instant>,
+}
+
+/// Sends the request until one replica has answered. A body that is still on its way goes on by itself.
+///
+/// # Errors
+/// See [`Error`]; nothing has been sent to the client then.
+pub(super) async fn relay(call: &Call<'_>, mut body: Inbound) -> Result<(StreamRef, Outcome), Error> {
+    let (mut place, mut retried) = (None::<Place>, false);
+    loop {
+        let lease = call.shard.admit(call.route.deployment, place).await?;
+        place = Some(lease.place);
+        let Some(stream) = call.send(lease, &body) else {
+            tokio::task::yield_now().await;
+            continue;
+        };
+        let outcome = match &mut body {
+            Inbound::Whole(_) => poll_fn(|cx| stream.poll_outcome(cx)).await,
+            Inbound::Streamed(upload) => with_upload(&stream, upload).await?,
+        };
+        let error = match outcome {
+            Outcome::Head { .. } => {
+                if let Inbound::Streamed(upload) = body
+                    && !upload.is_done()
+                {
+                    tokio::task::spawn_local(go_on(upload, stream.sender()));
+                }
+                return Ok((stream, outcome));
+            }
+            Outcome::Back(back) => {
+                place = Some(back);
+                Error::NotBegun
+            }
+            Outcome::Failed(error) => error,
+        };
+        let again = match error.retry() {
+            Retry::Never => false,
+            Retry::Elsewhere => true,
+            Retry::Idempotent => {
+                let again = !retried && call.route.retry_idempotent && call.parts.method.is_idempotent();
+                retried = true;
+                again
+            }
+        };
+        if !again || !body.rewind() {
+            return Err(error);
+        }
+        call.shard.metrics.retried.up();
+    }
+}
+
+async fn with_upload(stream: &StreamRef, upload: &mut Upload) -> Result<Outcome, Error> {
+    let sender = stream.sender();
+    poll_fn(|cx| {
+        if !upload.is_done()
+            && let Poll::Ready(Err(error)) = upload.poll(cx, &sender)
+        {
+            return Poll::Ready(Err(error));
+        }
+        stream.poll_outcome(cx).map(Ok)
+    })
+    .await
+}
+
+/// The response has begun before the request's body has ended.
+async fn go_on(mut upload: Upload, sender: Sender) {
+    if poll_fn(|cx| upload.poll(cx, &sender)).await.is_err() {
+        sender.cancel();
+    }
+}
+
+impl Call<'_> {
+    /// Writes the REQUEST; `None` if the lease's link has gone since.
+    fn send(&self, lease: Lease, body: &Inbound) -> Option<StreamRef> {
+        if !self.shard.engine.borrow().holds(&lease) {
+            return None;
+        }
+        let link = self.shard.link(lease.replica)?;
+        let granted = if lease.granted { flag::GRANTED } else { 0 };
+        let left = self.deadline.map_or(0, |deadline| {
+            let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+            u32::try_from(left).unwrap_or(u32::MAX).max(1)
+        });
+        let (inline, fin) = match body {
+            Inbound::Whole(bytes) => (&bytes[..], flag::FIN),
+            Inbound::Streamed(_) => (&[][..], 0),
+        };
+        let opened = link.open(self.shard, lease, |out, id| {
+            put_with(out, Header::new(Kind::Request, id).with(granted | fin).aux(left), |out| {
+                self.put_head(out);
+                out.extend_from_slice(inline);
+            });
+        });
+        match opened {
+            Ok(stream) => Some(stream),
+            Err(lease) => {
+                self.shard.release(lease);
+                None
+            }
+        }
+    }
+
+    fn put_head(&self, out: &mut BytesMut) {
+        let root_path = self.shard.shared.config.root_path.as_bytes();
+        let path = self.parts.uri.path().as_bytes();
+        let rooted;
+        let path = if root_path.is_empty() {
+            path
+        } else {
+            rooted = [root_path, path].concat();
+            &rooted
+        };
+        let head = RequestHead {
+            method: self.parts.method.as_str().as_bytes(),
+            http_version: if self.parts.version == Version::HTTP_10 { 10 } else { 11 },
+            https: false,
+            path,
+            query: self.parts.uri.query().unwrap_or("").as_bytes(),
+            root_path: &self.route.root_path,
+            route: &self.route.prefix,
+            request_id: self.request_id.as_bytes(),
+            client: (self.conn.client.0.as_bytes(), self.conn.client.1),
+            server: (self.conn.server.0.as_bytes(), self.conn.server.1),
+        };
+        let made = self.made_id.then_some((&b"x-request-id"[..], self.request_id.as_bytes()));
+        let headers = self.parts.headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
+        put_request_head(out, &head, headers.chain(made));
+    }
+}

@@ -1,0 +1,206 @@
+//! One thread of the proxy: its engine, its links, its connections; shared with no other thread but by counters.
+//!
+//! Everything here lives on one current-thread runtime, so that state is plain cells. No borrow of a cell is held across an
+//! await or a call that could come back here.
+
+use std::{
+    cell::{Cell, RefCell},
+    rc::Rc,
+    sync::Arc,
+    task::{Poll, Waker},
+};
+
+use bytes::Bytes;
+use slab::Slab;
+
+use super::{Shared, link::Link, listen::Conn};
+use crate::{
+    engine::{Action, Admission, DeploymentKey, Engine, Lease, Place, ReplicaKey, RouteTable},
+    error::Error,
+    metrics::Metrics,
+    snapshot::Snapshot,
+};
+
+/// What a request needs to know of its route, resolved when the snapshot came.
+#[derive(Debug)]
+pub(super) struct Route {
+    pub(super) deployment: DeploymentKey,
+    pub(super) prefix: Vec<u8>,
+    /// `HTTPOptions.root_path` and the prefix.
+    pub(super) root_path: Vec<u8>,
+    pub(super) retry_idempotent: bool,
+}
+
+/// A request that waits for a replica.
+struct Waiter {
+    waker: Option<Waker>,
+    result: Option<Result<Lease, Error>>,
+}
+
+/// See the module.
+pub(super) struct Shard {
+    pub(super) shared: Arc<Shared>,
+    pub(super) metrics: Arc<Metrics>,
+    pub(super) engine: RefCell<Engine<usize>>,
+    routes: RefCell<RouteTable<Rc<Route>>>,
+    /// `/-/routes`; none before the first snapshot.
+    pub(super) listing: RefCell<Option<Bytes>>,
+    pub(super) node_draining: Cell<bool>,
+    links: RefCell<Vec<Option<Rc<Link>>>>,
+    waiters: RefCell<Slab<Waiter>>,
+    pub(super) conns: RefCell<Slab<Rc<Conn>>>,
+    /// Goes up with every sweep; the only clock that connections read.
+    pub(super) tick: Cell<u64>,
+    pub(super) random: RefCell<fastrand::Rng>,
+}
+
+impl Shard {
+    pub(super) fn new(shared: Arc<Shared>, metrics: Arc<Metrics>) -> Rc<Self> {
+        let mut seed = [0; 8];
+        getrandom::fill(&mut seed).expect("the operating system has random bytes");
+        Rc::new(Self {
+            shared,
+            metrics,
+            engine: RefCell::default(),
+            routes: RefCell::default(),
+            listing: RefCell::default(),
+            node_draining: Cell::new(false),
+            links: RefCell::default(),
+            waiters: RefCell::default(),
+            conns: RefCell::default(),
+            tick: Cell::new(0),
+            random: RefCell::new(fastrand::Rng::with_seed(u64::from_ne_bytes(seed))),
+        })
+    }
+
+    /// Makes a snapshot the truth.
+    pub(super) fn apply(self: &Rc<Self>, snapshot: &Snapshot) {
+        let mut engine = self.engine.borrow_mut();
+        engine.apply(snapshot);
+        let root_path = self.shared.config.root_path.as_bytes();
+        let routes = snapshot.routes.iter().filter_map(|route| {
+            let deployment = engine.deployment(&route.deployment)?;
+            let prefix = route.prefix.as_bytes();
+            let root_path = [root_path, route.prefix.trim_end_matches('/').as_bytes()].concat();
+            let retry_idempotent = engine.config(deployment).retry_idempotent;
+            Some((
+                route.prefix.clone(),
+                Rc::new(Route { deployment, prefix: prefix.to_vec(), root_path, retry_idempotent }),
+            ))
+        });
+        *self.routes.borrow_mut() = RouteTable::new(routes);
+        drop(engine);
+        let listing: serde_json::Map<_, _> =
+            snapshot.routes.iter().map(|route| (route.prefix.clone(), route.app.clone().into())).collect();
+        *self.listing.borrow_mut() = Some(serde_json::Value::Object(listing).to_string().into());
+        self.node_draining.set(snapshot.draining_nodes.contains(&self.shared.config.node_id));
+        self.settle();
+    }
+
+    /// The route of a percent-decoded path.
+    pub(super) fn route(&self, path: &[u8]) -> Option<Rc<Route>> {
+        self.routes.borrow().find(path).map(Rc::clone)
+    }
+
+    /// Carries out what the engine asks for; called after every event that the engine was told.
+    pub(super) fn settle(self: &Rc<Self>) {
+        loop {
+            let Some(action) = self.engine.borrow_mut().next_action() else { return };
+            match action {
+                Action::Start(waiter, lease) => self.tell(waiter, Ok(lease)),
+                Action::Refuse(waiter, error) => self.tell(waiter, Err(error)),
+                Action::Open(key, address) => {
+                    let link = Link::new(key, address);
+                    self.set_link(key, Some(Rc::clone(&link)));
+                    tokio::task::spawn_local(link.supervise(Rc::clone(self)));
+                }
+                Action::Close(key) => match self.link(key) {
+                    Some(link) => link.leave(),
+                    None => drop(self.engine.borrow_mut().closed(key)),
+                },
+                Action::Unused(key, count) => {
+                    if let Some(link) = self.link(key) {
+                        link.unused(count);
+                    }
+                }
+            }
+        }
+    }
+
+    fn tell(&self, waiter: usize, result: Result<Lease, Error>) {
+        if let Some(waiter) = self.waiters.borrow_mut().get_mut(waiter) {
+            waiter.result = Some(result);
+            if let Some(waker) = waiter.waker.take() {
+                waker.wake();
+            }
+        }
+    }
+
+    pub(super) fn link(&self, key: ReplicaKey) -> Option<Rc<Link>> {
+        self.links.borrow().get(key.index()).and_then(Clone::clone)
+    }
+
+    pub(super) fn set_link(&self, key: ReplicaKey, link: Option<Rc<Link>>) {
+        let mut links = self.links.borrow_mut();
+        if links.len() <= key.index() {
+            links.resize(key.index() + 1, None);
+        }
+        links[key.index()] = link;
+    }
+
+    /// A lease for a request, as soon as there is one; `place` is that of a request that came back.
+    pub(super) async fn admit(
+        self: &Rc<Self>,
+        deployment: DeploymentKey,
+        place: Option<Place>,
+    ) -> Result<Lease, Error> {
+        let enqueue = |_| self.waiters.borrow_mut().insert(Waiter { waker: None, result: None });
+        let mut key = None;
+        let enqueue = |place| *key.insert(enqueue(place));
+        let admission = match place {
+            None => self.engine.borrow_mut().request(deployment, None, enqueue)?,
+            Some(place) => self.engine.borrow_mut().again(place, None, enqueue)?,
+        };
+        match (admission, key) {
+            (Admission::Go(lease), _) => Ok(lease),
+            (Admission::Wait(place), Some(key)) => {
+                self.metrics.queued.up();
+                let waiting = Waiting { shard: self, place, key };
+                std::future::poll_fn(|cx| {
+                    let mut waiters = self.waiters.borrow_mut();
+                    let waiter = &mut waiters[waiting.key];
+                    if let Some(result) = waiter.result.take() {
+                        return Poll::Ready(result);
+                    }
+                    waiter.waker = Some(cx.waker().clone());
+                    Poll::Pending
+                })
+                .await
+            }
+            (Admission::Wait(_), None) => Err(Error::Internal("a request waits without a waiter".into())),
+        }
+    }
+
+    /// Gives a lease back that was not used for sending.
+    pub(super) fn release(self: &Rc<Self>, lease: Lease) {
+        self.engine.borrow_mut().answered(lease, None);
+        self.settle();
+    }
+}
+
+/// Leaves the queue when the request goes away, and gives back a lease that came too late.
+struct Waiting<'s> {
+    shard: &'s Rc<Shard>,
+    place: Place,
+    key: usize,
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        let waiter = self.shard.waiters.borrow_mut().remove(self.key);
+        self.shard.engine.borrow_mut().cancel(self.place);
+        if let Some(Ok(lease)) = waiter.result {
+            self.shard.release(lease);
+        }
+    }
+}

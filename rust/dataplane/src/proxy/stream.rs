@@ -1,0 +1,395 @@
+//! One request on one link: what has come back, who waits for it, and how it ends.
+//!
+//! The lease is the slot at the replica: it comes back with the replica's final frame, never with our CANCEL. A
+//! [`StreamRef`] is the request's end of it; dropping it before that frame cancels the request, and the entry stays until
+//! the replica has said its last.
+
+use std::{
+    collections::VecDeque,
+    rc::Rc,
+    task::{Context, Poll, Waker},
+};
+
+use bytes::Bytes;
+
+use super::{
+    link::{Link, is_final},
+    shard::Shard,
+};
+use crate::{
+    engine::{Lease, Place},
+    error::Error,
+    wire::{Fault, Header, Kind, ResponseHeadView, WINDOW, WireError, flag, put},
+};
+
+/// Window given back at once: a quarter, so that the sender never runs dry and a WINDOW frame is rare.
+const WINDOW_STEP: u32 = WINDOW / 4;
+
+/// How a stream answers.
+pub(super) enum Outcome {
+    /// The head, the whole payload that it stands in, and whether the body is complete in it.
+    Head { status: u32, payload: Bytes, head: ResponseHeadView, whole: bool },
+    /// Not begun; the request takes this place again.
+    Back(Place),
+    /// No answer.
+    Failed(Error),
+}
+
+#[derive(PartialEq)]
+enum Fate {
+    /// Somebody waits for the answer.
+    Wanted,
+    /// The answer is read to its end and thrown away.
+    Unwanted,
+    /// CANCEL was sent.
+    Cancelled,
+}
+
+/// The entry in the link's table.
+pub(super) struct Stream {
+    lease: Option<Lease>,
+    /// The request counts as begun when the kernel has taken this many bytes of the link.
+    pub(super) begun_at: u64,
+    fate: Fate,
+    /// The replica has said anything but BUSY: the caller need not keep what it sent.
+    accepted: bool,
+    /// A head came; what follows are chunks.
+    answered: bool,
+    outcome: Option<Outcome>,
+    chunks: VecDeque<Bytes>,
+    end: Option<Result<(), Error>>,
+    /// Waits for the outcome or a chunk.
+    reader: Option<Waker>,
+    /// Waits for window.
+    sender: Option<Waker>,
+    /// Bytes that may still be sent.
+    window: u32,
+    /// Bytes that came and were not given back as window.
+    held: u32,
+    /// Of those, bytes that were consumed.
+    consumed: u32,
+}
+
+impl Stream {
+    pub(super) fn new(lease: Lease) -> Self {
+        Self {
+            lease: Some(lease),
+            begun_at: u64::MAX,
+            fate: Fate::Wanted,
+            accepted: false,
+            answered: false,
+            outcome: None,
+            chunks: VecDeque::new(),
+            end: None,
+            reader: None,
+            sender: None,
+            window: WINDOW,
+            held: 0,
+            consumed: 0,
+        }
+    }
+
+    pub(super) fn into_lease(self) -> Lease {
+        self.lease.expect("a stream that was never opened has its lease")
+    }
+
+    /// Takes a frame of the replica.
+    pub(super) fn receive(
+        shard: &Rc<Shard>,
+        link: &Rc<Link>,
+        header: &Header,
+        payload: Bytes,
+    ) -> Result<(), WireError> {
+        let id = header.stream;
+        // A frame of a stream that has ended can only be a late WINDOW.
+        let Some(taken) = link.with(id, |stream| stream.take(shard, header, payload)) else { return Ok(()) };
+        let (forget, window) = taken?;
+        if window > 0 {
+            link.signal(Header::new(Kind::Window, id).aux(window));
+        }
+        if forget {
+            link.remove(shard, id);
+        }
+        Ok(())
+    }
+
+    /// Whether to forget the stream, and window to give back at once.
+    fn take(&mut self, shard: &Rc<Shard>, header: &Header, payload: Bytes) -> Result<(bool, u32), WireError> {
+        if self.end.is_some() {
+            return Ok((false, 0));
+        }
+        let finished = is_final(header);
+        self.accepted |= !matches!(header.kind, Kind::Busy | Kind::Returned);
+        match header.kind {
+            Kind::Window => {
+                self.window = self.window.saturating_add(header.aux).min(WINDOW);
+                wake(&mut self.sender);
+                return Ok((false, 0));
+            }
+            Kind::Response if !self.answered => {
+                self.answered = true;
+                let head = ResponseHeadView::parse(payload.clone())?;
+                if !finished {
+                    self.hold(head.body().len())?;
+                }
+                self.outcome = Some(Outcome::Head { status: header.aux, payload, head, whole: finished });
+            }
+            Kind::Chunk if self.answered => {
+                self.hold(payload.len())?;
+                if !payload.is_empty() {
+                    self.chunks.push_back(payload);
+                }
+            }
+            Kind::Error => self.fail(fault(Fault::from_aux(header.aux), &payload)),
+            Kind::Busy | Kind::Returned if !self.answered => return Ok((self.back(shard, header), 0)),
+            _ => return Err(WireError::Malformed("order of frames")),
+        }
+        if finished {
+            self.end.get_or_insert(Ok(()));
+            if let Some(lease) = self.lease.take() {
+                let report = Some((header.load, header.has(flag::FAST)));
+                shard.engine.borrow_mut().answered(lease, report);
+            }
+            wake(&mut self.sender);
+        }
+        if self.fate == Fate::Wanted {
+            wake(&mut self.reader);
+            return Ok((false, 0));
+        }
+        Ok((finished, self.discard()))
+    }
+
+    /// BUSY or RETURNED: the request was not begun.
+    fn back(&mut self, shard: &Rc<Shard>, header: &Header) -> bool {
+        let Some(lease) = self.lease.take() else { return false };
+        let mut engine = shard.engine.borrow_mut();
+        let place = if header.kind == Kind::Busy {
+            shard.metrics.busy.up();
+            engine.busy(lease, header.load)
+        } else {
+            engine.returned(lease)
+        };
+        self.outcome = Some(Outcome::Back(place));
+        self.end = Some(Ok(()));
+        wake(&mut self.reader);
+        wake(&mut self.sender);
+        self.fate != Fate::Wanted
+    }
+
+    fn hold(&mut self, len: usize) -> Result<(), WireError> {
+        self.held = self.held.saturating_add(u32::try_from(len).unwrap_or(u32::MAX));
+        // Bounds memory with slack: that the window is kept to the byte is the sender's own test.
+        if self.held > 2 * WINDOW { Err(WireError::Malformed("window: the replica sent beyond it")) } else { Ok(()) }
+    }
+
+    fn fail(&mut self, error: Error) {
+        if self.answered {
+            self.end = Some(Err(error));
+        } else {
+            self.answered = true;
+            self.outcome = Some(Outcome::Failed(error));
+            self.end = Some(Ok(()));
+        }
+        wake(&mut self.reader);
+        wake(&mut self.sender);
+    }
+
+    /// Throws away what came; returns the window to give back.
+    fn discard(&mut self) -> u32 {
+        self.chunks.clear();
+        self.outcome = None;
+        self.consumed = 0;
+        if self.end.is_some() { 0 } else { std::mem::take(&mut self.held) }
+    }
+
+    /// The link is gone; returns whether nobody waits for this stream.
+    pub(super) fn die(&mut self, written: u64) -> bool {
+        self.lease = None;
+        if self.end.is_none() {
+            self.fail(if written >= self.begun_at { Error::Died } else { Error::NotBegun });
+        }
+        self.fate != Fate::Wanted
+    }
+}
+
+fn wake(waker: &mut Option<Waker>) {
+    if let Some(waker) = waker.take() {
+        waker.wake();
+    }
+}
+
+fn fault(fault: Fault, text: &[u8]) -> Error {
+    match fault {
+        Fault::User => Error::User,
+        Fault::Aborted => Error::Aborted,
+        Fault::Cancelled => Error::Disconnected,
+        _ => Error::Internal(String::from_utf8_lossy(text).into_owned().into()),
+    }
+}
+
+/// The request's end of a stream; see the module.
+pub(super) struct StreamRef {
+    shard: Rc<Shard>,
+    link: Rc<Link>,
+    id: u32,
+    /// Not to be cancelled when it is dropped.
+    pub(super) keep: bool,
+}
+
+impl StreamRef {
+    pub(super) fn new(shard: Rc<Shard>, link: Rc<Link>, id: u32) -> Self {
+        Self { shard, link, id, keep: false }
+    }
+
+    /// For the sender of the request's body, which must not keep the stream alive.
+    pub(super) fn sender(&self) -> Sender {
+        Sender { shard: Rc::clone(&self.shard), link: Rc::clone(&self.link), id: self.id }
+    }
+
+    pub(super) fn poll_outcome(&self, cx: &Context<'_>) -> Poll<Outcome> {
+        let outcome = self.link.with(self.id, |stream| {
+            let outcome = stream.outcome.take();
+            if outcome.is_none() {
+                stream.reader = Some(cx.waker().clone());
+            }
+            outcome
+        });
+        match outcome {
+            Some(Some(outcome)) => Poll::Ready(outcome),
+            Some(None) => Poll::Pending,
+            // Only a cancelled stream is forgotten while somebody still reads it.
+            None => Poll::Ready(Outcome::Failed(Error::Disconnected)),
+        }
+    }
+
+    /// The next bytes of the response's body; the ones before count as consumed.
+    pub(super) fn poll_chunk(&self, cx: &Context<'_>) -> Poll<Option<Result<Bytes, Error>>> {
+        let next = self.link.with(self.id, |stream| match (stream.chunks.pop_front(), &stream.end) {
+            (Some(chunk), _) => Poll::Ready(Some(Ok(chunk))),
+            (None, Some(Ok(()))) => Poll::Ready(None),
+            (None, Some(Err(error))) => Poll::Ready(Some(Err(error.clone()))),
+            (None, None) if stream.fate == Fate::Cancelled => Poll::Ready(Some(Err(Error::Disconnected))),
+            (None, None) => {
+                stream.reader = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        });
+        // Only a cancelled stream is forgotten while somebody still reads it.
+        let next = next.unwrap_or(Poll::Ready(Some(Err(Error::Disconnected))));
+        if let Poll::Ready(Some(Ok(chunk))) = &next {
+            self.consumed(chunk.len());
+        }
+        next
+    }
+
+    /// Gives window back in large steps.
+    pub(super) fn consumed(&self, len: usize) {
+        let window = self.link.with(self.id, |stream| {
+            stream.consumed = stream.consumed.saturating_add(len as u32);
+            if stream.consumed < WINDOW_STEP || stream.end.is_some() {
+                return 0;
+            }
+            stream.held = stream.held.saturating_sub(stream.consumed);
+            std::mem::take(&mut stream.consumed)
+        });
+        match window {
+            None | Some(0) => {}
+            Some(window) => self.link.signal(Header::new(Kind::Window, self.id).aux(window)),
+        }
+    }
+
+    /// Whether the whole answer has come and been taken.
+    pub(super) fn is_over(&self) -> bool {
+        let over = |stream: &mut Stream| stream.chunks.is_empty() && matches!(stream.end, Some(Ok(())));
+        self.link.with(self.id, over).unwrap_or(false)
+    }
+}
+
+impl Drop for StreamRef {
+    fn drop(&mut self) {
+        if self.keep {
+            let window = self.link.with(self.id, |stream| {
+                stream.fate = Fate::Unwanted;
+                (stream.end.is_some(), stream.discard())
+            });
+            match window {
+                Some((true, _)) | None => self.link.remove(&self.shard, self.id),
+                Some((false, 0)) => {}
+                Some((false, window)) => self.link.signal(Header::new(Kind::Window, self.id).aux(window)),
+            }
+        } else {
+            self.sender().cancel();
+            if self.link.with(self.id, |stream| stream.end.is_some()) == Some(true) {
+                self.link.remove(&self.shard, self.id);
+            }
+        }
+    }
+}
+
+/// The sending half, for the request's body.
+pub(super) struct Sender {
+    shard: Rc<Shard>,
+    link: Rc<Link>,
+    id: u32,
+}
+
+impl Sender {
+    /// The replica has ended the stream; there is no use in sending more.
+    pub(super) fn is_over(&self) -> bool {
+        self.link.with(self.id, |stream| stream.end.is_some() || stream.fate == Fate::Cancelled).unwrap_or(true)
+    }
+
+    pub(super) fn is_accepted(&self) -> bool {
+        self.link.with(self.id, |stream| stream.accepted).unwrap_or(true)
+    }
+
+    /// How much may be sent now: the stream's window, while the link is not congested. Ready with 0 when the stream is over.
+    pub(super) fn poll_room(&self, cx: &Context<'_>) -> Poll<usize> {
+        let window = self.link.with(self.id, |stream| {
+            if stream.window == 0 {
+                stream.sender = Some(cx.waker().clone());
+            }
+            stream.window
+        });
+        match window {
+            None => Poll::Ready(0),
+            Some(_) if self.is_over() => Poll::Ready(0),
+            Some(0) => Poll::Pending,
+            Some(window) => self.link.poll_room(cx).map(|()| window as usize),
+        }
+    }
+
+    /// Is woken when the replica ends the stream.
+    pub(super) fn watch(&self, cx: &Context<'_>) {
+        self.link.with(self.id, |stream| stream.sender = Some(cx.waker().clone()));
+    }
+
+    pub(super) fn send(&self, bytes: &[u8]) {
+        self.link.with(self.id, |stream| stream.window = stream.window.saturating_sub(bytes.len() as u32));
+        let header = Header::new(Kind::Body, self.id);
+        self.link.write(|out| put(out, header, &[bytes]));
+    }
+
+    pub(super) fn finish(&self) {
+        self.link.signal(Header::new(Kind::Body, self.id).with(flag::FIN));
+    }
+
+    /// Asks the replica to stop, once, if it has not ended the stream by itself.
+    pub(super) fn cancel(&self) {
+        let window = self.link.with(self.id, |stream| {
+            if stream.end.is_some() || stream.fate == Fate::Cancelled {
+                return None;
+            }
+            stream.fate = Fate::Cancelled;
+            wake(&mut stream.reader);
+            wake(&mut stream.sender);
+            Some(stream.discard())
+        });
+        let Some(Some(window)) = window else { return };
+        self.shard.metrics.cancelled.up();
+        self.link.signal(Header::new(Kind::Cancel, self.id));
+        if window > 0 {
+            self.link.signal(Header::new(Kind::Window, self.id).aux(window));
+        }
+    }
+}

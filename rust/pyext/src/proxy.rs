@@ -1,0 +1,55 @@
+//! Class `Proxy`: the HTTP proxy as the proxy actor holds it.
+//!
+//! Every call that can wait detaches from the interpreter, and the proxy's own threads never attach to it, so that the
+//! proxy serves while Python is busy and the interpreter can end at any time.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use pyo3::{exceptions::PyValueError, prelude::*};
+use rayserve_dataplane::proxy::{Config, Proxy as Inner};
+
+/// See `_core.pyi`.
+#[pyclass(frozen, module = "rayserve_fast._core")]
+pub(crate) struct Proxy(Inner);
+
+fn seconds(value: f64) -> Duration {
+    Duration::try_from_secs_f64(value.max(0.0)).unwrap_or(Duration::MAX)
+}
+
+#[pymethods]
+impl Proxy {
+    #[new]
+    fn new(config: &[u8]) -> PyResult<Self> {
+        let config = Config::parse(config).map_err(|error| PyValueError::new_err(error.to_string()))?;
+        Ok(Self(Inner::new(config)))
+    }
+
+    fn start(&self, py: Python<'_>) -> PyResult<(String, u16)> {
+        let address = py.detach(|| self.0.start())?;
+        Ok((address.ip().to_string(), address.port()))
+    }
+
+    fn publish(&self, py: Python<'_>, snapshot: &[u8]) -> PyResult<bool> {
+        py.detach(|| self.0.publish(snapshot)).map_err(|error| {
+            let cause = std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
+            PyValueError::new_err(format!("{error}{cause}"))
+        })
+    }
+
+    #[expect(clippy::needless_pass_by_value, reason = "what Python passes is converted into a vector")]
+    fn wait_linked(&self, py: Python<'_>, replica_ids: Vec<String>, timeout_s: f64) -> Vec<String> {
+        py.detach(|| self.0.wait_linked(&replica_ids, seconds(timeout_s)))
+    }
+
+    fn counters(&self) -> BTreeMap<&'static str, u64> {
+        self.0.counters()
+    }
+
+    fn drain(&self) {
+        self.0.drain();
+    }
+
+    fn shutdown(&self, py: Python<'_>, timeout_s: f64) {
+        py.detach(|| self.0.shutdown(seconds(timeout_s)));
+    }
+}
