@@ -157,6 +157,7 @@ class LoopWatch:
 
 
 _current: Caller | None = None
+_exiting = False
 _lock = threading.Lock()
 
 
@@ -178,6 +179,8 @@ def _connect() -> Caller:
     with _lock:
         if _current is not None:
             return _current
+        if _exiting:
+            raise RuntimeError("The interpreter exits: no more calls can be made.")
         token = client.cluster_token()
         return _set(
             Caller(
@@ -204,9 +207,15 @@ def replace(old: Caller) -> None:
 
 
 def reset() -> None:
-    """Close this process's caller, if there is one: Serve is being shut down, or the interpreter."""
+    """Close this process's caller, if there is one: Serve is being shut down."""
     if (caller := _current) is not None:
         replace(caller)
+
+
+def _at_exit() -> None:
+    global _exiting
+    _exiting = True
+    reset()
 
 
 def _after_fork() -> None:
@@ -217,5 +226,5 @@ def _after_fork() -> None:
         _current = None
 
 
-atexit.register(reset)
+atexit.register(_at_exit)
 os.register_at_fork(after_in_child=_after_fork)

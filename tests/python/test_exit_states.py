@@ -1,0 +1,149 @@
+"""The interpreter ends cleanly whatever the native code is doing: no hang, no abort, nothing on stderr."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+PRELUDE = """
+import asyncio, sys, threading, time
+from pathlib import Path
+sys.path.insert(0, {here!r})
+from scripted_replica import TOKEN, Cluster, ScriptedReplica
+from rayserve_fast import caller
+from rayserve_fast.handle import DeploymentHandle
+
+server = ScriptedReplica(Path({tmp!r}), "r", {handler})
+cluster = Cluster(server)
+caller._set(caller.Caller("n", TOKEN, cluster.snapshot))
+handle = DeploymentHandle("D", "app")
+"""
+
+ANSWERS = "lambda call: call.reply(1)"
+SILENT = "lambda call: None"
+
+
+def run(script: str, timeout_s: float = 60) -> tuple[int, str, float]:
+    """Exit code, stderr, and how long the process lived after it said that it is at its end."""
+    process = subprocess.Popen(
+        [sys.executable, "-X", "faulthandler", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    process.stdout.readline()
+    at_end = time.monotonic()
+    try:
+        _, stderr = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise AssertionError(f"hangs at exit: {process.communicate()[1]}") from None
+    return process.returncode, stderr, time.monotonic() - at_end
+
+
+def ends(body: str, tmp_path: Path, handler: str = SILENT, code: int = 0) -> None:
+    prelude = PRELUDE.format(here=str(HERE), tmp=str(tmp_path), handler=handler)
+    returned, stderr, took = run(prelude + textwrap.dedent(body))
+    assert (returned, stderr) == (code, "")
+    assert took < 10
+
+
+STATES = {
+    "a caller that never called": "print('end', flush=True)",
+    "after a call": "handle.remote(); server.calls.get(timeout=10); print('end', flush=True)",
+    "calls in flight that nobody waits for": """
+        for _ in range(100): handle.remote(b"x" * 1000)
+        server.calls.get(timeout=10)
+        print("end", flush=True)
+    """,
+    "a daemon thread in result()": """
+        def wait():
+            try: handle.remote().result()
+            except Exception: pass
+        for _ in range(4): threading.Thread(target=wait, daemon=True).start()
+        for _ in range(4): server.calls.get(timeout=10)
+        print("end", flush=True)
+    """,
+    "the tender in a call of the controller": """
+        slow = threading.Event()
+        def fetch():
+            slow.set()
+            time.sleep(60)
+        caller.reset()
+        caller._set(caller.Caller("n", TOKEN, fetch))
+        handle.remote()
+        assert slow.wait(10)
+        print("end", flush=True)
+    """,
+    "an asyncio loop that awaits, abandoned": """
+        async def main():
+            waits = asyncio.ensure_future(_wait())
+            await asyncio.to_thread(server.calls.get, timeout=10)
+        async def _wait():
+            await handle.remote()
+        asyncio.run(main())
+        print("end", flush=True)
+    """,
+    "a loop on a daemon thread that awaits": """
+        async def wait():
+            try: await handle.remote()
+            except Exception: pass  # the handles are closed
+        threading.Thread(target=lambda: asyncio.run(wait()), daemon=True).start()
+        server.calls.get(timeout=10)
+        print("end", flush=True)
+    """,
+    "a large argument that is half sent": """
+        stuck = threading.Event()
+        server.handler = lambda call: stuck.wait()
+        handle.remote()
+        server.calls.get(timeout=10)
+        handle.remote(b"x" * 20_000_000)
+        print("end", flush=True)
+    """,
+    "a forked child": """
+        import os, warnings
+        warnings.simplefilter("ignore")
+        handle.remote()
+        server.calls.get(timeout=10)
+        pid = os.fork()
+        if pid == 0:
+            sys.exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        print("end", flush=True)
+    """,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_exit_with_handles(state: str, tmp_path: Path) -> None:
+    ends(STATES[state], tmp_path)
+
+
+def test_exit_while_threads_call_as_fast_as_they_can(tmp_path: Path) -> None:
+    body = """
+        def flood():
+            while True:
+                try:
+                    handle.remote(1).result()
+                except Exception:
+                    return  # handles are closed
+        for _ in range(3): threading.Thread(target=flood, daemon=True).start()
+        time.sleep(0.3)
+        print("end", flush=True)
+    """
+    ends(body, tmp_path, ANSWERS)
+
+
+def test_exit_by_an_exception_while_a_call_runs(tmp_path: Path) -> None:
+    body = """
+        handle.remote()
+        server.calls.get(timeout=10)
+        print("end", flush=True)
+        sys.exit(3)
+    """
+    ends(body, tmp_path, code=3)
