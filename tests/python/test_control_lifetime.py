@@ -10,21 +10,21 @@ import os, sys, time, logging, threading
 from pathlib import Path
 import ray
 from rayserve_fast import serve
-ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=128 << 20)
+ray.init(address="local", num_cpus=4, include_dashboard=False, object_store_memory=128 << 20)
 
 @serve.deployment
 async def f(request):
     return str(os.getpid())
 
 def workers():
-    # The titles of this Ray's processes that do something.
+    # Our processes in this Ray, by their titles.
     found = []
     for p in Path("/proc").glob("[0-9]*"):
         try:
             title = (p / "cmdline").read_bytes().decode(errors="replace")
-            if title.startswith("ray::") and "IDLE" not in title:
+            if title.startswith(("ray::Controller", "ray::ProxyActor", "ray::ReplicaActor")):
                 if os.environ["RAY_TMPDIR"] in str([os.readlink(x) for x in (p / "fd").iterdir()]):
-                    found.append(title)
+                    found.append(title.rstrip("\\0"))
         except OSError:
             continue
     return found
@@ -125,15 +125,15 @@ from rayserve_fast import api
 from rayserve_fast.controlplane import client
 options = replace(api._cluster_options(None, {"port": 0}), placement_notice_s=1.0)
 client.ready(client.start(options))
-serve.run(f.bind(), name="small", route_prefix="/small")
+serve.run(f.options(ray_actor_options={"num_cpus": 3}).bind(), name="small", route_prefix="/small")
 threading.Timer(4, lambda: serve.delete("small")).start()
-serve.run(f.options(ray_actor_options={"num_cpus": 2}).bind(), name="big", route_prefix="/big")
+serve.run(f.options(ray_actor_options={"num_cpus": 4}).bind(), name="big", route_prefix="/big")
 print(serve.status().applications["big"].status)
 serve.shutdown()
 """
         )
     )
-    assert "Each needs 2 CPU" in out
+    assert "Each needs 4 CPU" in out
     assert "free in the cluster: 1 CPU" in out
     assert "RUNNING" in out
 

@@ -71,6 +71,7 @@ def start(options: ClusterOptions, env_vars: Mapping[str, str] | None = None) ->
             num_cpus=0,
             resources={"node:__internal_head__": 0.001},
             max_restarts=-1,
+            max_task_retries=-1,  # a call that a crash interrupts is asked again; all of them may be
             max_concurrency=10_000,
             enable_task_events=False,
             runtime_env={"env_vars": dict(env_vars)} if env_vars else None,

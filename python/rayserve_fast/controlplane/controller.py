@@ -172,7 +172,12 @@ class Controller:
         self._wake.set()
 
     def publish(self) -> list[Any]:
-        """Build a new snapshot and send it to the proxies; the references tell when they have it."""
+        """Build a new snapshot and send it to the proxies; the references tell when they have it.
+
+        Not before the recovery is over: a snapshot that lacks replicas which are still to be found would drop them.
+        """
+        if not self._recovered.is_set():
+            return []
         self._version = (self._version[0], self._version[1] + 1)
         self._snapshot = snapshot.build(self._version, self._apps.values())
         self._tell()
@@ -206,8 +211,8 @@ class Controller:
             for r in list(d.replicas.values())
         ]
         await within(RECOVERY_WAIT_S, found)
-        self.publish()
         self._recovered.set()
+        self.publish()
 
     def _step(self) -> None:
         """Decide and execute for everything once."""
