@@ -11,8 +11,15 @@ from html import escape
 from bench.report import Medians
 from bench.works import WORKS
 
-COLOURS = ("#d1495b", "#9aa5b1", "#5f7a95", "#8d96a8", "#66a182", "#edae49")
-LABEL, WIDTH, BAR, GAP, TOP = 210, 620, 13, 14, 58
+COLOURS = {
+    "rayserve-fast": "#d1495b",
+    "ray-serve": "#9aa5b1",
+    "ray-serve-best": "#5f7a95",
+    "uvicorn": "#8d96a8",
+    "granian": "#66a182",
+    "haproxy-granian": "#edae49",
+}
+LABEL, WIDTH, BAR, GAP, TOP = 210, 660, 13, 14, 58
 
 
 def render(raw: dict, connections: int = 64) -> str:
@@ -28,11 +35,13 @@ def render(raw: dict, connections: int = 64) -> str:
     marks, y = legend(raw), float(TOP)
     for work in works:
         marks.append(text(LABEL - 10, y + 11, work.title, "end", "bold"))
-        for colour, peer in zip(COLOURS, peers, strict=False):
+        for peer in peers:
             cell = medians.cells.get((peer, work.name, connections))
             if cell and cell["rps"] > 0:
                 length = (math.log10(cell["rps"]) - bottom) * scale
-                marks.append(f'<rect x="{LABEL}" y="{y:.0f}" width="{length:.1f}" height="{BAR - 2}" fill="{colour}"/>')
+                marks.append(
+                    f'<rect x="{LABEL}" y="{y:.0f}" width="{length:.1f}" height="{BAR - 2}" fill="{COLOURS[peer]}"/>'
+                )
                 marks.append(text(LABEL + length + 5, y + 10, f"{cell['rps']:,.0f}"))
                 y += BAR
         y += GAP
@@ -47,8 +56,8 @@ def render(raw: dict, connections: int = 64) -> str:
 
 def legend(raw: dict) -> list[str]:
     marks, x = [], 10.0
-    for colour, about in zip(COLOURS, raw["peers"].values(), strict=False):
-        marks.append(f'<rect x="{x:.0f}" y="29" width="10" height="10" fill="{colour}"/>')
+    for peer, about in raw["peers"].items():
+        marks.append(f'<rect x="{x:.0f}" y="29" width="10" height="10" fill="{COLOURS[peer]}"/>')
         marks.append(text(x + 14, 38, about["title"]))
         x += 26 + 5.6 * len(about["title"])
     return marks
