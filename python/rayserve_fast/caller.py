@@ -14,14 +14,12 @@ import itertools
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING
 
 from rayserve_fast import _core
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-Texts: TypeAlias = "tuple[str, str, str, str, str, str]"
 
 #: How long a snapshot may take to come from the controller, seconds.
 SNAPSHOT_TIMEOUT_S = 10.0
@@ -63,10 +61,6 @@ class Caller:
             except Exception as error:
                 self.client.unpublished(f"The controller cannot be asked: {error}")
 
-    def begin(self, deployment: str, texts: Texts, pickle: bytes, buffers: list[memoryview]) -> Begun:
-        """Start a call; `texts`: method, request id, route, application, model id, session id."""
-        return Begun(self, self.client.begin(deployment, texts, pickle, buffers))
-
     def watch(self, loop: asyncio.AbstractEventLoop) -> LoopWatch:
         """What wakes the calls that are awaited in `loop`, which is the running one."""
         watch = self._loops.get(loop)
@@ -84,29 +78,6 @@ class Caller:
         """In a forked child: leave the sockets to the parent."""
         self.forked = True
         self.client.abandon()
-
-
-class Begun:
-    """A call under way."""
-
-    __slots__ = ("_call", "_caller", "cancel", "done", "outcome")
-
-    def __init__(self, caller: Caller, call: _core.Call) -> None:
-        self._caller = caller
-        self._call = call
-        self.done = call.done
-        self.cancel = call.cancel
-        self.outcome = call.outcome
-
-    def wait(self, timeout_s: float | None, main: bool) -> bool:
-        """Whether the call has ended within the time; the main thread looks for signals meanwhile."""
-        if self._caller.forked:
-            raise RuntimeError("The call was made before this process was forked; its answer is the parent's.")
-        return self._call.wait(timeout_s, main)
-
-    async def wait_async(self) -> None:
-        """Return when the call has ended."""
-        await self._caller.watch(asyncio.get_running_loop()).wait(self._call)
 
 
 class LoopWatch:

@@ -10,6 +10,7 @@ import pickle
 import signal
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -42,7 +43,7 @@ from rayserve_fast.exceptions import (
     RayServeException,
     RequestCancelledError,
 )
-from rayserve_fast.handle import DeploymentHandle, DeploymentResponse
+from rayserve_fast.handle import DeploymentHandle, DeploymentResponse, new_request_id
 
 Replicas = Callable[..., ScriptedReplica]
 
@@ -558,6 +559,20 @@ def test_handles_pickle_to_their_names_and_options() -> None:
     assert (again.deployment_name, again.app_name) == ("D", "app")
     assert again._options == handle._options
     assert repr(again) == "DeploymentHandle(deployment='D')"
+
+
+def test_options_of_a_handle_hold_for_its_methods() -> None:
+    handle = DeploymentHandle("D", "app")
+    assert handle.predict is handle.predict
+    named = handle.options(session_id="s")
+    assert (named.predict._options.session_id, handle.predict._options.session_id) == ("s", "")
+    assert named.predict._options.method_name == "predict"
+
+
+def test_request_ids_are_random_uuids() -> None:
+    ids = {new_request_id() for _ in range(1000)}
+    assert len(ids) == 1000
+    assert all(uuid.UUID(each).version == 4 and uuid.UUID(each).variant == uuid.RFC_4122 for each in ids)
 
 
 def test_a_handle_is_no_container_and_no_callable() -> None:
