@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from rayserve_fast import serve as serve
     from rayserve_fast._core import __version__ as __version__
     from rayserve_fast.api import (
+        _run as _run,
+        _run_many as _run_many,
         delete as delete,
         get_app_handle as get_app_handle,
         get_deployment_handle as get_deployment_handle,
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
 
 # Where each public name lives; the same table as above, for the interpreter.
 _HOME = {
+    "_run": "api",
+    "_run_many": "api",
     "Application": "deployment",
     "ControllerOptions": "config",
     "Deployment": "deployment",

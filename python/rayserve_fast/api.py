@@ -61,15 +61,36 @@ def run(
         RayServeException: empty name, or the prefix belongs to another application.
         RuntimeError: the deployment failed, with the traceback of the user's code, or the HTTP port is taken.
     """
+    handle = _run(
+        target,
+        name=name,
+        route_prefix=route_prefix,
+        logging_config=logging_config,
+        _local_testing_mode=_local_testing_mode,
+        external_scaler_enabled=external_scaler_enabled,
+        controller_options=controller_options,
+    )
+    if blocking:
+        _wait_for_interrupt()
+    return handle
+
+
+def _run(
+    target: Application,
+    *,
+    _blocking: bool = True,
+    name: str = "default",
+    route_prefix: str | None = "/",
+    logging_config: Any = None,
+    _local_testing_mode: bool = False,
+    external_scaler_enabled: bool = False,
+    controller_options: Mapping[str, Any] | ControllerOptions | None = None,
+) -> DeploymentHandle:
+    """`run` that may return before the application serves: with `_blocking=False`."""
     from rayserve_fast.application import RunTarget
 
     targets = [RunTarget(target, name, route_prefix, logging_config, external_scaler_enabled)]
-    return run_many(
-        targets,
-        blocking=blocking,
-        _local_testing_mode=_local_testing_mode,
-        controller_options=controller_options,
-    )[0]
+    return _run_many(targets, True, _blocking, _local_testing_mode, controller_options)[0]
 
 
 def run_many(
@@ -92,7 +113,13 @@ def run_many(
     Returns:
         A handle to each ingress, in the order of `targets`.
     """
-    handles = _run_many(targets, wait_for_applications_running, _local_testing_mode, controller_options)
+    handles = _run_many(
+        targets,
+        wait_for_ingress_deployment_creation,
+        wait_for_applications_running,
+        _local_testing_mode,
+        controller_options,
+    )
     if blocking:
         _wait_for_interrupt()
     return handles
@@ -100,7 +127,8 @@ def run_many(
 
 def _run_many(
     targets: Sequence[RunTarget],
-    wait: bool = True,
+    wait_for_ingress_deployment_creation: bool = True,
+    wait_for_applications_running: bool = True,
     _local_testing_mode: bool = False,
     controller_options: Mapping[str, Any] | ControllerOptions | None = None,
 ) -> list[DeploymentHandle]:
@@ -114,11 +142,12 @@ def _run_many(
         logger.warning("`_local_testing_mode` has no effect yet: the application runs on Ray.")
     for target in targets:
         check_target(target)  # before Ray is started for nothing
+    env_vars = _env_vars(controller_options)
     client.connect_ray()
     runtime_env = dict(ray.get_runtime_context().runtime_env)
     specs = [build_target(t, runtime_env) for t in targets]
-    controller = client.find() or client.start(_cluster_options(None, None), _env_vars(controller_options))
-    client.deploy(controller, specs, wait, began)
+    controller = client.find() or client.start(_cluster_options(None, None), env_vars)
+    client.deploy(controller, specs, wait_for_applications_running, began)
     return [DeploymentHandle(spec.ingress, spec.name) for spec in specs]
 
 

@@ -25,6 +25,7 @@ from rayserve_fast.controlplane.spec import (
 )
 from rayserve_fast.deployment import Application
 from rayserve_fast.exceptions import RayServeException
+from rayserve_fast.ingress import asgi_app_of
 
 if TYPE_CHECKING:
     from rayserve_fast.handle import DeploymentHandle
@@ -126,15 +127,15 @@ class _Builder:
 
         deployment = app._bound_deployment
         packed = definition.dumps(deployment, self.handle)  # names callees before their caller
-        code = deployment.func_or_class
+        asgi = asgi_app_of(deployment.func_or_class)
         spec = DeploymentSpec(
             app=self._app_name,
             name=self._free_name(deployment.name),
             definition=packed,
             config=self._config(deployment._options.plain()),
             driver=self._driver,
-            is_asgi=bool(getattr(code, "__serve_is_asgi__", False)),
-            docs_path=getattr(code, "__serve_docs_path__", None),
+            is_asgi=asgi is not None,
+            docs_path=None if asgi is None else asgi.docs_path,
             code_version=self._code_version,
         )
         self.specs.append(spec)

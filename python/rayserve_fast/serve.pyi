@@ -7,6 +7,8 @@ from rayserve_fast import (
     RunTarget as RunTarget,
     TracingConfig as TracingConfig,
     __version__ as __version__,
+    _run as _run,
+    _run_many as _run_many,
     delete as delete,
     deployment as deployment,
     get_app_handle as get_app_handle,

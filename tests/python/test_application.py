@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from pydantic import BaseModel, ValidationError
 from ray import cloudpickle
 
@@ -112,6 +113,28 @@ def test_an_application_that_code_merely_refers_to_is_none_of_its_arguments() ->
     spec = build(refers.bind())
     assert names(spec) == ["refers"]
     assert isinstance(opened(spec, "refers").func_or_class(), type(elsewhere))
+
+
+def test_an_ingress_is_known_with_its_docs() -> None:
+    api = FastAPI(docs_url="/manual")
+
+    @serve.deployment
+    @serve.ingress(api)
+    class Api:
+        @api.get("/")
+        def read(self) -> str:
+            return ""
+
+    ingress, leaf = build(Api.bind()).deployments[0], build(Leaf.bind()).deployments[0]
+    assert (ingress.is_asgi, ingress.docs_path) == (True, "/manual")
+    assert (leaf.is_asgi, leaf.docs_path) == (False, None)
+
+
+def test_an_application_has_one_asgi_ingress() -> None:
+    first = serve.deployment(serve.ingress(FastAPI())(type("First", (), {})))
+    second = serve.deployment(serve.ingress(FastAPI())(type("Second", (), {})))
+    with pytest.raises(RayServeException, match='Found multiple FastAPI deployments in application "app"'):
+        build(first.bind(second.bind()), "app")
 
 
 def test_building_twice_gives_different_code_versions() -> None:

@@ -21,6 +21,8 @@ from cases import CASES, Library, outcome, plain
 
 FUNCTIONS = {
     "serve": [
+        "_run",
+        "_run_many",
         "delete",
         "deployment",
         "get_app_handle",
