@@ -167,3 +167,52 @@ serve.shutdown()
         )
     )
     assert "GOT" in out
+
+
+def test_a_second_driver_inherits_nothing_of_the_first_ones_environment(run_script: Any, tmp_path: Any) -> None:
+    (tmp_path / "second.py").write_text(
+        """
+import os, sys, ray
+ray.init(address=sys.argv[1])
+from rayserve_fast import serve
+
+@serve.deployment
+async def g(request):
+    return f"{os.environ.get('COLOUR')} {os.path.exists('only_in_the_first.txt')} {os.environ.get('SHAPE')}"
+
+options = {"runtime_env": {"env_vars": {"SHAPE": "round"}}}
+serve.run(g.options(ray_actor_options=options).bind(), name="g", route_prefix="/g")
+"""
+    )
+    out = check(
+        run_script(
+            """
+import os, pathlib, subprocess, sys, ray, requests
+home = pathlib.Path("first")
+home.mkdir()
+(home / "only_in_the_first.txt").write_text("here")
+ray.init(
+    address="local", num_cpus=4, include_dashboard=False, object_store_memory=128 << 20,
+    runtime_env={"env_vars": {"COLOUR": "red"}, "working_dir": str(home)},
+)
+from rayserve_fast import serve
+from rayserve_fast.controlplane import client
+
+@serve.deployment
+async def f(request):
+    return f"{os.environ.get('COLOUR')} {os.path.exists('only_in_the_first.txt')}"
+
+serve.start(http_options={"port": 0})
+serve.run(f.bind(), route_prefix="/f")
+subprocess.run([sys.executable, "second.py", ray.get_runtime_context().gcs_address], check=True)
+_, (host, port) = client.ready(client.find())
+for path in "fg":
+    print("ANSWER", requests.get(f"http://{host}:{port}/{path}", timeout=30).text)
+serve.shutdown()
+"""
+        )
+    )
+    assert [line for line in out.splitlines() if line.startswith("ANSWER")] == [
+        "ANSWER red True",
+        "ANSWER None False round",
+    ]

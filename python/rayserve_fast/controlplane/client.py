@@ -127,7 +127,7 @@ def deploy(controller: Any, specs: Sequence[ApplicationSpec], wait: bool, began:
 def stop(controller: Any) -> None:
     """Shut Serve down and wait until its processes are gone; what does not leave in time is killed."""
     try:
-        ray.get(controller.shutdown.remote(), timeout=SHUTDOWN_WAIT_S + 20)
+        ray.get(controller.shutdown.options(max_task_retries=0).remote(), timeout=SHUTDOWN_WAIT_S + 20)
     except RayActorError:
         return  # the end: its last act is to end its own process
     except GetTimeoutError:

@@ -11,7 +11,7 @@ import asyncio
 import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,23 +93,28 @@ class ReplicaActor:
         return address
 
 
-def become(driver: DriverEnv, runtime_env: dict[str, Any]) -> None:
-    """Make this process import what `driver` would, instead of what the driver of this process's Ray job would.
+def become(driver: DriverEnv, runtime_env: Mapping[str, Any]) -> None:
+    """Make this process one of `driver`, instead of one of the driver that started the controller.
 
-    With a `working_dir` of its own the deployment's code is there, and Ray has put it first. Otherwise the driver's
-    entries come before those of this interpreter, and the paths and modules of the job's driver go.
+    That one's job gives every actor its paths and runtime environment; `runtime_env` is the deployment's own. With a
+    `working_dir` its code is there, and Ray has put it first; otherwise the driver's paths come before those of this
+    interpreter. An inherited `pip`, `conda` or `container` cannot be undone here: the interpreter itself is theirs.
     """
-    job_paths = set(ray._private.worker.global_worker.core_worker.get_job_config().py_driver_sys_path)
-    cwd = os.getcwd()
+    inherited = ray.get_runtime_context().runtime_env
+    for name in set(inherited.get("env_vars") or ()).difference(runtime_env.get("env_vars") or ()):
+        os.environ.pop(name, None)
+    strangers = set(ray._private.worker.global_worker.core_worker.get_job_config().py_driver_sys_path)
+    for option in ("working_dir", "py_modules"):
+        if option not in runtime_env:
+            strangers.update(p for p in sys.path if f"/runtime_resources/{option}_files/" in p)
+    first: list[str] = []
     if "working_dir" in runtime_env:
-        first = [cwd]
+        first = [os.getcwd()]
     else:
-        first = [os.path.abspath(os.path.join(driver.cwd, p)) for p in driver.sys_path]
-        if "/runtime_resources/working_dir_files/" in cwd:
-            job_paths.add(cwd)  # the job's, which an actor inherits
+        first = [os.path.join(driver.cwd, p) for p in driver.sys_path]
         if os.path.isdir(driver.cwd):
             os.chdir(driver.cwd)
-    strangers = job_paths.difference(first)
+    strangers.difference_update(first)
     mine = [p for p in sys.path if p not in strangers]
     _forget_modules(strangers, mine)
     sys.path[:] = [*(p for p in first if p not in mine), *mine]
