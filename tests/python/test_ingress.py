@@ -13,8 +13,10 @@ from fastapi.responses import PlainTextResponse
 from starlette.applications import Starlette
 from starlette.routing import Route
 
+from rayserve_fast.application import build
 from rayserve_fast.controlplane.spec import DeploymentID
-from rayserve_fast.exceptions import BackPressureError, DeploymentUnavailableError
+from rayserve_fast.deployment import deployment
+from rayserve_fast.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from rayserve_fast.ingress import asgi_app_of, ingress
 
 
@@ -190,3 +192,12 @@ def test_wrapper_looks_like_the_class() -> None:
     assert asgi_app_of(Named) is None
     assert asgi_app_of(raw_app) is None
     assert ingress(FastAPI())().__name__ == "ASGIIngressDeployment"
+
+
+def test_application_knows_its_ingress_and_has_only_one() -> None:
+    app = FastAPI(docs_url="/manual")
+    ingress_deployment = deployment(ingress(app)())
+    (spec,) = build(ingress_deployment.bind()).deployments
+    assert (spec.is_asgi, spec.docs_path, spec.name) == (True, "/manual", "ASGIIngressDeployment")
+    with pytest.raises(RayServeException, match="multiple FastAPI"):
+        build(ingress_deployment.options(name="Outer").bind(ingress_deployment.bind()))
