@@ -1,8 +1,11 @@
-"""The native extension, as Python sees it. Held against the module by stubtest."""
+"""The native extension, as Python sees it; `rust/pyext` says what is behind each name. Held against it by stubtest."""
 
 from __future__ import annotations
 
-from typing import Any, final
+from asyncio import AbstractEventLoop
+from collections.abc import Awaitable, Callable
+from contextvars import Context
+from typing import Any, Protocol, final
 
 __version__: str
 
@@ -45,3 +48,156 @@ class Mailbox:
     def __new__(cls) -> Mailbox: ...
     def fileno(self) -> int: ...
     def take(self) -> list[int]: ...
+
+class _Hooks(Protocol):
+    """What a worker calls in Python; `replica.runtime.Hooks`."""
+
+    @property
+    def context(self) -> Any: ...
+    @property
+    def encode(self) -> Callable[[Any], Any]: ...
+    @property
+    def failed(self) -> Callable[[RequestHead, BaseException], tuple[int, list[tuple[bytes, bytes]], bytes]]: ...
+    @property
+    def spawn(self) -> Callable[[], None]: ...
+    @property
+    def is_sync(self) -> Callable[[str], bool]: ...
+    @property
+    def begin_call(self) -> Callable[[CallHead], Any]: ...
+    @property
+    def run_call(self) -> Callable[[CallHead], Any]: ...
+    @property
+    def dump_result(self) -> Callable[[Any], tuple[bytes, list[memoryview]]]: ...
+    @property
+    def dump_error(self) -> Callable[[CallHead, BaseException], tuple[int, bytes]]: ...
+    @property
+    def idle(self) -> Callable[[], None]: ...
+
+class _RequestContext:
+    """The attributes that both heads have as the context of what they run; see `context._RequestContext`."""
+
+    @property
+    def route(self) -> str: ...
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def _internal_request_id(self) -> str: ...
+    @property
+    def app_name(self) -> str: ...
+    @property
+    def multiplexed_model_id(self) -> str: ...
+    @property
+    def session_id(self) -> str: ...
+    @property
+    def grpc_context(self) -> None: ...
+    @property
+    def is_http_request(self) -> bool: ...
+    @property
+    def cancel_on_parent_request_cancel(self) -> bool: ...
+    @property
+    def _client(self) -> str: ...
+    @property
+    def _ray_trace_ctx(self) -> None: ...
+
+@final
+class RequestHead(_RequestContext):
+    """One HTTP request, read from the wire's bytes when asked for; satisfies `replica.request.Head`."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def raw_path(self) -> bytes: ...
+    @property
+    def query_string(self) -> bytes: ...
+    @property
+    def root_path(self) -> str: ...
+    @property
+    def http_version(self) -> str: ...
+    @property
+    def scheme(self) -> str: ...
+    @property
+    def client(self) -> tuple[str, int] | None: ...
+    @property
+    def server(self) -> tuple[str, int | None] | None: ...
+    @property
+    def headers(self) -> list[tuple[bytes, bytes]]: ...
+    def header(self, name: bytes) -> bytes | None:
+        """The first header of that lower-case name."""
+
+    @property
+    def body(self) -> bytes | None:
+        """The whole body; None while it is still arriving or once `receive` has given some of it."""
+
+    @property
+    def disconnected(self) -> bool: ...
+    def scope(self) -> dict[str, Any]:
+        """The ASGI connection scope."""
+
+    def receive(self) -> Awaitable[dict[str, Any]]:
+        """ASGI receive; after the body it waits for the disconnect."""
+
+    def send(self, message: dict[str, Any]) -> Awaitable[None]:
+        """ASGI send; suspends while the client reads more slowly than the application sends."""
+
+@final
+class CallHead(_RequestContext):
+    """One handle call."""
+
+    @property
+    def method(self) -> str: ...
+    def arguments(self) -> tuple[bytes, list[bytearray]]:
+        """The pickle of the pair of arguments, and its out-of-band buffers as writable copies."""
+
+@final
+class Worker:
+    """The replica's end of its links; see `replica.runtime` for the order of calls."""
+
+    def __init__(
+        self,
+        event_loop: AbstractEventLoop,
+        hooks: _Hooks,
+        *,
+        app: str,
+        name: str,
+        replica_id: str,
+        token: bytes,
+        max_ongoing_requests: int,
+        kind: str,
+        handler: Callable[..., Any],
+        request: Callable[[RequestHead], Any] | None,
+    ) -> None: ...
+    def listen_unix(self, path: str) -> None: ...
+    def listen_tcp(self, host: str) -> int:
+        """Listens on a free port of `host`, an address, and returns it."""
+
+    def fileno(self) -> int:
+        """The descriptor that is readable when `tick` has something to do."""
+
+    def attach(self) -> None:
+        """Makes the calling thread the one of the event loop."""
+
+    def tick(self) -> None: ...
+    def flush(self) -> None: ...
+    def look(self) -> None: ...
+    def expire(self) -> None: ...
+    def take(self) -> tuple[Callable[[Any], Any], Any, RequestHead | CallHead] | None:
+        """Waits for a sync job: callable, argument, and the head to give back; None when the pool stops."""
+
+    def done(self, head: RequestHead | CallHead, result: Any, context: Context) -> None: ...
+    def fail(self, head: RequestHead | CallHead, error: BaseException) -> None: ...
+    def stop_pool(self) -> None: ...
+    def resize(self, max_ongoing_requests: int) -> None: ...
+    def drain(self) -> None:
+        """Takes no more requests; `hooks.idle` is called when nothing is left."""
+
+    def load(self) -> int:
+        """Requests that run or are held."""
+
+    def counters(self) -> dict[str, int]: ...
+    def close(self) -> None:
+        """Sends what is unsent and closes every socket; on the loop's thread."""
+
+    def abandon(self) -> None:
+        """Closes the descriptors, as a forked child must."""

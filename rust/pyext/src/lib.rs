@@ -3,7 +3,10 @@
 //! No thread of this crate ever attaches to the interpreter by itself; Rust touches Python only when Python called it.
 
 mod client;
+mod convert;
+mod http;
 mod proxy;
+mod worker;
 
 use pyo3::prelude::*;
 
@@ -14,5 +17,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<client::Call>()?;
     module.add_class::<client::Mailbox>()?;
     module.add_class::<proxy::Proxy>()?;
+    module.add_class::<worker::Worker>()?;
+    module.add_class::<http::request::RequestHead>()?;
+    module.add_class::<http::request::CallHead>()?;
     Ok(())
 }

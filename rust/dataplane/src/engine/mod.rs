@@ -6,6 +6,7 @@
 //! [`Engine::busy`] and [`Engine::returned`], and one of a link that has closed frees nothing.
 
 mod admit;
+pub mod limit;
 mod pick;
 pub mod route;
 pub mod streams;

@@ -1,0 +1,149 @@
+"""Handle calls at the replica: which method, with which arguments, and what its result or its error becomes.
+
+The worker asks :meth:`Calls.is_sync` once a call is admitted, then starts the coroutine that :meth:`Calls.begin` returns, or
+has a pool thread :meth:`Calls.run` it. Values travel as ``rayserve_fast.values`` says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Callable, Coroutine
+from types import AsyncGeneratorType, GeneratorType
+from typing import TYPE_CHECKING, Any
+
+from ray import ObjectRef
+
+from rayserve_fast import values
+from rayserve_fast.exceptions import RayServeException
+
+if TYPE_CHECKING:
+    from rayserve_fast._core import CallHead
+
+# The `Fault` codes of the wire that this file gives; ARCHITECTURE.md lists them.
+USER, CANCELLED, NO_METHOD, WRONG_KIND, UNPICKLABLE = 2, 4, 6, 7, 8
+
+
+class NoSuchMethodError(RayServeException):
+    """The user's object has no such method."""
+
+
+class WrongKindError(TypeError):
+    """A generator was called as a plain method."""
+
+
+class UnpicklableError(Exception):
+    """Arguments cannot be decoded, or the result cannot be encoded."""
+
+
+class Calls:
+    """What answers handle calls.
+
+    Args:
+        target: the user's instance, or the function, which then serves every method name.
+        is_function: which of the two.
+    """
+
+    def __init__(self, target: Any, is_function: bool) -> None:
+        self._target = target
+        self._is_function = is_function
+        self._methods: dict[str, tuple[Callable[..., Any], bool]] = {}
+
+    def is_sync(self, name: str) -> bool:
+        """Whether a pool thread runs this method.
+
+        Raises:
+            NoSuchMethodError: there is none.
+            WrongKindError: it is a generator function, and streaming calls are not built yet.
+        """
+        known = self._methods.get(name)
+        if known is None:
+            known = self._methods[name] = self._find(name)
+        return known[1]
+
+    def begin(self, head: CallHead) -> Coroutine[Any, Any, Any]:
+        """The coroutine of an async method."""
+        method = self._methods[head.method][0]
+        args, kwargs = _arguments(head)
+        if any(type(value) is ObjectRef for value in (*args, *kwargs.values())):
+            return _with_values(method, args, kwargs)
+        coroutine: Coroutine[Any, Any, Any] = method(*args, **kwargs)
+        return coroutine
+
+    def run(self, head: CallHead) -> Any:
+        """The result of a sync method."""
+        args, kwargs = _arguments(head)
+        if any(type(value) is ObjectRef for value in (*args, *kwargs.values())):
+            import ray
+
+            args = tuple(ray.get(value) if type(value) is ObjectRef else value for value in args)
+            kwargs = {key: ray.get(value) if type(value) is ObjectRef else value for key, value in kwargs.items()}
+        return self._methods[head.method][0](*args, **kwargs)
+
+    def dump(self, result: Any) -> tuple[bytes, list[memoryview]]:
+        """A result as the pickle and the buffers beside it."""
+        if isinstance(result, (GeneratorType, AsyncGeneratorType)):
+            raise WrongKindError(_wrong_kind(result.__name__))
+        try:
+            encoded, buffers = values.dumps(result)
+        except Exception as error:
+            raise UnpicklableError(f"The result of type {type(result).__qualname__} cannot be sent: {error!r}") from error
+        return encoded, [buffer.raw() for buffer in buffers]
+
+    def dump_error(self, head: CallHead, error: BaseException) -> tuple[int, bytes]:
+        """An error as the code and the payload of an ERROR frame."""
+        for kind, fault in _FAULTS.items():
+            if isinstance(error, kind):
+                return fault, str(error).encode()
+        return USER, values.dump_error(error, head.method)
+
+    def _find(self, name: str) -> tuple[Callable[..., Any], bool]:
+        method = self._target if self._is_function else getattr(self._target, name, None)
+        if method is None:
+            public = [attr for attr in dir(self._target) if not attr.startswith("__")]
+            methods = [attr for attr in public if callable(getattr(self._target, attr))]
+            raise NoSuchMethodError(
+                f"Tried to call a method '{name}' that does not exist. Available methods: {methods}."
+            )
+        if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
+            raise WrongKindError(_wrong_kind(method.__name__))
+        return method, not is_async(method)
+
+
+def is_async(function: Callable[..., Any]) -> bool:
+    """Whether calling it gives a coroutine; looks through an object to its ``__call__``."""
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+
+
+def _arguments(head: CallHead) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    try:
+        args, kwargs = values.loads(*head.arguments())
+    except Exception as error:
+        raise UnpicklableError(f"The arguments of '{head.method}' cannot be read at the replica: {error!r}") from error
+    return args, kwargs
+
+
+async def _with_values(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Calls `method` with the values of the references among its top-level arguments."""
+    given = (*args, *kwargs.values())
+    found = iter(await asyncio.gather(*(_value(value) for value in given)))
+    args = tuple(next(found) for _ in args)
+    return await method(*args, **dict(zip(kwargs, found, strict=True)))
+
+
+async def _value(given: Any) -> Any:
+    return await given if type(given) is ObjectRef else given
+
+
+def _wrong_kind(name: str) -> str:
+    return (
+        f"Method '{name}' returned a generator. "
+        "You must use `handle.options(stream=True)` to call generators on a deployment."
+    )
+
+
+_FAULTS: dict[type[BaseException], int] = {
+    NoSuchMethodError: NO_METHOD,
+    WrongKindError: WRONG_KIND,
+    UnpicklableError: UNPICKLABLE,
+}

@@ -1,0 +1,303 @@
+"""A replica without its Ray actor: the user's object on its loop, and the worker that serves it over frames.
+
+Starting resolves once what kind of callable answers HTTP (a coroutine function, a sync function, an ASGI application), so
+that a request meets no branch in Python. Everything of the user's that is not a handler (constructor, ``reconfigure``,
+``check_health``, ``__del__``) runs on the user's loop; of these, sync health checks and reconfigurations get a thread, as
+they may block.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ray import cloudpickle
+
+from rayserve_fast._core import Worker
+from rayserve_fast.context import ReplicaContext, _serve_request_context, _set_replica_context
+from rayserve_fast.controlplane.spec import Definition, DeploymentConfig, ReplicaAddress, ReplicaSpec
+from rayserve_fast.exceptions import RayServeException
+from rayserve_fast.replica import responses
+from rayserve_fast.replica.calls import Calls, is_async
+from rayserve_fast.replica.loop import UserLoop
+from rayserve_fast.replica.sync_pool import SyncPool
+
+if TYPE_CHECKING:
+    from rayserve_fast._core import RequestHead
+    from rayserve_fast.replica.asgi import AsgiApp
+
+logger = logging.getLogger("ray.serve")
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the worker calls: see ``rust/pyext/src/worker/replica.rs``."""
+
+    context: Any  # the context variable that holds the head of the current request
+    encode: Callable[[Any], Any]
+    failed: Callable[[RequestHead, BaseException], responses.Answer]
+    spawn: Callable[[], None]
+    is_sync: Callable[[str], bool]
+    begin_call: Callable[..., Any]
+    run_call: Callable[..., Any]
+    dump_result: Callable[..., Any]
+    dump_error: Callable[..., Any]
+    idle: Callable[[], None]
+
+
+@dataclass(frozen=True)
+class HttpHandler:
+    """How HTTP requests are answered: `handler` is given what `request` makes of the head, or nothing."""
+
+    kind: str  # "async", "sync" or "asgi"
+    handler: Callable[..., Any]
+    request: Callable[[RequestHead], Any] | None
+
+
+class ReplicaRuntime:
+    """One replica in this process.
+
+    Args:
+        spec: the deployment, and the addresses and secrets of the replica.
+    """
+
+    def __init__(self, spec: ReplicaSpec) -> None:
+        self._spec = spec
+        self._config = spec.deployment.config
+        self._loop = UserLoop(f"serve-{spec.deployment.name}")
+        self._pool = SyncPool(f"serve-{spec.deployment.name}-sync")
+        self._target: Any = None
+        self._is_function = False
+        self._asgi: AsgiApp | None = None
+        self._worker: Worker | None = None
+        self._idle = threading.Event()
+        self._unix: str | None = None
+
+    def start(self) -> ReplicaAddress:
+        """Construct the user's object and listen; raises what the user's code raises."""
+        self._loop.start()
+        try:
+            self._construct()
+            return self._loop.run(self._listen)
+        except BaseException:
+            self._loop.stop()
+            raise
+
+    def reconfigure(self, config: DeploymentConfig) -> None:
+        """Apply a new configuration: the limit, and `user_config` if it has changed."""
+        old, self._config = self._config, config
+        if config.user_config is not None and config.user_config != old.user_config:
+            self._call_reconfigure()
+        if self._worker is not None:
+            self._worker.resize(config.max_ongoing_requests)
+
+    def check_health(self) -> None:
+        """Raises what the user's `check_health` raises; without one it tells whether the loop still turns."""
+        check = None if self._is_function else getattr(self._target, "check_health", None)
+        self._loop.run(check or _nothing, in_thread=check is not None)
+
+    def drain(self) -> None:
+        """Take no more requests: callers are told, held requests go back to them."""
+        if self._worker is not None:
+            self._worker.drain()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        """Whether everything that was begun has ended within `timeout_s` of a drain."""
+        return self._worker is None or self._idle.wait(timeout_s)
+
+    def stop(self) -> None:
+        """Let the user's object clean up, close every socket, end the threads."""
+        try:
+            if self._asgi is not None:
+                self._loop.run(self._asgi.stop)
+            self._destroy()
+        finally:
+            if self._worker is not None:
+                self._loop.run(self._close)
+            self._pool.stop()
+            self._loop.stop()
+            _set_replica_context(None)
+
+    def counters(self) -> dict[str, int]:
+        """What the worker counts: requests, running, held, links, streams, errors and others."""
+        return {} if self._worker is None else self._worker.counters()
+
+    def _construct(self) -> None:
+        definition: Definition = cloudpickle.loads(self._spec.deployment.definition)
+        self._is_function = inspect.isfunction(definition.func_or_class)
+        context = ReplicaContext(
+            replica_id=self._spec.id,
+            servable_object=None,
+            _deployment_config=self._config,
+            rank=self._spec.rank,
+            world_size=self._spec.world_size,
+            code_version=self._spec.deployment.code_version,
+        )
+        _set_replica_context(context)
+        if self._is_function:
+            self._target = definition.func_or_class
+        else:
+            self._target = self._loop.run(_construct, definition)
+        context.servable_object = self._target
+        if self._spec.deployment.is_asgi:
+            from rayserve_fast.ingress import asgi_app_of
+            from rayserve_fast.replica.asgi import AsgiApp
+
+            ingress = asgi_app_of(definition.func_or_class)
+            if ingress is None:
+                raise TypeError(f"{definition.func_or_class!r} is no ASGI ingress")
+            self._asgi = AsgiApp(ingress, self._target)
+            self._loop.run(self._asgi.start)
+        self._call_reconfigure()
+
+    def _call_reconfigure(self) -> None:
+        config, target = self._config.user_config, self._target
+        reconfigure = None if self._is_function else getattr(target, "reconfigure", None)
+        takes_rank = reconfigure is not None and "rank" in inspect.signature(reconfigure).parameters
+        if config is None and not takes_rank:
+            return
+        if self._is_function:
+            raise ValueError("deployment_def must be a class to use user_config or rank")
+        if reconfigure is None:
+            raise RayServeException(
+                f"user_config or rank specified but deployment {self._spec.deployment.id} missing reconfigure method"
+            )
+
+        def call() -> Any:
+            return reconfigure(config, rank=self._spec.rank) if takes_rank else reconfigure(config)
+
+        self._loop.run(call, in_thread=not is_async(reconfigure))
+
+    def _listen(self) -> ReplicaAddress:
+        """On the loop's thread: everything is ready before the first link can come."""
+        spec, http = self._spec, self._http_handler()
+        calls = Calls(self._target, self._is_function)
+        hooks = Hooks(
+            context=_serve_request_context,
+            encode=responses.encode,
+            failed=self._failed,
+            spawn=self._pool.spawn,
+            is_sync=calls.is_sync,
+            begin_call=calls.begin,
+            run_call=calls.run,
+            dump_result=calls.dump,
+            dump_error=calls.dump_error,
+            idle=self._idle.set,
+        )
+        worker = Worker(
+            self._loop.loop,
+            hooks,
+            app=spec.deployment.app,
+            name=spec.deployment.name,
+            replica_id=spec.replica_id,
+            token=spec.token,
+            max_ongoing_requests=self._config.max_ongoing_requests,
+            kind=http.kind,
+            handler=http.handler,
+            request=http.request,
+        )
+        self._worker = self._pool.worker = worker
+        host, node_id = _node()
+        self._unix = os.path.join(spec.socket_dir, f"r-{spec.replica_id}.sock")
+        worker.listen_unix(self._unix)
+        tcp = f"{host}:{worker.listen_tcp(host)}" if spec.listen_tcp else None
+        worker.attach()
+        self._loop.loop.add_reader(worker.fileno(), worker.tick)
+        _abandon_in_child(worker)
+        return ReplicaAddress(spec.replica_id, node_id, self._unix, tcp)
+
+    def _http_handler(self) -> HttpHandler:
+        if self._asgi is not None:
+            return HttpHandler("asgi", self._asgi, None)
+        handler = self._target if self._is_function else getattr(self._target, "__call__", None)  # noqa: B004
+        if handler is None:
+            return HttpHandler("async", self._no_call, None)
+        from rayserve_fast.replica.request import Request
+
+        request = Request if inspect.signature(handler).parameters else None
+        if is_async(handler):
+            return HttpHandler("async", handler, request)
+        if request is None:
+            return HttpHandler("sync", lambda _head: handler(), None)
+        return HttpHandler("sync", handler, request)
+
+    async def _no_call(self) -> None:
+        raise RayServeException(
+            f"Tried to call a method '__call__' that does not exist in {self._spec.deployment.id}."
+        )
+
+    def _failed(self, head: RequestHead, error: BaseException) -> responses.Answer:
+        """Logs an error of a handler, and gives the answer for the case that none has begun."""
+        logger.error(
+            "Request %s to %s failed.", head.request_id, self._spec.id, exc_info=(type(error), error, error.__traceback__)
+        )
+        return responses.failure(error)
+
+    def _destroy(self) -> None:
+        """Calls the user's ``__del__`` now, once."""
+        target, self._target = self._target, None
+        if target is None or self._is_function or not hasattr(type(target), "__del__"):
+            return
+        try:
+            self._loop.run(target.__del__)
+        except BaseException:
+            logger.exception("__del__ of %s raised.", self._spec.id)
+        finally:
+            # The interpreter calls it again when the object goes.
+            type(target).__del__ = _forget
+
+    def _close(self) -> None:
+        """On the loop's thread."""
+        worker = self._worker
+        if worker is not None:
+            self._loop.loop.remove_reader(worker.fileno())
+            worker.close()
+        if self._unix is not None:
+            os.unlink(self._unix)
+            self._unix = None
+        self._worker = None
+
+
+async def _construct(definition: Definition) -> Any:
+    """The user's object; its constructor runs on the loop's thread and may be ``async def``."""
+    kind = definition.func_or_class
+    target = kind.__new__(kind)  # type: ignore[call-overload]
+    result = target.__init__(*definition.init_args, **definition.init_kwargs)
+    if inspect.isawaitable(result):
+        await result
+    return target
+
+
+def _nothing() -> None:
+    pass
+
+
+def _forget(_self: Any) -> None:
+    pass
+
+
+def _node() -> tuple[str, str]:
+    """This node's address and id; those of the local host without Ray."""
+    import ray
+
+    if not ray.is_initialized():
+        return "127.0.0.1", ""
+    return ray.util.get_node_ip_address(), ray.get_runtime_context().get_node_id()
+
+
+def _abandon_in_child(worker: Worker) -> None:
+    """A process that user code forks must not hold the links: their end would not be noticed."""
+    reference = weakref.ref(worker)
+
+    def abandon() -> None:
+        alive = reference()
+        if alive is not None:
+            alive.abandon()
+
+    os.register_at_fork(after_in_child=abandon)

@@ -1,0 +1,64 @@
+"""The threads that run sync handlers.
+
+Each pulls jobs from the worker's native queue, runs them in a context of their own, and gives the results back, which puts
+them straight on the wire: no hop through the event loop. The worker says when a thread is needed (``worker/pool.rs``).
+
+User code is called from this file's Python frames and never from Rust, and the threads are daemons: one that user code
+blocks does not keep the process, and may be killed at any time. The others wait in Rust and are sent home by an exit hook.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from contextvars import copy_context
+from typing import TYPE_CHECKING
+
+from rayserve_fast.replica.loop import EXIT_PATIENCE_S, at_exit
+
+if TYPE_CHECKING:
+    from rayserve_fast._core import Worker
+
+
+class SyncPool:
+    """The pool of one worker, which must be set before the first thread is asked for."""
+
+    worker: Worker
+
+    def __init__(self, name: str) -> None:
+        self._names = (f"{name}-{number}" for number in itertools.count())
+        self._threads: list[threading.Thread] = []
+
+    def spawn(self) -> None:
+        """Start one more thread."""
+        if not self._threads:
+            at_exit(self.stop)
+        thread = threading.Thread(target=self._run, name=next(self._names), daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def stop(self) -> None:
+        """Send the threads home, and wait for those that user code does not block."""
+        if not self._threads:
+            return
+        self.worker.stop_pool()
+        deadline = threading.TIMEOUT_MAX if EXIT_PATIENCE_S is None else EXIT_PATIENCE_S
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(deadline)
+                deadline = min(deadline, 0.05) if thread.is_alive() else deadline
+        self._threads.clear()
+
+    def _run(self) -> None:
+        take, done, fail = self.worker.take, self.worker.done, self.worker.fail
+        while (job := take()) is not None:
+            call, argument, head = job
+            context = copy_context()
+            try:
+                result = context.run(call, argument)
+            except BaseException as error:
+                fail(head, error)
+            else:
+                done(head, result, context)
+            # Nothing of this request may live on while the thread waits for the next.
+            call = argument = head = context = job = result = None  # type: ignore[assignment]  # noqa: F841

@@ -1,0 +1,5 @@
+//! Python's view of an HTTP request and its answer.
+
+pub(crate) mod asgi;
+pub(crate) mod request;
+pub(crate) mod response;

@@ -1,0 +1,245 @@
+//! A request as the user's code sees it, read from the wire's bytes when it is asked for.
+//!
+//! Both heads are also the request context of what they run, so they have the attributes of `context._RequestContext`;
+//! `RequestHead` has the ASGI callables `receive` and `send` of its stream besides.
+
+use std::sync::Arc;
+
+use pyo3::prelude::*;
+use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyString};
+use rayserve_dataplane::wire::{CallView, RequestHeadView};
+
+use super::asgi;
+use crate::convert::{pair, text, unquoted};
+use crate::worker::replica::Replica;
+use crate::worker::stream::Stream;
+
+#[pyclass(frozen, freelist = 128, module = "rayserve_fast._core")]
+pub(crate) struct RequestHead {
+    pub(crate) view: RequestHeadView,
+    pub(crate) stream: Arc<Stream>,
+    pub(crate) replica: Arc<Replica>,
+}
+
+#[pymethods]
+impl RequestHead {
+    #[getter]
+    fn method<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        text(py, self.view.method())
+    }
+
+    #[getter]
+    fn path<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        unquoted(py, self.view.path())
+    }
+
+    #[getter]
+    fn raw_path<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.view.path())
+    }
+
+    #[getter]
+    fn query_string<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.view.query())
+    }
+
+    #[getter]
+    fn root_path<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        text(py, self.view.root_path())
+    }
+
+    #[getter]
+    fn route<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        text(py, self.view.route())
+    }
+
+    #[getter]
+    fn request_id<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        text(py, self.view.request_id())
+    }
+
+    #[getter]
+    fn http_version(&self) -> &'static str {
+        match self.view.http_version {
+            10 => "1.0",
+            20 => "2",
+            _ => "1.1",
+        }
+    }
+
+    #[getter]
+    fn scheme(&self) -> &'static str {
+        if self.view.https { "https" } else { "http" }
+    }
+
+    #[getter]
+    fn client<'py>(&self, py: Python<'py>) -> Option<(Bound<'py, PyString>, u16)> {
+        address(py, self.view.client())
+    }
+
+    #[getter]
+    fn server<'py>(&self, py: Python<'py>) -> Option<(Bound<'py, PyString>, u16)> {
+        address(py, self.view.server())
+    }
+
+    #[getter]
+    fn headers<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let pairs: Vec<_> = self.view.headers().map(|(name, value)| pair(py, name, value)).collect();
+        PyList::new(py, pairs)
+    }
+
+    /// The first header of that lower-case name.
+    fn header<'py>(&self, py: Python<'py>, name: &[u8]) -> Option<Bound<'py, PyBytes>> {
+        self.view.headers().find(|(key, _)| *key == name).map(|(_, value)| PyBytes::new(py, value))
+    }
+
+    fn scope<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
+        asgi::scope(slf)
+    }
+
+    fn receive<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        asgi::receive(py, self)
+    }
+
+    fn send<'py>(&self, message: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyAny>> {
+        asgi::send(self, message)
+    }
+
+    #[getter]
+    fn body<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
+        asgi::whole_body(py, &self.stream)
+    }
+
+    #[getter]
+    fn disconnected(&self) -> bool {
+        self.stream.state().cancelled
+    }
+
+    #[getter]
+    fn app_name<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        self.replica.app.bind(py).clone()
+    }
+
+    #[getter]
+    fn _internal_request_id<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        self.request_id(py)
+    }
+
+    #[getter]
+    fn multiplexed_model_id(&self) -> &'static str {
+        ""
+    }
+
+    #[getter]
+    fn session_id(&self) -> &'static str {
+        ""
+    }
+
+    #[getter]
+    fn grpc_context(&self) -> Option<u8> {
+        None
+    }
+
+    #[getter]
+    fn is_http_request(&self) -> bool {
+        true
+    }
+
+    #[getter]
+    fn cancel_on_parent_request_cancel(&self) -> bool {
+        false
+    }
+
+    #[getter]
+    fn _client(&self) -> String {
+        let (host, port) = self.view.client();
+        format!("{}:{port}", String::from_utf8_lossy(host))
+    }
+
+    #[getter]
+    fn _ray_trace_ctx(&self) -> Option<u8> {
+        None
+    }
+}
+
+/// `CallHead`: a handle call as Python sees it, and the request context of what it runs.
+#[pyclass(frozen, freelist = 128, module = "rayserve_fast._core")]
+pub(crate) struct CallHead {
+    pub(crate) view: CallView,
+    pub(crate) stream: Arc<Stream>,
+    pub(crate) replica: Arc<Replica>,
+}
+
+#[pymethods]
+impl CallHead {
+    #[getter]
+    fn method(&self) -> &str {
+        self.view.head().method
+    }
+
+    /// The pickle and its out-of-band buffers, which the values may own: each is a writable copy.
+    fn arguments<'py>(&self, py: Python<'py>) -> (Bound<'py, PyBytes>, Vec<Bound<'py, PyByteArray>>) {
+        let value = &self.view.arguments;
+        let buffers = value.buffers.iter().map(|buffer| PyByteArray::new(py, buffer)).collect();
+        (PyBytes::new(py, &value.pickle), buffers)
+    }
+
+    #[getter]
+    fn route(&self) -> &str {
+        self.view.head().route
+    }
+
+    #[getter]
+    fn request_id(&self) -> &str {
+        self.view.head().request_id
+    }
+
+    #[getter]
+    fn _internal_request_id(&self) -> &str {
+        self.view.head().request_id
+    }
+
+    #[getter]
+    fn app_name<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        self.replica.app.bind(py).clone()
+    }
+
+    #[getter]
+    fn multiplexed_model_id(&self) -> &str {
+        self.view.head().multiplexed_model_id
+    }
+
+    #[getter]
+    fn session_id(&self) -> &str {
+        self.view.head().session_id
+    }
+
+    #[getter]
+    fn grpc_context(&self) -> Option<u8> {
+        None
+    }
+
+    #[getter]
+    fn is_http_request(&self) -> bool {
+        false
+    }
+
+    #[getter]
+    fn cancel_on_parent_request_cancel(&self) -> bool {
+        false
+    }
+
+    #[getter]
+    fn _client(&self) -> &'static str {
+        ""
+    }
+
+    #[getter]
+    fn _ray_trace_ctx(&self) -> Option<u8> {
+        None
+    }
+}
+
+fn address<'py>(py: Python<'py>, (host, port): (&[u8], u16)) -> Option<(Bound<'py, PyString>, u16)> {
+    (!host.is_empty()).then(|| (text(py, host), port))
+}

@@ -1,0 +1,285 @@
+//! One link: the socket, what was read and not yet decoded, what is written and not yet sent, and its streams.
+//!
+//! Whoever has something to send appends it to the link's buffer and lets [`Link::flush`] share one system call among many
+//! frames. Long bodies do not go into the buffer at once: their streams wait in `turns` and put a chunk each while
+//! there is room, so that a large answer never blocks a small one and the buffer stays small.
+//! Invariants: no lock is held across a call into Python or while a Python object is dropped; of the two locks
+//! that nest, the link's output comes before the stream's state.
+
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind, Write};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use bytes::{Buf, BytesMut};
+use mio::net::{TcpStream, UnixStream};
+use mio::{Interest, Registry, Token};
+use rayserve_dataplane::wire::hello::{Callee, MAX_HELLO};
+use rayserve_dataplane::wire::{Decoder, Header, flag, put};
+use rustix::io::Errno;
+
+use super::stream::{Stream, Turn, Woken};
+
+/// Chunks of long bodies are put while less than this is unsent.
+const ROOM: usize = 128 * 1024;
+/// Free space that a read is offered.
+const READ: usize = 64 * 1024;
+/// A stream id's slab index.
+const INDEX: u32 = (1 << 20) - 1;
+
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+pub(crate) enum Socket {
+    Unix(UnixStream),
+    Tcp(TcpStream),
+}
+
+macro_rules! each {
+    ($socket:expr, $it:ident => $body:expr) => {
+        match $socket {
+            Socket::Unix($it) => $body,
+            Socket::Tcp($it) => $body,
+        }
+    };
+}
+
+impl Socket {
+    pub(crate) fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
+        each!(self, it => registry.register(it, token, Interest::READABLE))
+    }
+}
+
+/// The reading side, which only the loop's thread uses.
+pub(crate) struct Input {
+    pub(crate) buf: BytesMut,
+    pub(crate) decoder: Decoder,
+    /// Until the handshake is through.
+    pub(crate) callee: Option<Callee>,
+}
+
+struct Output {
+    socket: Option<Socket>,
+    buf: BytesMut,
+    /// Among the dirty links already.
+    dirty: bool,
+    /// The kernel's buffer was full: the poller tells when it is not.
+    blocked: bool,
+    turns: VecDeque<Arc<Stream>>,
+}
+
+/// What the links of a replica share on the way out: the load that answers report, and who has something unsent.
+#[derive(Default)]
+pub(crate) struct Outgoing {
+    gauge: AtomicU32,
+    dirty: Mutex<Dirty>,
+}
+
+#[derive(Default)]
+pub(crate) struct Dirty {
+    pub(crate) links: Vec<Arc<Link>>,
+    /// When the first of them became so.
+    pub(crate) since: Option<Instant>,
+}
+
+impl Outgoing {
+    pub(crate) fn set_load(&self, load: usize, fast: bool) {
+        let load = load.min(usize::from(u16::MAX)) as u32;
+        self.gauge.store(load | u32::from(fast) << 16, Ordering::Relaxed);
+    }
+
+    /// The header of an answer with load and FAST filled in; `own`: what this frame takes off the load.
+    pub(crate) fn stamp(&self, header: Header, own: u16) -> Header {
+        let (load, flags) = (self.gauge.load(Ordering::Relaxed) as u16, if self.is_fast() { flag::FAST } else { 0 });
+        Header { load: load.saturating_sub(own), ..header.with(flags) }
+    }
+
+    pub(crate) fn is_fast(&self) -> bool {
+        self.gauge.load(Ordering::Relaxed) >> 16 == 1
+    }
+
+    pub(crate) fn take_dirty(&self) -> Vec<Arc<Link>> {
+        std::mem::take(&mut *lock(&self.dirty)).links
+    }
+
+    /// When the oldest unsent answer was put, of links that can send.
+    pub(crate) fn since(&self) -> Option<Instant> {
+        lock(&self.dirty).since
+    }
+
+    fn touch(&self, link: &Arc<Link>) {
+        let mut dirty = lock(&self.dirty);
+        dirty.links.push(link.clone());
+        dirty.since.get_or_insert_with(Instant::now);
+    }
+}
+
+pub(crate) struct Link {
+    pub(crate) token: Token,
+    pub(crate) outgoing: Arc<Outgoing>,
+    pub(crate) input: Mutex<Input>,
+    output: Mutex<Output>,
+    streams: Mutex<Vec<Option<Arc<Stream>>>>,
+}
+
+impl Link {
+    pub(crate) fn new(token: Token, socket: Socket, outgoing: Arc<Outgoing>) -> Self {
+        let input = Input {
+            buf: BytesMut::with_capacity(READ),
+            decoder: Decoder::new(MAX_HELLO),
+            callee: Some(Callee::default()),
+        };
+        let output =
+            Output { socket: Some(socket), buf: BytesMut::new(), dirty: false, blocked: false, turns: VecDeque::new() };
+        Self { token, outgoing, input: Mutex::new(input), output: Mutex::new(output), streams: Mutex::default() }
+    }
+
+    /// Reads once; whether the peer may have more. An end of file is an error.
+    #[expect(unsafe_code, reason = "clearing 64 KiB before each read would cost more than the read")]
+    pub(crate) fn read(&self, buf: &mut BytesMut) -> io::Result<bool> {
+        if buf.capacity() - buf.len() < READ / 16 {
+            buf.reserve(READ);
+        }
+        let output = lock(&self.output);
+        let Some(socket) = &output.socket else { return Err(ErrorKind::NotConnected.into()) };
+        let room = buf.spare_capacity_mut();
+        let (full, read) = (room.len(), each!(socket, it => rustix::io::read(it, room)).map(|(read, _)| read.len()));
+        match read {
+            Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
+            Ok(len) => {
+                // SAFETY: read() has filled that many bytes of the spare capacity.
+                unsafe { buf.set_len(buf.len() + len) };
+                Ok(len == full)
+            }
+            Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Appends a frame; somebody flushes it soon.
+    pub(crate) fn put(self: &Arc<Self>, header: Header, parts: &[&[u8]]) {
+        self.put_with(|out| put(out, header, parts));
+    }
+
+    /// The same for a frame that `fill` writes itself.
+    pub(crate) fn put_with(self: &Arc<Self>, fill: impl FnOnce(&mut BytesMut)) {
+        let mut output = lock(&self.output);
+        if output.socket.is_some() {
+            fill(&mut output.buf);
+            self.mark(output);
+        }
+    }
+
+    /// Lets a stream with body bytes to send have its turns.
+    pub(crate) fn enqueue(self: &Arc<Self>, stream: &Arc<Stream>, woken: &mut Woken) {
+        let mut output = lock(&self.output);
+        if output.socket.is_some() {
+            output.turns.push_back(stream.clone());
+            self.pump(&mut output, woken);
+            self.mark(output);
+        }
+    }
+
+    fn mark(self: &Arc<Self>, mut output: MutexGuard<'_, Output>) {
+        let news = !output.dirty && !output.blocked && !output.buf.is_empty();
+        output.dirty |= news;
+        drop(output);
+        if news {
+            self.outgoing.touch(self);
+        }
+    }
+
+    /// Sends what there is; what the kernel does not take waits for the poller. An error means that the link is dead.
+    pub(crate) fn flush(&self, registry: &Registry, woken: &mut Woken) -> io::Result<()> {
+        let mut output = lock(&self.output);
+        output.dirty = false;
+        loop {
+            self.pump(&mut output, woken);
+            let Output { socket: Some(socket), buf, .. } = &mut *output else { return Ok(()) };
+            if buf.is_empty() {
+                break;
+            }
+            match each!(socket, it => it.write(buf)) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(sent) => buf.advance(sent),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                    return output.block(true, registry, self.token);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        output.block(false, registry, self.token)
+    }
+
+    /// Takes a stream in; `false`: the caller uses an id twice.
+    pub(crate) fn insert(&self, stream: &Arc<Stream>) -> bool {
+        let mut streams = lock(&self.streams);
+        let index = (stream.id & INDEX) as usize;
+        if index >= streams.len() {
+            streams.resize_with(index + 1, || None);
+        }
+        if streams[index].is_some() {
+            return false;
+        }
+        streams[index] = Some(stream.clone());
+        true
+    }
+
+    /// The stream with this id, if it is still open.
+    pub(crate) fn stream(&self, id: u32) -> Option<Arc<Stream>> {
+        let streams = lock(&self.streams);
+        streams.get((id & INDEX) as usize)?.clone().filter(|stream| stream.id == id)
+    }
+
+    /// The stream's last frame was put: its id may come again.
+    pub(crate) fn remove(&self, id: u32) {
+        let stream = lock(&self.streams).get_mut((id & INDEX) as usize).and_then(Option::take);
+        drop(stream);
+    }
+
+    /// Closes the socket and hands out the open streams. The descriptor is not taken off the poller: in a forked child
+    /// that would take it off the parent's.
+    pub(crate) fn close(&self) -> Vec<Arc<Stream>> {
+        let mut output = lock(&self.output);
+        let (socket, turns) = (output.socket.take(), std::mem::take(&mut output.turns));
+        drop(output);
+        drop((socket, turns));
+        std::mem::take(&mut *lock(&self.streams)).into_iter().flatten().collect()
+    }
+
+    pub(crate) fn is_open(&self) -> bool {
+        lock(&self.output).socket.is_some()
+    }
+
+    pub(crate) fn open_streams(&self) -> usize {
+        lock(&self.streams).iter().flatten().count()
+    }
+
+    fn pump(&self, output: &mut Output, woken: &mut Woken) {
+        while output.buf.len() < ROOM {
+            let Some(stream) = output.turns.pop_front() else { break };
+            match stream.put_chunk(&mut output.buf, woken) {
+                Turn::Again => output.turns.push_back(stream),
+                Turn::Wait => {}
+                Turn::Last => self.remove(stream.id),
+            }
+        }
+    }
+}
+
+impl Output {
+    fn block(&mut self, blocked: bool, registry: &Registry, token: Token) -> io::Result<()> {
+        if self.blocked == blocked {
+            return Ok(());
+        }
+        self.blocked = blocked;
+        let interest = if blocked { Interest::READABLE | Interest::WRITABLE } else { Interest::READABLE };
+        match &mut self.socket {
+            Some(socket) => each!(socket, it => registry.reregister(it, token, interest)),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,342 @@
+//! The driver inside a replica: `Worker`, what Python sees of it.
+//!
+//! `replica/runtime.py` makes one on the user's event loop and has the loop watch [`Worker::fileno`]; everything else
+//! happens in [`Worker::tick`] and in callbacks of the loop, or in the pool's threads when they take and finish jobs.
+
+pub(crate) mod link;
+pub(crate) mod poll;
+pub(crate) mod pool;
+pub(crate) mod replica;
+pub(crate) mod run;
+pub(crate) mod step;
+pub(crate) mod stream;
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::os::fd::AsRawFd;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use mio::Waker;
+use mio::net::{TcpListener, UnixListener};
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::PyString;
+
+use self::link::lock;
+use self::poll::{After, Listener, Poller, WAKER};
+use self::pool::Pool;
+use self::replica::{Hooks, Posted, Replica};
+use self::run::{Http, HttpKind, Running};
+use self::step::Stepper;
+
+/// While jobs are queued or answers unsent, somebody looks after them this often; the loop's timers are no finer.
+const LOOK_S: f64 = 0.001;
+
+#[pyclass(frozen, weakref, module = "rayserve_fast._core")]
+pub(crate) struct Worker {
+    replica: Arc<Replica>,
+    poller: Mutex<Option<Poller>>,
+    looking: AtomicBool,
+}
+
+/// A sync handler to run: the callable, its argument, and the head to give back with the result.
+type Job<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
+
+#[pymethods]
+impl Worker {
+    #[new]
+    #[pyo3(signature = (event_loop, hooks, *, app, name, replica_id, token, max_ongoing_requests, kind, handler, request))]
+    #[expect(clippy::too_many_arguments, reason = "keywords, made in one place")]
+    fn new(
+        event_loop: &Bound<'_, PyAny>,
+        hooks: &Bound<'_, PyAny>,
+        app: Py<PyString>,
+        name: &str,
+        replica_id: String,
+        token: Vec<u8>,
+        max_ongoing_requests: usize,
+        kind: &str,
+        handler: Py<PyAny>,
+        request: Option<Py<PyAny>>,
+    ) -> PyResult<Self> {
+        let py = event_loop.py();
+        let kind = match kind {
+            "async" => HttpKind::Async,
+            "sync" => HttpKind::Sync,
+            "asgi" => HttpKind::Asgi,
+            other => return Err(PyValueError::new_err(format!("unknown kind of handler {other:?}"))),
+        };
+        let poller = Poller::new(token, replica_id)?;
+        let registry = poller.poll.registry().try_clone()?;
+        let waker = Waker::new(&registry, WAKER)?;
+        let pool = Pool::default();
+        pool.resize(max_ongoing_requests);
+        let replica = Replica::new(
+            app,
+            Hooks::read(event_loop, hooks)?,
+            Http { kind, handler, request },
+            Stepper::new(py, event_loop, name)?,
+            pool,
+            max_ongoing_requests,
+            registry,
+            waker,
+        );
+        Ok(Self { replica: Arc::new(replica), poller: Mutex::new(Some(poller)), looking: AtomicBool::new(false) })
+    }
+
+    fn listen_unix(&self, path: PathBuf) -> PyResult<()> {
+        let listener = UnixListener::bind(path)?;
+        self.with_poller(|poller| Ok(poller.listen(Listener::Unix(listener))?))
+    }
+
+    /// The port that was bound.
+    fn listen_tcp(&self, host: &str) -> PyResult<u16> {
+        let address = SocketAddr::new(host.parse()?, 0);
+        let listener = TcpListener::bind(address)?;
+        let port = listener.local_addr()?.port();
+        self.with_poller(|poller| Ok(poller.listen(Listener::Tcp(listener))?))?;
+        Ok(port)
+    }
+
+    fn fileno(&self) -> PyResult<i32> {
+        self.with_poller(|poller| Ok(poller.poll.as_raw_fd()))
+    }
+
+    /// Makes the calling thread the loop's.
+    fn attach(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let replica = &slf.get().replica;
+        let _ = replica.thread.set(thread::current().id());
+        let _ = replica.flusher.set(slf.getattr("flush")?.unbind());
+        let _ = replica.expire.set(slf.getattr("expire")?.unbind());
+        Ok(())
+    }
+
+    fn tick(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let (py, it) = (slf.py(), slf.get());
+        // None: a handler runs the loop from within a tick, or the worker is closed.
+        let Some(mut poller) = lock(&it.poller).take() else { return Ok(()) };
+        let after = poll::run(py, &it.replica, &mut poller);
+        *lock(&it.poller) = Some(poller);
+        if after? == After::Again {
+            it.replica.hooks.call_soon.bind(py).call1((slf.getattr(intern!(py, "tick"))?,))?;
+        }
+        Self::look_soon(slf)
+    }
+
+    /// Sends what callbacks have put since the last time.
+    fn flush(slf: &Bound<'_, Self>) -> PyResult<()> {
+        slf.get().replica.flush_turn(slf.py())?;
+        Self::look_soon(slf)
+    }
+
+    fn look(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let it = slf.get();
+        it.looking.store(false, Ordering::Relaxed);
+        it.replica.flush(slf.py())?;
+        Self::look_soon(slf)
+    }
+
+    fn expire(&self, py: Python<'_>) -> PyResult<()> {
+        let Some(mut poller) = lock(&self.poller).take() else { return Ok(()) };
+        let expired = poller.expire(py, &self.replica);
+        *lock(&self.poller) = Some(poller);
+        expired
+    }
+
+    /// The next job, after a wait if there is none; None: the thread may go home.
+    fn take<'py>(&self, py: Python<'py>) -> PyResult<Option<Job<'py>>> {
+        let replica = &self.replica;
+        loop {
+            if let Some(running) = replica.pool.pop() {
+                let cancelled = {
+                    let mut state = running.stream().state();
+                    state.began = Some(std::time::Instant::now());
+                    state.cancelled
+                };
+                if cancelled {
+                    replica.finish(py, &running, false, None, Ok(py.None().into_bound(py)))?;
+                    replica.sort_ready(py)?;
+                    continue;
+                }
+                self.ring(py)?;
+                return self.job(py, &running).map(Some);
+            }
+            if replica.pool.is_stopped() {
+                return Ok(None);
+            }
+            replica.hooks.context.bind(py).call_method1(intern!(py, "set"), (py.None(),))?;
+            replica.flush(py)?;
+            replica.pool.wait(py);
+        }
+    }
+
+    /// Answers with a job's result; `context` is what the job ran in.
+    fn done(&self, head: &Bound<'_, PyAny>, result: Bound<'_, PyAny>, context: Py<PyAny>) -> PyResult<()> {
+        let (py, running) = (head.py(), head.extract::<Running>()?);
+        self.replica.finish_sync(py, running, result, context)?;
+        self.after(py)
+    }
+
+    /// Answers with what a job has raised.
+    fn fail(&self, head: &Bound<'_, PyAny>, error: Bound<'_, PyAny>) -> PyResult<()> {
+        let (py, running) = (head.py(), head.extract::<Running>()?);
+        self.replica.finish(py, &running, false, None, Err(PyErr::from_value(error)))?;
+        self.after(py)
+    }
+
+    fn stop_pool(&self) {
+        self.replica.pool.stop();
+    }
+
+    fn resize(&self, py: Python<'_>, max_ongoing_requests: usize) -> PyResult<()> {
+        let replica = &self.replica;
+        replica.with_limit(|limit| limit.resize(max_ongoing_requests));
+        replica.pool.resize(max_ongoing_requests);
+        replica.give_slots();
+        replica.flush(py)?;
+        replica.wake();
+        Ok(())
+    }
+
+    fn drain(&self, py: Python<'_>) -> PyResult<()> {
+        self.replica.drain(py)
+    }
+
+    /// Requests that run or are held.
+    fn load(&self) -> usize {
+        lock(&self.replica.limit).load()
+    }
+
+    fn counters(&self) -> HashMap<&'static str, u64> {
+        let replica = &self.replica;
+        let (running, held) = {
+            let limit = lock(&replica.limit);
+            (limit.running(), limit.load() - limit.running())
+        };
+        let (links, streams) = {
+            let links = lock(&replica.links);
+            (links.len(), links.values().map(|link| link.open_streams()).sum::<usize>())
+        };
+        let events = &replica.counters;
+        let read = |counter: &std::sync::atomic::AtomicU64| counter.load(Ordering::Relaxed);
+        HashMap::from([
+            ("running", running as u64),
+            ("held", held as u64),
+            ("links", links as u64),
+            ("streams", streams as u64),
+            ("requests", read(&events.requests)),
+            ("busy", read(&events.busy)),
+            ("errors", read(&events.errors)),
+            ("cancelled", read(&events.cancelled)),
+            ("wakes", read(&events.wakes)),
+            ("flushes", read(&events.flushes)),
+        ])
+    }
+
+    /// Sends what is unsent and closes every socket; on the loop's thread, after it has stopped watching.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        self.replica.flush(py)?;
+        self.abandon();
+        Ok(())
+    }
+
+    /// Closes the descriptors and nothing else: a forked child must not hold its parent's links open.
+    fn abandon(&self) {
+        let poller = lock(&self.poller).take();
+        drop(poller);
+        let links = std::mem::take(&mut *lock(&self.replica.links));
+        for link in links.into_values() {
+            let streams = link.close();
+            drop(streams);
+        }
+    }
+}
+
+impl Worker {
+    fn with_poller<T>(&self, f: impl FnOnce(&mut Poller) -> PyResult<T>) -> PyResult<T> {
+        match &mut *lock(&self.poller) {
+            Some(poller) => f(poller),
+            None => Err(PyRuntimeError::new_err("the worker is closed or in a tick")),
+        }
+    }
+
+    /// Looks again in a while if jobs are queued or answers unsent, as the thread that would see to them may be blocked.
+    fn look_soon(slf: &Bound<'_, Self>) -> PyResult<()> {
+        let (py, it) = (slf.py(), slf.get());
+        it.ring(py)?;
+        let replica = &it.replica;
+        let idle = replica.pool.is_empty() && replica.outgoing.since().is_none();
+        if idle || it.looking.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
+        replica.hooks.call_later.bind(py).call1((LOOK_S, slf.getattr(intern!(py, "look"))?))?;
+        Ok(())
+    }
+
+    fn ring(&self, py: Python<'_>) -> PyResult<()> {
+        if self.replica.pool.ring() {
+            self.replica.hooks.spawn.bind(py).call0()?;
+        }
+        Ok(())
+    }
+
+    fn job<'py>(&self, py: Python<'py>, running: &Running) -> PyResult<Job<'py>> {
+        let replica = &self.replica;
+        let head = running.object(py);
+        replica.hooks.context.bind(py).call_method1(intern!(py, "set"), (&head,))?;
+        Ok(match running {
+            Running::Call(_) => (replica.hooks.run_call.bind(py).clone(), head.clone(), head),
+            Running::Http(_) => {
+                let argument = match &replica.http.request {
+                    Some(request) => request.bind(py).call1((&head,))?,
+                    None => head.clone(),
+                };
+                (replica.http.handler.bind(py).clone(), argument, head)
+            }
+        })
+    }
+
+    /// A job is over and its thread may go into the next.
+    fn after(&self, py: Python<'_>) -> PyResult<()> {
+        let replica = &self.replica;
+        replica.sort_ready(py)?;
+        let stale = replica.outgoing.since().is_some_and(|since| since.elapsed() >= replica::STALE);
+        // With slow handlers the next one would hold this answer up; and so it might if the loop does not look.
+        if stale || !replica.outgoing.is_fast() || !self.looking.load(Ordering::Relaxed) {
+            replica.flush(py)?;
+        }
+        Ok(())
+    }
+}
+
+impl Replica {
+    /// Answers with a sync handler's result; what only the loop can finish goes there.
+    fn finish_sync(
+        self: &Arc<Self>,
+        py: Python<'_>,
+        running: Running,
+        result: Bound<'_, PyAny>,
+        context: Py<PyAny>,
+    ) -> PyResult<()> {
+        if running.stream().state().cancelled {
+            return self.finish(py, &running, false, None, Ok(result));
+        }
+        let outcome = if result.get_type().is(self.hooks.coroutine.bind(py)) {
+            Ok(Some(result))
+        } else {
+            self.answer(&running, result)
+        };
+        match outcome {
+            Ok(None) => self.release(py, running.stream()),
+            Ok(Some(result)) => {
+                self.post([Posted::Finish { head: running, result: result.unbind(), context }]);
+                Ok(())
+            }
+            Err(error) => self.finish(py, &running, false, None, Err(error)),
+        }
+    }
+}

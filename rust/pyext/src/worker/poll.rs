@@ -1,0 +1,351 @@
+//! The nested poller: listeners and links behind one descriptor, which the event loop watches, and the tick.
+//!
+//! One readable event → read, decode, step the handlers, flush the answers once. The tick ends after 64 frames or 1 ms and
+//! the loop calls it again, also for bytes that are read already and that the kernel will not report again.
+//! The poller is taken out of its lock for the length of a tick: a handler that runs the loop itself finds none.
+
+use std::io::{self, ErrorKind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use mio::net::{TcpListener, UnixListener};
+use mio::{Events, Interest, Poll, Token};
+use pyo3::intern;
+use pyo3::prelude::*;
+use rayserve_dataplane::wire::hello::{HelloError, Step};
+use rayserve_dataplane::wire::{CallView, Decoder, Frame, Header, Kind, MAX_PAYLOAD, RequestHeadView, WireError, flag};
+
+use super::link::{Link, Socket, lock};
+use super::replica::{Replica, Request, STALE, Work, count};
+use super::stream::{Stream, Woken};
+use crate::http::asgi;
+
+/// The waker's token; links count from there.
+pub(crate) const WAKER: Token = Token(0);
+const FRAMES: usize = 64;
+const TIME: Duration = Duration::from_millis(1);
+/// Time for the handshake.
+const HELLO: Duration = Duration::from_secs(2);
+
+pub(crate) enum Listener {
+    Unix(UnixListener),
+    Tcp(TcpListener),
+}
+
+pub(crate) struct Poller {
+    pub(crate) poll: Poll,
+    events: Events,
+    listeners: Vec<(Token, Listener)>,
+    /// Links with bytes that are read and not yet decoded.
+    backlog: Vec<Arc<Link>>,
+    /// Links whose handshake is not through, oldest first.
+    greeting: Vec<(Instant, Arc<Link>)>,
+    next: usize,
+    pub(crate) token: Vec<u8>,
+    pub(crate) replica_id: String,
+}
+
+/// What a tick leaves to do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum After {
+    Nothing,
+    /// Call again soon.
+    Again,
+}
+
+struct Budget {
+    frames: usize,
+    start: Instant,
+}
+
+/// The link cannot be used any further.
+enum Broken {
+    Peer,
+    Python(PyErr),
+}
+
+impl From<WireError> for Broken {
+    fn from(_: WireError) -> Self {
+        Self::Peer
+    }
+}
+
+impl From<HelloError> for Broken {
+    fn from(_: HelloError) -> Self {
+        Self::Peer
+    }
+}
+
+impl From<PyErr> for Broken {
+    fn from(error: PyErr) -> Self {
+        Self::Python(error)
+    }
+}
+
+impl Poller {
+    pub(crate) fn new(token: Vec<u8>, replica_id: String) -> io::Result<Self> {
+        Ok(Self {
+            poll: Poll::new()?,
+            events: Events::with_capacity(256),
+            listeners: Vec::new(),
+            backlog: Vec::new(),
+            greeting: Vec::new(),
+            next: WAKER.0 + 1,
+            token,
+            replica_id,
+        })
+    }
+
+    pub(crate) fn listen(&mut self, mut listener: Listener) -> io::Result<()> {
+        let token = self.fresh();
+        let registry = self.poll.registry();
+        match &mut listener {
+            Listener::Unix(it) => registry.register(it, token, Interest::READABLE)?,
+            Listener::Tcp(it) => registry.register(it, token, Interest::READABLE)?,
+        }
+        self.listeners.push((token, listener));
+        Ok(())
+    }
+
+    fn fresh(&mut self) -> Token {
+        self.next += 1;
+        Token(self.next)
+    }
+
+    /// Handles what the kernel reports and what was left over.
+    pub(crate) fn tick(&mut self, py: Python<'_>, replica: &Arc<Replica>) -> PyResult<After> {
+        let mut budget = Budget { frames: 0, start: Instant::now() };
+        if let Err(error) = self.poll.poll(&mut self.events, Some(Duration::ZERO))
+            && error.kind() != ErrorKind::Interrupted
+        {
+            return Err(error.into());
+        }
+        let mut readable = std::mem::take(&mut self.backlog);
+        let events: Vec<_> = self.events.iter().map(|event| (event.token(), event.is_writable())).collect();
+        for (token, writable) in events {
+            let link = lock(&replica.links).get(&token).cloned();
+            if let Some(link) = link {
+                if writable {
+                    replica.flush_link(py, &link)?;
+                }
+                if !readable.iter().any(|known| Arc::ptr_eq(known, &link)) {
+                    readable.push(link);
+                }
+            } else if token != WAKER {
+                self.accept(py, replica, token)?;
+            }
+        }
+        replica.run_posted(py)?;
+        replica.run_ready(py)?;
+        for link in readable {
+            if budget.is_spent() {
+                self.backlog.push(link);
+            } else {
+                self.serve(py, replica, &link, &mut budget)?;
+            }
+        }
+        replica.run_ready(py)?;
+        Ok(if self.backlog.is_empty() { After::Nothing } else { After::Again })
+    }
+
+    fn accept(&mut self, py: Python<'_>, replica: &Arc<Replica>, listener: Token) -> PyResult<()> {
+        loop {
+            let Some((_, listener)) = self.listeners.iter().find(|(token, _)| *token == listener) else {
+                return Ok(());
+            };
+            let accepted = match listener {
+                Listener::Unix(it) => it.accept().map(|(socket, _)| is_own(&socket).then_some(Socket::Unix(socket))),
+                Listener::Tcp(it) => it.accept().map(|(socket, _)| {
+                    // Frames are coalesced here already; Nagle would only delay them.
+                    let _ = socket.set_nodelay(true);
+                    Some(Socket::Tcp(socket))
+                }),
+            };
+            let mut socket = match accepted {
+                Ok(Some(socket)) => socket,
+                Ok(None) => continue,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                // No descriptor left, or the peer was quicker: the listener stays readable for the next event.
+                Err(_) => return Ok(()),
+            };
+            let token = self.fresh();
+            if socket.register(self.poll.registry(), token).is_err() {
+                continue;
+            }
+            let link = Arc::new(Link::new(token, socket, replica.outgoing.clone()));
+            lock(&replica.links).insert(token, link.clone());
+            self.greeting.push((Instant::now(), link.clone()));
+            // What came before the registration is not reported.
+            self.backlog.push(link);
+            if let Some(expire) = replica.expire.get() {
+                replica.hooks.call_later.bind(py).call1((HELLO.as_secs_f64(), expire))?;
+            }
+        }
+    }
+
+    /// Closes links that have not proven themselves in time.
+    pub(crate) fn expire(&mut self, py: Python<'_>, replica: &Arc<Replica>) -> PyResult<()> {
+        let (late, rest) = std::mem::take(&mut self.greeting)
+            .into_iter()
+            .filter(|(_, link)| link.is_open() && lock(&link.input).callee.is_some())
+            .partition(|(since, _)| since.elapsed() >= HELLO);
+        self.greeting = rest;
+        let late: Vec<(Instant, Arc<Link>)> = late;
+        for (_, link) in late {
+            replica.lost(py, &link)?;
+        }
+        Ok(())
+    }
+
+    /// Reads a link and handles its frames; what the budget leaves goes to the backlog.
+    fn serve(&mut self, py: Python<'_>, replica: &Arc<Replica>, link: &Arc<Link>, budget: &mut Budget) -> PyResult<()> {
+        let mut buf = std::mem::take(&mut lock(&link.input).buf);
+        let read = link.read(&mut buf);
+        let decoded = self.decode(py, replica, link, &mut buf, budget);
+        lock(&link.input).buf = buf;
+        match (decoded, read) {
+            (Err(Broken::Python(error)), _) => Err(error),
+            (Err(Broken::Peer), _) | (_, Err(_)) => replica.lost(py, link),
+            (Ok(true), Ok(false)) => Ok(()),
+            // Not everything is decoded, or the socket may hold more than was read.
+            _ => {
+                self.backlog.push(link.clone());
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether every whole frame was handled.
+    fn decode(
+        &self,
+        py: Python<'_>,
+        replica: &Arc<Replica>,
+        link: &Arc<Link>,
+        buf: &mut BytesMut,
+        budget: &mut Budget,
+    ) -> Result<bool, Broken> {
+        loop {
+            if budget.is_spent() {
+                return Ok(false);
+            }
+            let frame = lock(&link.input).decoder.next(buf)?;
+            let Some(frame) = frame else { return Ok(true) };
+            budget.frames += 1;
+            if lock(&link.input).callee.is_some() {
+                self.greet(replica, link, &frame)?;
+            } else {
+                handle(py, replica, link, frame)?;
+            }
+            if replica.outgoing.since().is_some_and(|since| since.elapsed() >= STALE) {
+                replica.flush(py)?;
+            }
+        }
+    }
+
+    fn greet(&self, replica: &Replica, link: &Arc<Link>, frame: &Frame) -> Result<(), Broken> {
+        let limit = replica.with_limit(|limit| limit.limit()) as u32;
+        let mut out = BytesMut::new();
+        let mut input = lock(&link.input);
+        let Some(callee) = &mut input.callee else { return Ok(()) };
+        let step = callee.feed(frame, &self.token, &self.replica_id, limit, &mut out)?;
+        if step != Step::Continue {
+            input.callee = None;
+            input.decoder = Decoder::new(MAX_PAYLOAD);
+        }
+        drop(input);
+        link.put_with(|to| to.extend_from_slice(&out));
+        if step != Step::Continue && replica.is_draining() {
+            link.put(Header::new(Kind::Drain, 0), &[]);
+        }
+        Ok(())
+    }
+}
+
+impl Budget {
+    fn is_spent(&self) -> bool {
+        self.frames >= FRAMES || self.start.elapsed() >= TIME
+    }
+}
+
+/// One frame of a trusted link.
+fn handle(py: Python<'_>, replica: &Arc<Replica>, link: &Arc<Link>, frame: Frame) -> Result<(), Broken> {
+    let Frame { header, payload } = frame;
+    match header.kind {
+        Kind::Request | Kind::Call => {
+            let stream = Arc::new(Stream::new(link.clone(), header.stream));
+            if !link.insert(&stream) {
+                return Err(Broken::Peer);
+            }
+            let work = if header.kind == Kind::Call {
+                Work::Call(CallView::parse(payload)?)
+            } else {
+                let view = RequestHeadView::parse(payload)?;
+                if header.has(flag::FIN) {
+                    stream.fill(view.body());
+                }
+                Work::Http(view)
+            };
+            replica.take_in(Request { stream, work }, header.has(flag::GRANTED));
+            replica.run_ready(py)?;
+        }
+        Kind::Body => {
+            // Without a stream: the answer and the rest of the body have crossed.
+            if let Some(stream) = link.stream(header.stream) {
+                if !stream.body(payload, header.has(flag::FIN)) {
+                    return Err(Broken::Peer);
+                }
+                asgi::wake_reader(py, &stream)?;
+            }
+        }
+        Kind::Cancel => {
+            if let Some(stream) = link.stream(header.stream) {
+                replica.cancel(py, &stream)?;
+                replica.run_ready(py)?;
+            }
+        }
+        Kind::Window => {
+            if let Some(stream) = link.stream(header.stream)
+                && stream.widen(header.aux)
+            {
+                let mut woken = Woken::new();
+                link.enqueue(&stream, &mut woken);
+                asgi::resolve(py, woken)?;
+            }
+        }
+        Kind::Unused => {
+            replica.with_limit(|limit| limit.unused(link.token.0, header.aux));
+            replica.give_slots();
+            replica.run_ready(py)?;
+        }
+        Kind::Ping => link.put(Header::new(Kind::Pong, 0).aux(header.aux), &[]),
+        Kind::Pong => {}
+        _ => return Err(Broken::Peer),
+    }
+    Ok(())
+}
+
+/// Whether the peer of a Unix socket runs under our own user.
+#[cfg(target_os = "linux")]
+fn is_own(socket: &mio::net::UnixStream) -> bool {
+    rustix::net::sockopt::socket_peercred(socket).is_ok_and(|peer| peer.uid == rustix::process::geteuid())
+}
+
+/// The directory's mode and the token have to do.
+#[cfg(not(target_os = "linux"))]
+fn is_own(_: &mio::net::UnixStream) -> bool {
+    true
+}
+
+/// Runs a tick and what belongs after it.
+pub(crate) fn run(py: Python<'_>, replica: &Arc<Replica>, poller: &mut Poller) -> PyResult<After> {
+    count(&replica.counters.wakes);
+    replica.ticking.store(true, Ordering::Relaxed);
+    let after = poller.tick(py, replica);
+    replica.ticking.store(false, Ordering::Relaxed);
+    // The last request's head would live as long as the loop's own context.
+    replica.hooks.context.bind(py).call_method1(intern!(py, "set"), (py.None(),))?;
+    replica.flush_turn(py)?;
+    after
+}

@@ -1,0 +1,380 @@
+//! What all links, streams and threads of a replica share: the limit and its queues, and what has to be flushed.
+//!
+//! A request that came is admitted, held or refused; one that is over gives its slot to the next. Nothing here runs user
+//! code: requests that may start wait in `ready` for whoever may run them (`run.rs`).
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread::{self, ThreadId};
+use std::time::Duration;
+
+use mio::{Registry, Token, Waker};
+use pyo3::prelude::*;
+use pyo3::types::PyString;
+use rayserve_dataplane::engine::limit::{Admission, Limit, Next};
+use rayserve_dataplane::wire::{CallView, Fault, Header, Kind, RequestHeadView, flag};
+
+use super::link::{Link, Outgoing, lock};
+use super::pool::Pool;
+use super::run::{Http, Running};
+use super::step::Stepper;
+use super::stream::{Stream, Woken};
+use crate::http::asgi;
+
+/// Unsent answers are flushed when the oldest is older than this.
+pub(crate) const STALE: Duration = Duration::from_micros(200);
+
+/// What the worker calls in Python; `replica/runtime.py` says what each does.
+pub(crate) struct Hooks {
+    pub(crate) call_soon: Py<PyAny>,
+    pub(crate) call_later: Py<PyAny>,
+    pub(crate) create_future: Py<PyAny>,
+    pub(crate) context: Py<PyAny>,
+    pub(crate) encode: Py<PyAny>,
+    pub(crate) failed: Py<PyAny>,
+    pub(crate) spawn: Py<PyAny>,
+    pub(crate) is_sync: Py<PyAny>,
+    pub(crate) begin_call: Py<PyAny>,
+    pub(crate) run_call: Py<PyAny>,
+    pub(crate) dump_result: Py<PyAny>,
+    pub(crate) dump_error: Py<PyAny>,
+    pub(crate) idle: Py<PyAny>,
+    /// `types.CoroutineType`.
+    pub(crate) coroutine: Py<PyAny>,
+}
+
+impl Hooks {
+    pub(crate) fn read(event_loop: &Bound<'_, PyAny>, hooks: &Bound<'_, PyAny>) -> PyResult<Self> {
+        let of_loop = |name: &str| event_loop.getattr(name).map(Bound::unbind);
+        let hook = |name: &str| hooks.getattr(name).map(Bound::unbind);
+        Ok(Self {
+            call_soon: of_loop("call_soon")?,
+            call_later: of_loop("call_later")?,
+            create_future: of_loop("create_future")?,
+            context: hook("context")?,
+            encode: hook("encode")?,
+            failed: hook("failed")?,
+            spawn: hook("spawn")?,
+            is_sync: hook("is_sync")?,
+            begin_call: hook("begin_call")?,
+            run_call: hook("run_call")?,
+            dump_result: hook("dump_result")?,
+            dump_error: hook("dump_error")?,
+            idle: hook("idle")?,
+            coroutine: event_loop.py().import("types")?.getattr("CoroutineType")?.unbind(),
+        })
+    }
+}
+
+/// A request that was taken in and has not been started.
+pub(crate) struct Request {
+    pub(crate) stream: Arc<Stream>,
+    pub(crate) work: Work,
+}
+
+pub(crate) enum Work {
+    Http(RequestHeadView),
+    Call(CallView),
+}
+
+/// What another thread leaves to the loop's.
+pub(crate) enum Posted {
+    /// A future to resolve with None.
+    Resolve(Py<PyAny>),
+    /// What a sync handler returned and only the loop can finish: a coroutine, or a response that must be run.
+    Finish { head: Running, result: Py<PyAny>, context: Py<PyAny> },
+}
+
+/// Events since the start.
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub(crate) requests: AtomicU64,
+    pub(crate) busy: AtomicU64,
+    pub(crate) errors: AtomicU64,
+    pub(crate) cancelled: AtomicU64,
+    pub(crate) wakes: AtomicU64,
+    pub(crate) flushes: AtomicU64,
+}
+
+pub(crate) struct Replica {
+    pub(crate) app: Py<PyString>,
+    pub(crate) hooks: Hooks,
+    pub(crate) http: Http,
+    pub(crate) stepper: Stepper,
+    pub(crate) pool: Pool,
+    pub(crate) registry: Registry,
+    pub(crate) waker: Waker,
+    pub(crate) outgoing: Arc<Outgoing>,
+    pub(crate) links: Mutex<HashMap<Token, Arc<Link>>>,
+    pub(crate) counters: Counters,
+    pub(crate) limit: Mutex<Limit>,
+    held: Mutex<VecDeque<Request>>,
+    pub(crate) ready: Mutex<VecDeque<Request>>,
+    /// Streams whose response head is given and perhaps not sent.
+    headed: Mutex<Vec<Arc<Stream>>>,
+    /// The loop's thread is in the tick, which flushes at its end.
+    pub(crate) ticking: AtomicBool,
+    scheduled: AtomicBool,
+    pub(crate) flusher: OnceLock<Py<PyAny>>,
+    pub(crate) expire: OnceLock<Py<PyAny>>,
+    turn: AtomicU64,
+    draining: AtomicBool,
+    pub(crate) posted: Mutex<VecDeque<Posted>>,
+    pub(crate) thread: OnceLock<ThreadId>,
+}
+
+pub(crate) fn count(counter: &AtomicU64) {
+    counter.fetch_add(1, Ordering::Relaxed);
+}
+
+impl Replica {
+    #[expect(clippy::too_many_arguments, reason = "made in one place, of parts that are made there")]
+    pub(crate) fn new(
+        app: Py<PyString>,
+        hooks: Hooks,
+        http: Http,
+        stepper: Stepper,
+        pool: Pool,
+        limit: usize,
+        registry: Registry,
+        waker: Waker,
+    ) -> Self {
+        Self {
+            app,
+            hooks,
+            http,
+            stepper,
+            pool,
+            registry,
+            waker,
+            outgoing: Arc::default(),
+            links: Mutex::default(),
+            counters: Counters::default(),
+            limit: Mutex::new(Limit::new(limit)),
+            held: Mutex::default(),
+            ready: Mutex::default(),
+            headed: Mutex::default(),
+            ticking: AtomicBool::new(false),
+            scheduled: AtomicBool::new(false),
+            flusher: OnceLock::new(),
+            expire: OnceLock::new(),
+            turn: AtomicU64::new(0),
+            draining: AtomicBool::new(false),
+            posted: Mutex::default(),
+            thread: OnceLock::new(),
+        }
+    }
+
+    /// Admits, holds or refuses a request.
+    pub(crate) fn take_in(&self, request: Request, granted: bool) {
+        count(&self.counters.requests);
+        let stream = request.stream.clone();
+        let admission = self.with_limit(|limit| limit.admit(stream.link.token.0, granted));
+        match admission {
+            Admission::Run => lock(&self.ready).push_back(request),
+            Admission::Hold => lock(&self.held).push_back(request),
+            Admission::Busy => {
+                count(&self.counters.busy);
+                self.turn_away(&stream, Kind::Busy, 0);
+            }
+        }
+    }
+
+    /// A request is over; its slot goes to the next.
+    pub(crate) fn release(&self, py: Python<'_>, stream: &Stream) -> PyResult<()> {
+        let began = stream.state().began;
+        let service = began.map_or(Duration::ZERO, |began| began.elapsed());
+        self.with_limit(|limit| limit.finished(service));
+        self.give_slots();
+        if self.draining.load(Ordering::Relaxed) && lock(&self.limit).load() == 0 {
+            self.hooks.idle.bind(py).call0()?;
+        }
+        Ok(())
+    }
+
+    /// Gives free slots to held requests and to callers that are owed one.
+    pub(crate) fn give_slots(&self) {
+        while let Some(next) = self.with_limit(Limit::next) {
+            match next {
+                Next::Start => {
+                    let request = lock(&self.held).pop_front().expect("the limit counts the held requests");
+                    lock(&self.ready).push_back(request);
+                }
+                Next::Grant(link) => {
+                    let link = lock(&self.links).get(&Token(link)).cloned();
+                    if let Some(link) = link {
+                        link.put(Header::new(Kind::Credit, 0).aux(1), &[]);
+                    }
+                }
+            }
+        }
+    }
+
+    pub(crate) fn with_limit<T>(&self, change: impl FnOnce(&mut Limit) -> T) -> T {
+        let mut limit = lock(&self.limit);
+        let result = change(&mut limit);
+        self.outgoing.set_load(limit.load(), limit.is_fast());
+        result
+    }
+
+    /// Ends a stream that holds no slot.
+    fn turn_away(&self, stream: &Stream, kind: Kind, fault: u32) {
+        let header = Header::new(kind, stream.id).aux(fault).with(flag::FIN);
+        stream.link.put(self.outgoing.stamp(header, 0), &[]);
+        stream.close();
+    }
+
+    /// Ends a stream that holds a slot with an error.
+    pub(crate) fn end_with(&self, stream: &Stream, fault: Fault, payload: &[u8]) {
+        count(if fault == Fault::Cancelled { &self.counters.cancelled } else { &self.counters.errors });
+        stream.state().outbox.clear();
+        let header = Header::new(Kind::Error, stream.id).aux(fault as u32).with(flag::FIN);
+        stream.link.put(self.outgoing.stamp(header, 1), &[payload]);
+        stream.close();
+    }
+
+    /// The caller has lost interest. What runs is told, what is held never starts.
+    pub(crate) fn cancel(&self, py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
+        let mut state = stream.state();
+        state.cancelled = true;
+        let task = state.task.as_ref().map(|started| started.task.clone_ref(py));
+        drop(state);
+        let mut held = lock(&self.held);
+        let at = held.iter().position(|request| Arc::ptr_eq(&request.stream, stream));
+        let unheld = at.and_then(|at| held.remove(at));
+        drop(held);
+        if unheld.is_some() {
+            self.with_limit(Limit::unheld);
+            count(&self.counters.cancelled);
+            self.turn_away(stream, Kind::Error, Fault::Cancelled as u32);
+        }
+        // Both futures and the task belong to the loop, on whose thread this runs.
+        asgi::wake_reader(py, stream)?;
+        asgi::fail_writer(py, stream)?;
+        if let Some(task) = task {
+            task.bind(py).call_method0(pyo3::intern!(py, "cancel"))?;
+        }
+        Ok(())
+    }
+
+    /// The link is dead, and with it every stream on it.
+    pub(crate) fn lost(&self, py: Python<'_>, link: &Arc<Link>) -> PyResult<()> {
+        lock(&self.links).remove(&link.token);
+        for stream in link.close() {
+            self.cancel(py, &stream)?;
+        }
+        self.with_limit(|limit| limit.forget(link.token.0));
+        self.give_slots();
+        Ok(())
+    }
+
+    /// Takes no more work: says so on every link and gives held requests back.
+    pub(crate) fn drain(&self, py: Python<'_>) -> PyResult<()> {
+        self.draining.store(true, Ordering::Relaxed);
+        self.with_limit(Limit::drain);
+        let held = std::mem::take(&mut *lock(&self.held));
+        for request in held {
+            self.with_limit(Limit::unheld);
+            self.turn_away(&request.stream, Kind::Returned, 0);
+        }
+        let links: Vec<_> = lock(&self.links).values().cloned().collect();
+        for link in links {
+            link.put(Header::new(Kind::Drain, 0), &[]);
+        }
+        self.flush(py)?;
+        if lock(&self.limit).load() == 0 {
+            self.hooks.idle.bind(py).call0()?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// The response head of this stream goes out with the next flush, if no body byte takes it along before.
+    pub(crate) fn headed(&self, stream: &Arc<Stream>) {
+        lock(&self.headed).push(stream.clone());
+    }
+
+    /// How often the loop's thread has flushed; a task that sees it change has let the loop go round.
+    pub(crate) fn turn(&self) -> u64 {
+        self.turn.load(Ordering::Relaxed)
+    }
+
+    /// Called on the loop's thread after something was put: flushes what is stale, and sees to it that the rest is flushed.
+    pub(crate) fn settle(&self, py: Python<'_>) -> PyResult<()> {
+        if self.outgoing.since().is_some_and(|since| since.elapsed() >= STALE) {
+            self.flush(py)?;
+        }
+        if self.ticking.load(Ordering::Relaxed) || self.scheduled.swap(true, Ordering::Relaxed) {
+            return Ok(());
+        }
+        if let Some(flusher) = self.flusher.get() {
+            self.hooks.call_soon.bind(py).call1((flusher,))?;
+        }
+        Ok(())
+    }
+
+    /// The loop has gone round: what was put since is sent.
+    pub(crate) fn flush_turn(&self, py: Python<'_>) -> PyResult<()> {
+        self.scheduled.store(false, Ordering::Relaxed);
+        self.turn.fetch_add(1, Ordering::Relaxed);
+        let headed = std::mem::take(&mut *lock(&self.headed));
+        for stream in headed {
+            let mut woken = Woken::new();
+            if stream.wants_head() {
+                stream.link.enqueue(&stream, &mut woken);
+            }
+            self.resolve(py, woken)?;
+        }
+        self.flush(py)
+    }
+
+    /// Sends what all links have to send.
+    pub(crate) fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        for link in self.outgoing.take_dirty() {
+            self.flush_link(py, &link)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn flush_link(&self, py: Python<'_>, link: &Arc<Link>) -> PyResult<()> {
+        count(&self.counters.flushes);
+        let mut woken = Woken::new();
+        let flushed = link.flush(&self.registry, &mut woken);
+        self.resolve(py, woken)?;
+        // Another thread leaves it to the poller, which hears of a dead socket too.
+        if flushed.is_err() && self.on_loop() { self.lost(py, link) } else { Ok(()) }
+    }
+
+    /// Whether this is the loop's thread; futures and tasks are touched nowhere else.
+    pub(crate) fn on_loop(&self) -> bool {
+        self.thread.get() == Some(&thread::current().id())
+    }
+
+    /// Resolves futures, here or on the loop's thread.
+    pub(crate) fn resolve(&self, py: Python<'_>, woken: Woken) -> PyResult<()> {
+        if woken.is_empty() {
+            return Ok(());
+        }
+        if self.on_loop() {
+            return asgi::resolve(py, woken);
+        }
+        self.post(woken.into_iter().map(Posted::Resolve));
+        Ok(())
+    }
+
+    /// Leaves something to the loop's thread.
+    pub(crate) fn post(&self, posted: impl IntoIterator<Item = Posted>) {
+        lock(&self.posted).extend(posted);
+        self.wake();
+    }
+
+    /// Makes the poller readable, so that the loop's thread comes round.
+    pub(crate) fn wake(&self) {
+        // Fails only without memory in the kernel; the next frame wakes the loop then.
+        let _ = self.waker.wake();
+    }
+}

@@ -1,0 +1,350 @@
+//! From an admitted request to the user's code, and from what it did to the answer.
+//!
+//! Coroutines start on the loop's thread, in a task that has taken its first step when [`Replica::run_ready`] returns; sync
+//! handlers go to the pool. Every outcome, `BaseException` included, becomes exactly one answer and gives the slot back.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use pyo3::buffer::PyBuffer;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyList, PyTuple};
+use rayserve_dataplane::wire::{Fault, Header, Kind, call, flag, frame};
+
+use super::link::lock;
+use super::replica::{Posted, Replica, Request, Work};
+use super::step::Started;
+use super::stream::{Answer, Stream};
+use crate::http::request::{CallHead, RequestHead};
+use crate::http::{asgi, response};
+
+/// What serves HTTP, as the user's code was found to be when the replica started.
+pub(crate) struct Http {
+    pub(crate) kind: HttpKind,
+    pub(crate) handler: Py<PyAny>,
+    /// Makes the handler's argument of the head; without, it is called with none.
+    pub(crate) request: Option<Py<PyAny>>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum HttpKind {
+    Async,
+    Sync,
+    Asgi,
+}
+
+/// A request in Python's hands.
+#[derive(FromPyObject)]
+pub(crate) enum Running {
+    #[pyo3(transparent)]
+    Http(Py<RequestHead>),
+    #[pyo3(transparent)]
+    Call(Py<CallHead>),
+}
+
+impl Running {
+    fn clone_ref(&self, py: Python<'_>) -> Self {
+        match self {
+            Self::Http(head) => Self::Http(head.clone_ref(py)),
+            Self::Call(head) => Self::Call(head.clone_ref(py)),
+        }
+    }
+
+    pub(crate) fn stream(&self) -> &Arc<Stream> {
+        match self {
+            Self::Http(head) => &head.get().stream,
+            Self::Call(head) => &head.get().stream,
+        }
+    }
+
+    pub(crate) fn object<'py>(&self, py: Python<'py>) -> Bound<'py, PyAny> {
+        match self {
+            Self::Http(head) => head.bind(py).clone().into_any(),
+            Self::Call(head) => head.bind(py).clone().into_any(),
+        }
+    }
+}
+
+/// The callback of a task that was suspended.
+#[pyclass(frozen)]
+struct Watch {
+    replica: Arc<Replica>,
+    running: Running,
+    asgi: bool,
+}
+
+#[pymethods]
+impl Watch {
+    fn __call__(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = task.py();
+        let started = self.running.stream().state().task.take();
+        let outcome = task.call_method0(intern!(py, "result"));
+        self.replica.finish(py, &self.running, self.asgi, started.as_ref(), outcome)?;
+        self.replica.run_ready(py)?;
+        self.replica.settle(py)
+    }
+}
+
+impl Replica {
+    /// Starts what may start; on the loop's thread.
+    pub(crate) fn run_ready(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
+        loop {
+            let Some(request) = lock(&self.ready).pop_front() else { return Ok(()) };
+            self.start(py, request)?;
+        }
+    }
+
+    /// What a pool thread may do of the same: sync handlers join the pool's queue, the rest waits for the loop.
+    pub(crate) fn sort_ready(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
+        let ready = std::mem::take(&mut *lock(&self.ready));
+        for request in ready {
+            match &request.work {
+                Work::Http(_) if self.http.kind == HttpKind::Sync => self.start(py, request)?,
+                _ => {
+                    lock(&self.ready).push_back(request);
+                    self.wake();
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn start(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<()> {
+        let Request { stream, work } = request;
+        let cancelled = {
+            let mut state = stream.state();
+            state.began = Some(Instant::now());
+            state.cancelled
+        };
+        let (running, sync) = match work {
+            Work::Http(view) => {
+                let head = Py::new(py, RequestHead { view, stream, replica: self.clone() })?;
+                (Running::Http(head), self.http.kind == HttpKind::Sync)
+            }
+            Work::Call(view) => {
+                let head = CallHead { view, stream, replica: self.clone() };
+                let sync = self.hooks.is_sync.bind(py).call1((head.view.head().method,));
+                let head = Running::Call(Py::new(py, head)?);
+                match sync {
+                    Ok(sync) => (head, sync.is_truthy()?),
+                    Err(error) => return self.finish(py, &head, false, None, Err(error)),
+                }
+            }
+        };
+        if cancelled {
+            return self.finish(py, &running, false, None, Ok(py.None().into_bound(py)));
+        }
+        if sync {
+            self.pool.push(running);
+            return Ok(());
+        }
+        let object = running.object(py);
+        self.hooks.context.bind(py).call_method1(intern!(py, "set"), (&object,))?;
+        let asgi = matches!(running, Running::Http(_)) && self.http.kind == HttpKind::Asgi;
+        match self.coroutine(&running, &object).and_then(|coroutine| self.stepper.start(&coroutine)) {
+            Ok(started) => self.follow(py, running, asgi, started),
+            Err(error) => self.finish(py, &running, asgi, None, Err(error)),
+        }
+    }
+
+    fn coroutine<'py>(&self, running: &Running, object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+        let py = object.py();
+        if let Running::Call(_) = running {
+            return self.hooks.begin_call.bind(py).call1((object,));
+        }
+        let handler = self.http.handler.bind(py);
+        match (&self.http.request, self.http.kind) {
+            (_, HttpKind::Asgi) => handler.call1(asgi_arguments(object)?),
+            (Some(request), _) => handler.call1((request.bind(py).call1((object,))?,)),
+            (None, _) => handler.call0(),
+        }
+    }
+
+    /// A task that may be over or may be suspended.
+    fn follow(self: &Arc<Self>, py: Python<'_>, running: Running, asgi: bool, started: Started) -> PyResult<()> {
+        let task = started.task.bind(py).clone();
+        if task.call_method0(intern!(py, "done"))?.is_truthy()? {
+            let outcome = task.call_method0(intern!(py, "result"));
+            return self.finish(py, &running, asgi, Some(&started), outcome);
+        }
+        let mut state = running.stream().state();
+        state.task = Some(started);
+        let cancelled = state.cancelled;
+        drop(state);
+        let watch = Watch { replica: self.clone(), running, asgi };
+        task.call_method1(intern!(py, "add_done_callback"), (watch,))?;
+        if cancelled {
+            task.call_method0(intern!(py, "cancel"))?;
+        }
+        Ok(())
+    }
+
+    /// Answers with what the user's code did and gives the slot back, unless a response remains to be run.
+    pub(crate) fn finish(
+        self: &Arc<Self>,
+        py: Python<'_>,
+        running: &Running,
+        asgi: bool,
+        started: Option<&Started>,
+        outcome: PyResult<Bound<'_, PyAny>>,
+    ) -> PyResult<()> {
+        let stream = running.stream();
+        let (cancelled, answer) = {
+            let state = stream.state();
+            (state.cancelled, state.answer)
+        };
+        let failed = if cancelled {
+            if answer != Answer::Complete {
+                self.end_with(stream, Fault::Cancelled, b"");
+            }
+            None
+        } else if asgi {
+            asgi::missing(outcome, answer)
+        } else {
+            match outcome.and_then(|result| self.answer(running, result)) {
+                Ok(None) => None,
+                Ok(Some(response)) => match self.respond(py, running, started, &response) {
+                    Ok(()) => return Ok(()),
+                    Err(error) => Some(error),
+                },
+                Err(error) => Some(error),
+            }
+        };
+        if let Some(error) = failed {
+            self.fail(py, running, error)?;
+        }
+        self.release(py, stream)
+    }
+
+    /// Answers with a result; a response that must be run comes back.
+    pub(super) fn answer<'py>(
+        &self,
+        running: &Running,
+        result: Bound<'py, PyAny>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        match running {
+            Running::Http(head) => response::put_result(self, &head.get().stream, result),
+            Running::Call(head) => {
+                let encoded = self.hooks.dump_result.bind(result.py()).call1((&result,))?;
+                put_value(&head.get().stream, encoded.cast::<PyTuple>()?)?;
+                Ok(None)
+            }
+        }
+    }
+
+    /// Runs a response in the context of the handler that returned it.
+    fn respond(
+        self: &Arc<Self>,
+        py: Python<'_>,
+        running: &Running,
+        started: Option<&Started>,
+        response: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let Some(started) = started else {
+            return Err(pyo3::exceptions::PyRuntimeError::new_err("a response outlived its handler's task"));
+        };
+        self.respond_within(py, running, &started.context(py)?, response)
+    }
+
+    pub(crate) fn respond_within(
+        self: &Arc<Self>,
+        py: Python<'_>,
+        running: &Running,
+        context: &Bound<'_, PyAny>,
+        response: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let object = running.object(py);
+        let coroutine = response.call1(asgi_arguments(&object)?)?;
+        let started = self.stepper.start_within(&coroutine, context)?;
+        self.follow(py, running.clone_ref(py), true, started)
+    }
+
+    /// What a sync handler left to the loop.
+    pub(crate) fn run_posted(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
+        let posted = std::mem::take(&mut *lock(&self.posted));
+        for posted in posted {
+            match posted {
+                Posted::Resolve(future) => asgi::resolve(py, vec![future])?,
+                Posted::Finish { head, result, context } => {
+                    let (result, context) = (result.bind(py), context.bind(py));
+                    let outcome = if result.get_type().is(self.hooks.coroutine.bind(py)) {
+                        let started = self.stepper.start_within(result, context);
+                        started.and_then(|started| self.follow(py, head.clone_ref(py), false, started))
+                    } else {
+                        self.respond_within(py, &head, context, result)
+                    };
+                    if let Err(error) = outcome {
+                        self.finish(py, &head, false, None, Err(error))?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Answers with an error of the user's code, which Python logs.
+    fn fail(&self, py: Python<'_>, running: &Running, error: PyErr) -> PyResult<()> {
+        let (stream, object) = (running.stream(), running.object(py));
+        match running {
+            Running::Call(_) => {
+                let dumped = self.hooks.dump_error.bind(py).call1((object, error.into_value(py)))?;
+                let (fault, payload): (u32, Bound<'_, PyBytes>) = dumped.extract()?;
+                self.end_with(stream, Fault::from_aux(fault), payload.as_bytes());
+            }
+            Running::Http(_) => {
+                super::replica::count(&self.counters.errors);
+                let encoded = self.hooks.failed.bind(py).call1((object, error.into_value(py)))?;
+                let answer = {
+                    let mut state = stream.state();
+                    if state.answer == Answer::Headed && state.outbox.head.is_some() {
+                        state.outbox.clear();
+                        state.answer = Answer::Nothing;
+                    }
+                    state.answer
+                };
+                match answer {
+                    Answer::Nothing => response::put_encoded(py, stream, encoded.cast()?)?,
+                    Answer::Headed => self.end_with(stream, Fault::Aborted, b""),
+                    Answer::Complete => {}
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+fn asgi_arguments<'py>(
+    head: &Bound<'py, PyAny>,
+) -> PyResult<(Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>)> {
+    let py = head.py();
+    let scope = head.call_method0(intern!(py, "scope"))?;
+    Ok((scope, head.getattr(intern!(py, "receive"))?, head.getattr(intern!(py, "send"))?))
+}
+
+/// One RESULT from (pickle, buffers).
+fn put_value(stream: &Stream, encoded: &Bound<'_, PyTuple>) -> PyResult<()> {
+    let py = encoded.py();
+    let (pickle, buffers) = (encoded.get_item(0)?, encoded.get_item(1)?);
+    let pickle = pickle.cast::<PyBytes>()?.as_bytes();
+    let buffers: Vec<PyBuffer<u8>> =
+        buffers.cast::<PyList>()?.iter().map(|buffer| buffer.extract()).collect::<PyResult<_>>()?;
+    let lens = buffers.iter().map(|buffer| buffer.len_bytes());
+    let header = stream.link.outgoing.stamp(Header::new(Kind::Result, stream.id).with(flag::FIN), 1);
+    let mut copied = Ok(());
+    stream.link.put_with(|out| {
+        frame::put_with(out, header, |out| {
+            call::put_value_head(out, pickle.len(), lens);
+            out.extend_from_slice(pickle);
+            for buffer in &buffers {
+                let start = out.len();
+                out.resize(start + buffer.len_bytes(), 0);
+                if let Err(error) = buffer.copy_to_slice(py, &mut out[start..]) {
+                    copied = Err(error);
+                }
+            }
+        });
+    });
+    stream.close();
+    copied
+}
