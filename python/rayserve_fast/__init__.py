@@ -91,6 +91,9 @@ class _Namespace(ModuleType):
         if not (name in _HOME and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return import_module, (self.__name__,)  # user code refers to `serve`; cloudpickle knows exact modules only
+
 
 class _ServeAlias(MetaPathFinder, Loader):
     """Makes `rayserve_fast.serve.x` the module `rayserve_fast.x`, instead of a second copy with classes of its own."""

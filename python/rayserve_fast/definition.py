@@ -96,7 +96,8 @@ def is_importable(module: ModuleType, name: str) -> bool:
         if spec is None:
             return False
         path = spec.submodule_search_locations
-    here, there = getattr(module, "__file__", None), spec.origin if spec else None
+    here: str | None = getattr(module, "__file__", None)
+    there = spec.origin if spec else None
     if not (here and there and spec and spec.has_location):  # built in, frozen (`os`), or a namespace
         return True
     return os.path.realpath(here) == os.path.realpath(there)

@@ -60,6 +60,15 @@ def test_serve_is_the_package_itself() -> None:
     assert rayserve_fast.serve.serve is rayserve_fast
 
 
+def test_code_that_refers_to_the_namespace_travels() -> None:
+    """By Ray's cloudpickle, which knows plain modules only."""
+    from ray import cloudpickle
+
+    from rayserve_fast import serve
+
+    assert cloudpickle.loads(cloudpickle.dumps(lambda: serve))() is rayserve_fast
+
+
 def test_modules_under_serve_are_not_copies() -> None:
     under_serve = importlib.import_module("rayserve_fast.serve.config")
     assert under_serve is importlib.import_module("rayserve_fast.config")
