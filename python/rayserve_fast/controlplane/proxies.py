@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayserve_fast.controlplane.options import LINK_WAIT_S, NAMESPACE, ClusterOptions, proxy_name
@@ -23,6 +24,9 @@ from rayserve_fast.controlplane.proxy import ProxyActor
 logger = logging.getLogger("ray.serve")
 
 RESTART_S = 5.0
+#: A node without replicas keeps its proxy for so long, as replicas may come back, and then so long while it drains.
+UNNEEDED_S = 30.0
+DRAIN_S = 30.0
 
 
 @dataclass
@@ -34,6 +38,8 @@ class _Proxy:
     error: str = ""
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # it listens, or it has failed to
     task: asyncio.Task[None] | None = None
+    needed_at: float = 0.0
+    leaving: asyncio.Task[None] | None = None
 
 
 class Fleet:
@@ -54,6 +60,12 @@ class Fleet:
         wanted = set() if where == "Disabled" else {self._head} | (set(nodes) if where == "EveryNode" else set())
         for node_id in wanted - self._proxies.keys():
             self._add(node_id)
+        now = time.monotonic()
+        for p in self._proxies.values():
+            p.needed_at = now if p.node_id in wanted else p.needed_at
+            if now - p.needed_at > UNNEEDED_S and p.status == "HEALTHY":
+                p.status = "DRAINING"
+                p.leaving = asyncio.ensure_future(self._retire(p))
 
     def publish(self, snapshot: bytes) -> list[Any]:
         """Send the snapshot to every proxy that listens; the references tell when it has arrived."""
@@ -91,10 +103,17 @@ class Fleet:
     async def shutdown(self, timeout_s: float) -> None:
         """Stop all proxies and wait until their processes are gone."""
         proxies, self._proxies = list(self._proxies.values()), {}
-        await within(timeout_s + 1, (p.handle.shutdown.remote(timeout_s) for p in proxies))
+        await within(timeout_s + 1, (p.handle.shutdown.remote(timeout_s, True) for p in proxies))
         for p in proxies:
             ray.kill(p.handle, no_restart=True)
         await within(5, (p.task for p in proxies if p.task))
+
+    async def _retire(self, p: _Proxy) -> None:
+        """Take a proxy out of service: its health check fails at once, its requests may finish."""
+        await within(DRAIN_S, [p.handle.drain.remote()])
+        await within(DRAIN_S + 1, [p.handle.shutdown.remote(DRAIN_S, False)])
+        self._proxies.pop(p.node_id, None)
+        ray.kill(p.handle, no_restart=True)
 
     def _add(self, node_id: str) -> None:
         handle = (
@@ -132,17 +151,18 @@ class Fleet:
                 if p.address is None:
                     return
                 await asyncio.sleep(RESTART_S)  # it ran before: somebody else may leave its port again
-            except ActorDiedError as e:
-                p.status, p.error = "UNHEALTHY", p.error or f"the proxy died: {e}"
-                self._settle(p)
-                if self._proxies.get(p.node_id) is p:
-                    del self._proxies[p.node_id]  # made again as soon as a replica needs it
-                    self._changed()
-                return
-            except RayActorError:
+            except ActorUnavailableError:
                 logger.warning(f"The proxy of node {p.node_id} crashed and is being restarted.")
                 p.status = "STARTING"
                 self._changed()
+            except RayError as e:
+                p.status, p.error = "UNHEALTHY", p.error or f"the proxy died: {e}"
+                self._settle(p)
+                if self._proxies.get(p.node_id) is p:  # not in a shutdown
+                    await asyncio.sleep(RESTART_S)  # its node may be gone, and is soon wanted no more
+                    self._proxies.pop(p.node_id, None)
+                    self._changed()
+                return
 
     def _settle(self, p: _Proxy) -> None:
         p.settled.set()

@@ -55,15 +55,20 @@ class ProxyActor:
         counters: dict[str, int] = self._core.counters()
         return counters
 
+    async def drain(self) -> None:
+        """Fail the health check, so that load balancers go elsewhere; requests are served as before."""
+        self._core.drain()
+
     async def watch(self) -> None:
         """Never returns; fails when this process dies."""
         await asyncio.Event().wait()
 
-    async def shutdown(self, timeout_s: float) -> None:
-        """Stop listening, let what is in flight finish for at most `timeout_s`, clean the node's directory."""
+    async def shutdown(self, timeout_s: float, clean: bool) -> None:
+        """Stop listening and let what is in flight finish for at most `timeout_s`; `clean`: Serve ends, no file stays."""
         if self._core is not None:
             await asyncio.to_thread(self._core.shutdown, timeout_s)
-        sockets.remove(self._dir)
+        if clean:
+            sockets.remove(self._dir)
 
     def _start(self) -> tuple[str, int]:
         from rayserve_fast import _core
