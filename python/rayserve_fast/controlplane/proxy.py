@@ -64,7 +64,7 @@ class ProxyActor:
         await asyncio.Event().wait()
 
     async def shutdown(self, timeout_s: float, clean: bool) -> None:
-        """Stop listening and let what is in flight finish for at most `timeout_s`; `clean`: Serve ends, no file stays."""
+        """Stop listening; what is in flight has `timeout_s` to finish. `clean`: Serve ends, no file stays."""
         if self._core is not None:
             await asyncio.to_thread(self._core.shutdown, timeout_s)
         if clean:
