@@ -147,3 +147,53 @@ def test_exit_by_an_exception_while_a_call_runs(tmp_path: Path) -> None:
         sys.exit(3)
     """
     ends(body, tmp_path, code=3)
+
+
+PROXY = """
+import json, socket, sys, threading, time
+from rayserve_fast._core import Proxy
+
+proxy = Proxy(json.dumps({{
+    "host": "127.0.0.1", "port": 0, "root_path": "", "request_timeout_s": None, "keep_alive_timeout_s": 90,
+    "max_head_bytes": 65536, "max_body_bytes": None, "shards": 2, "node_id": "n", "token": "00" * 32,
+    "snapshot_path": None,
+}}).encode())
+address = proxy.start()
+deployment = {{"app": "a", "name": "D", "max_ongoing_requests": 5,
+               "replicas": [{{"id": "r", "node_id": "n", "unix": {tmp!r} + "/none"}}]}}
+proxy.publish(json.dumps({{
+    "version": [1, 1], "deployments": {{"a#D": deployment}},
+    "routes": [{{"prefix": "/", "app": "a", "deployment": "a#D"}}],
+}}).encode())
+
+def client():
+    sock = socket.create_connection(address)
+    sock.sendall(b"GET /-/healthz HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")
+    assert sock.recv(4096).startswith(b"HTTP/1.1 200")
+    return sock
+"""
+
+PROXY_STATES = {
+    "idle": "",
+    "an open connection": "kept = client()",
+    "a request that waits for its replica": """
+        waits = client()
+        waits.sendall(b"GET /x HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")
+        time.sleep(0.1)
+    """,
+    "a daemon thread in wait_linked": """
+        threading.Thread(target=proxy.wait_linked, args=(["r"], 3600.0), daemon=True).start()
+        time.sleep(0.1)
+    """,
+    "draining": "kept = client(); proxy.drain()",
+    "shut down": "proxy.shutdown(1.0)",
+    "collected": "del proxy",
+}
+
+
+@pytest.mark.parametrize("state", PROXY_STATES)
+def test_exit_with_a_proxy_in_the_process(state: str, tmp_path: Path) -> None:
+    body = PROXY.format(tmp=str(tmp_path)) + textwrap.dedent(PROXY_STATES[state])
+    code, stderr, took = run(body + "\nprint('end', flush=True)\n")
+    assert (code, stderr) == (0, "")
+    assert took < 10

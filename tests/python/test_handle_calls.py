@@ -438,11 +438,36 @@ def test_cancel_tells_the_replica_and_the_slot_comes_back_with_its_last_frame(re
     assert waiting.result(timeout_s=5) == "served"
 
 
-def test_cancel_wakes_a_thread_that_waits(replica: Replicas, connect: Any) -> None:
-    response = connect(Cluster(replica(silent))).remote()
-    threading.Timer(0.2, response.cancel).start()
-    with pytest.raises(RequestCancelledError):
-        response.result(timeout_s=5)
+@pytest.mark.parametrize("waiters", [1, 3])
+def test_cancel_wakes_whoever_waits(replica: Replicas, connect: Any, waiters: int) -> None:
+    handle = connect(Cluster(replica(silent)))
+    with ThreadPoolExecutor(waiters) as pool:  # threads that get no signals, and so sleep as long as they may
+        responses = [handle.remote() for _ in range(waiters)]
+        waits = [pool.submit(response.result) for response in responses]
+        time.sleep(0.2)
+        for response, wait in zip(responses, waits, strict=True):
+            response.cancel()
+            with pytest.raises(RequestCancelledError):
+                wait.result(timeout=5)
+
+
+def test_a_call_to_an_unknown_deployment_is_sorted_out_while_the_tender_attends_another(
+    replica: Replicas, connect: Any
+) -> None:
+    server = replica(silent)
+    cluster = Cluster(server)
+    handle = connect(cluster)
+    handle.remote("nobody waits for this one")
+    server.calls.get(timeout=5)
+    time.sleep(0.2)  # the tender has the turn by now
+    asked = cluster.asked
+    dropped = DeploymentHandle("Missing", "app").remote()
+    deadline = time.monotonic() + 5
+    while cluster.asked == asked and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert cluster.asked > asked
+    with pytest.raises(DeploymentUnavailableError):
+        dropped.result(timeout_s=5)
 
 
 def test_a_deployment_that_does_not_exist_says_so(replica: Replicas, connect: Any) -> None:

@@ -1,12 +1,13 @@
 //! Handles: what Python calls to make calls. The engine is the proxy's; the driver is whichever thread waits.
 //!
-//! `turns.rs` decides which thread moves bytes, `router.rs` carries out the engine's actions, `link.rs` owns a socket,
-//! `pending.rs` is a call, `mailbox.rs` reaches asyncio loops. This file converts.
+//! `turns.rs` decides which thread moves bytes and `tender.rs` does what is left; `router.rs` carries out the engine's
+//! actions, `link.rs` owns a socket, `pending.rs` is a call, `mailbox.rs` reaches asyncio loops. This file converts.
 
 mod link;
 mod mailbox;
 mod pending;
 mod router;
+mod tender;
 mod turns;
 
 use std::{
@@ -31,7 +32,8 @@ use rayserve_dataplane::{
 
 use self::{
     pending::{Outcome, Pending},
-    turns::{Caller, Errand, Wait},
+    tender::Errand,
+    turns::{Caller, Wait},
 };
 
 /// How long the main thread sleeps before it looks for signals; other threads get none.

@@ -2,8 +2,8 @@
 //!
 //! A thread in `.result()` takes the turn if nobody has it: it polls all links, and what comes for others ends their calls
 //! and wakes them. A lone caller so needs no second thread and no wake. Threads that find the turn taken sleep until their
-//! call has ended or the turn is free. Calls that nobody waits for are the tender's: a thread that steps in when nobody has
-//! taken the turn for a while, and steps back as soon as somebody wants it.
+//! call has ended or the turn is free. Calls that nobody waits for are the tender's (`tender.rs`), which steps back as soon
+//! as somebody wants the turn.
 //!
 //! The lock is held for bookkeeping and for system calls that do not wait. Whoever waits holds no lock but the turn, and
 //! never the interpreter.
@@ -13,49 +13,41 @@ use std::{
     os::fd::{AsRawFd, RawFd},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     thread::{self, Thread},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use mio::{Events, Poll, Token, Waker};
-use rayserve_dataplane::snapshot::Snapshot;
 
 use super::{
     mailbox::Mailbox,
     pending::Pending,
-    router::{Hunger, Router},
+    router::Router,
+    tender::{FRESH, TenderState},
 };
 
 const WAKER: Token = Token(usize::MAX);
-/// How long a call that nobody waits for may find the turn free before the tender takes it.
-const PATIENCE: Duration = Duration::from_millis(10);
-/// The tender's rounds without anything to do before it sleeps until it is called.
-const IDLE_ROUNDS: u32 = 100;
-/// A snapshot older than this is asked for again while calls are made.
-const FRESH: Duration = Duration::from_secs(2);
-/// Between two snapshots at least; doubled while they bring nothing new.
-const REFRESH: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
-
 /// Who has the turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Turn {
+pub(super) enum Turn {
     Free,
     Waiter,
     /// It gives the turn back as soon as `wanted` is set.
     Tender,
 }
 
-struct State {
-    router: Router,
-    turn: Turn,
+pub(super) struct State {
+    pub(super) router: Router,
+    pub(super) turn: Turn,
     /// Turns taken, so that the tender sees whether anybody is about.
-    turns: u64,
+    pub(super) turns: u64,
     /// Threads that wait for the turn or for their call.
     asleep: Vec<Thread>,
-    tender_sleeps: bool,
-    wanted: bool,
-    refreshed: Option<Instant>,
-    pause: Duration,
-    closed: bool,
+    /// One of them has been woken to take the turn and has not run yet.
+    heir: bool,
+    /// The tender is to give the turn back.
+    pub(super) wanted: bool,
+    pub(super) closed: bool,
+    pub(super) tender: TenderState,
 }
 
 /// Why a wait came back.
@@ -69,15 +61,6 @@ pub(super) enum Wait {
     Interrupted,
 }
 
-/// What the tender came back for.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Errand {
-    /// Fetch a snapshot and publish it.
-    Snapshot,
-    /// The caller is closed.
-    Closed,
-}
-
 /// All the calls of one process.
 pub(super) struct Caller {
     state: Mutex<State>,
@@ -85,7 +68,7 @@ pub(super) struct Caller {
     poll: Mutex<(Poll, Events)>,
     fd: RawFd,
     waker: Waker,
-    tender: Condvar,
+    pub(super) tender: Condvar,
 }
 
 impl Caller {
@@ -98,18 +81,17 @@ impl Caller {
             turn: Turn::Free,
             turns: 0,
             asleep: Vec::new(),
-            tender_sleeps: false,
+            heir: false,
             wanted: false,
-            refreshed: None,
-            pause: REFRESH.0,
             closed: false,
+            tender: TenderState::default(),
         };
         let fd = poll.as_raw_fd();
         let poll = Mutex::new((poll, Events::with_capacity(64)));
         Ok(Self { state: Mutex::new(state), poll, fd, waker, tender: Condvar::new() })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -125,43 +107,36 @@ impl Caller {
             return false;
         }
         state.router.begin(call);
-        let old = state.refreshed.is_none_or(|at| at.elapsed() > FRESH);
-        state.router.stale |= old;
-        self.call_tender(&mut state);
+        state.router.stale |= state.tender.age() > FRESH;
+        if std::mem::take(&mut state.tender.sleeps) {
+            self.tender.notify_one();
+        }
+        if state.router.stale {
+            self.relieve(&mut state);
+        }
         true
     }
 
-    fn call_tender(&self, state: &mut State) {
-        if std::mem::take(&mut state.tender_sleeps) {
-            self.tender.notify_one();
+    pub(super) fn cancel(&self, call: &Arc<Pending>) -> bool {
+        let mut state = self.lock();
+        let cancelled = state.router.cancel(call);
+        self.nudge(&state);
+        cancelled
+    }
+
+    /// The tender steps back: for somebody who waits, or for an errand.
+    pub(super) fn relieve(&self, state: &mut State) {
+        if state.turn == Turn::Tender && !std::mem::replace(&mut state.wanted, true) {
+            self.nudge(state);
         }
     }
 
-    pub(super) fn cancel(&self, call: &Arc<Pending>) -> bool {
-        self.lock().router.cancel(call)
-    }
-
-    /// The tender steps back for somebody who waits.
-    fn relieve(&self, state: &mut State) {
-        if state.turn == Turn::Tender && !std::mem::replace(&mut state.wanted, true) {
+    /// Whoever has the turn looks again: its own call may have ended without a byte being read.
+    pub(super) fn nudge(&self, state: &State) {
+        if state.turn != Turn::Free {
             // An error would mean that the counter is full, and so that the poller wakes anyway.
             let _ = self.waker.wake();
         }
-    }
-
-    /// Takes over what an errand for a snapshot brought.
-    pub(super) fn publish(&self, snapshot: Snapshot) -> bool {
-        let mut state = self.lock();
-        let newer = state.router.publish(snapshot);
-        state.pause = if newer { REFRESH.0 } else { (state.pause * 2).min(REFRESH.1) };
-        newer
-    }
-
-    /// An errand for a snapshot failed; calls that need one to be sent at all fail with it.
-    pub(super) fn unpublished(&self, why: &str) {
-        let mut state = self.lock();
-        state.pause = (state.pause * 2).min(REFRESH.1);
-        state.router.refuse_unrouted(why);
     }
 
     /// Waits for a call with this thread doing the reading if nobody else does.
@@ -191,7 +166,10 @@ impl Caller {
                     None => thread::park(),
                 }
                 state = self.lock();
-                state.asleep.retain(|other| other.id() != me.id());
+                match state.asleep.iter().position(|other| other.id() == me.id()) {
+                    Some(index) => drop(state.asleep.swap_remove(index)),
+                    None => state.heir = false,
+                }
             }
         };
         state.unattend(call, || call.forget_thread(&me));
@@ -200,13 +178,15 @@ impl Caller {
     }
 
     /// Has the turn, for one poll at least, until `enough` says so, the time is over or a signal came.
-    fn lead<'s>(
+    pub(super) fn lead<'s>(
         &'s self,
-        mut state: MutexGuard<'s, State>,
+        state: MutexGuard<'s, State>,
         who: Turn,
         until: Option<Instant>,
         enough: impl Fn(&State) -> bool,
     ) -> (MutexGuard<'s, State>, bool) {
+        let _turn = HasTurn(self);
+        let mut state = state; // declared after the guard, so that a panic lets go of the lock first
         state.turn = who;
         state.turns += 1;
         let mut turn = self.poll.lock().unwrap_or_else(PoisonError::into_inner);
@@ -229,9 +209,7 @@ impl Caller {
                 break false;
             }
         };
-        state.turn = Turn::Free;
-        state.wanted = false;
-        state.pass_on();
+        state.free_turn();
         (state, interrupted)
     }
 
@@ -260,55 +238,12 @@ impl Caller {
         self.lock().unattend(call, || call.forget_mailbox(token));
     }
 
-    /// The tender's thread: looks after calls that nobody waits for, and comes back with errands.
-    pub(super) fn tend(&self) -> Errand {
-        let mut state = self.lock();
-        let (mut turns, mut idle) = (state.turns, 0);
-        loop {
-            if state.closed {
-                return Errand::Closed;
-            }
-            let age = state.refreshed.map_or(Duration::MAX, |at| at.elapsed());
-            let stale = state.router.stale
-                || match state.router.starves() {
-                    Some(Hunger::Replica) => true,
-                    Some(Hunger::Room) => age > FRESH,
-                    None => false,
-                };
-            if stale && age >= state.pause {
-                state.refreshed = Some(Instant::now());
-                return Errand::Snapshot;
-            }
-            if state.turn == Turn::Free {
-                let lonely = state.router.outstanding > state.router.attended;
-                if lonely && turns == state.turns && idle > 0 {
-                    let until = stale.then(|| Instant::now() + state.pause);
-                    (state, _) = self.lead(state, Turn::Tender, until, |state| {
-                        let State { router, wanted, .. } = state;
-                        *wanted || router.outstanding == router.attended || (router.stale && !stale)
-                    });
-                } else {
-                    // An asyncio loop takes the turn only when something has come; links that failed are tried from here.
-                    let _ = state.router.tick(Instant::now());
-                }
-            }
-            idle = if state.router.outstanding > 0 || turns != state.turns { 1 } else { idle + 1 };
-            turns = state.turns;
-            state = if idle > IDLE_ROUNDS && !stale {
-                state.tender_sleeps = true;
-                self.tender.wait(state).unwrap_or_else(PoisonError::into_inner)
-            } else {
-                self.tender.wait_timeout(state, PATIENCE).unwrap_or_else(PoisonError::into_inner).0
-            };
-        }
-    }
-
     /// Ends every call and every wait; later calls are refused.
     pub(super) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
         state.router.close_all();
-        state.tender_sleeps = false;
+        state.tender.sleeps = false;
         self.tender.notify_all();
         let _ = self.waker.wake();
     }
@@ -334,12 +269,31 @@ impl Caller {
     }
 }
 
+/// A panic while somebody has the turn costs that one its call, not everybody else the turn.
+struct HasTurn<'c>(&'c Caller);
+
+impl Drop for HasTurn<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.lock().free_turn();
+        }
+    }
+}
+
 impl State {
+    fn free_turn(&mut self) {
+        self.turn = Turn::Free;
+        self.wanted = false;
+        self.pass_on();
+    }
+
     /// Somebody else may take the turn.
     fn pass_on(&mut self) {
         if self.turn == Turn::Free
+            && !self.heir
             && let Some(next) = self.asleep.pop()
         {
+            self.heir = true;
             next.unpark();
         }
     }
