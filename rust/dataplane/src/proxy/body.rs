@@ -27,29 +27,21 @@ use crate::{
 pub(super) struct Body {
     content: Content,
     /// The request counts as open until its body is gone.
-    _open: Option<Open>,
+    _open: Open,
 }
 
 enum Content {
-    Whole {
-        bytes: Bytes,
-        /// The handler set its own content-length: hyper holds the body to it.
-        declared: bool,
-    },
-    Streamed {
-        first: Bytes,
-        stream: StreamRef,
-        deadline: Option<Pin<Box<Sleep>>>,
-    },
+    Whole(Bytes),
+    Streamed { first: Bytes, stream: StreamRef, deadline: Option<Pin<Box<Sleep>>> },
 }
 
 impl Body {
-    pub(super) fn whole(bytes: Bytes, declared: bool, open: Open) -> Self {
-        Self { content: Content::Whole { bytes, declared }, _open: Some(open) }
+    pub(super) fn whole(bytes: Bytes, open: Open) -> Self {
+        Self { content: Content::Whole(bytes), _open: open }
     }
 
     pub(super) fn streamed(first: Bytes, stream: StreamRef, deadline: Option<Pin<Box<Sleep>>>, open: Open) -> Self {
-        Self { content: Content::Streamed { first, stream, deadline }, _open: Some(open) }
+        Self { content: Content::Streamed { first, stream, deadline }, _open: open }
     }
 }
 
@@ -59,8 +51,8 @@ impl http_body::Body for Body {
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Error>>> {
         match &mut self.content {
-            Content::Whole { bytes, .. } if bytes.is_empty() => Poll::Ready(None),
-            Content::Whole { bytes, .. } => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
+            Content::Whole(bytes) if bytes.is_empty() => Poll::Ready(None),
+            Content::Whole(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
             Content::Streamed { first, stream, .. } if !first.is_empty() => {
                 stream.consumed(first.len());
                 Poll::Ready(Some(Ok(Frame::data(std::mem::take(first)))))
@@ -83,15 +75,15 @@ impl http_body::Body for Body {
 
     fn is_end_stream(&self) -> bool {
         match &self.content {
-            Content::Whole { bytes, declared } => bytes.is_empty() && !declared,
+            Content::Whole(bytes) => bytes.is_empty(),
             Content::Streamed { first, stream, .. } => first.is_empty() && stream.is_over(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.content {
-            Content::Whole { bytes, declared: false } => SizeHint::with_exact(bytes.len() as u64),
-            _ => SizeHint::default(),
+            Content::Whole(bytes) => SizeHint::with_exact(bytes.len() as u64),
+            Content::Streamed { .. } => SizeHint::default(),
         }
     }
 }

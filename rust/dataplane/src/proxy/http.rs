@@ -16,9 +16,9 @@ use super::{
     builtin,
     listen::{Conn, Open},
     relay::{Call, X_REQUEST_ID, relay},
-    stream::{Outcome, StreamRef},
+    stream::{Head, StreamRef},
 };
-use crate::{engine::route::decoded, error::Error};
+use crate::{engine::route::decoded, error::Error, wire::ResponseHeadView};
 
 const X_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-seconds");
 const X_DISCONNECT_DISABLED: HeaderName = HeaderName::from_static("x-request-disconnect-disabled");
@@ -36,7 +36,7 @@ pub(super) async fn answer(conn: Rc<Conn>, request: Request<Incoming>) -> Result
         None => (make_id(&conn), true),
     };
     let mut response = if let Some(page) = builtin::page(&conn.shard, parts.uri.path()) {
-        page.map(|bytes| Body::whole(bytes, false, open))
+        page.map(|bytes| Body::whole(bytes, open))
     } else if parts.headers.get(X_DISCONNECT_DISABLED).is_some_and(|value| value == "?1") {
         // On a task of its own the request goes on when hyper drops this future.
         let (id, keeper) = (request_id.clone(), Rc::clone(&conn));
@@ -70,26 +70,33 @@ async fn handle(
         }),
     };
     match result {
-        Ok((stream, Outcome::Head { status, payload, head, whole })) => {
-            let headers = head.headers();
-            let body = head.body();
+        Ok((stream, Head { status, payload, view, whole })) => {
+            let body = view.body();
             let mut response = Response::new(());
             *response.status_mut() = u16::try_from(status)
                 .ok()
                 .and_then(|status| StatusCode::from_u16(status).ok())
                 .filter(|status| !status.is_informational())
                 .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-            let declared = put_headers(response.headers_mut(), headers, &payload, head.header_count());
+            put_headers(response.headers_mut(), &view, &payload);
+            let bodiless = bodiless(parts, response.status());
+            let declared = response.headers().get(CONTENT_LENGTH);
+            if whole
+                && !bodiless
+                && declared.is_some_and(|declared| declared.as_bytes() != body.len().to_string().as_bytes())
+            {
+                // To send it as it is would leave the client waiting, or reading a part as the whole.
+                conn.shard.metrics.errors.up();
+                return refusal(&Error::User, open);
+            }
             let body = if whole {
-                let declared = declared && response.headers().get(CONTENT_LENGTH) != Some(&body.len().into());
                 drop(stream);
-                Body::whole(body, declared && parts.method != http::Method::HEAD, open)
+                Body::whole(body, open)
             } else {
-                streamed(stream, body, deadline, keep || bodiless(parts, response.status()), open)
+                streamed(stream, body, deadline, keep || bodiless, open)
             };
             response.map(|()| body)
         }
-        Ok((_, Outcome::Back(_) | Outcome::Failed(_))) => refusal(&Error::Internal("no head".into()), open),
         Err(error) => {
             conn.shard.metrics.errors.up();
             refusal(&error, open)
@@ -113,7 +120,7 @@ async fn dispatch(
     incoming: Incoming,
     (request_id, made_id): (&HeaderValue, bool),
     deadline: Deadline,
-) -> Result<(StreamRef, Outcome), Error> {
+) -> Result<(StreamRef, Head), Error> {
     if parts.headers.get(UPGRADE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket")) {
         return Err(Error::WebSocket);
     }
@@ -153,21 +160,15 @@ fn make_id(conn: &Conn) -> HeaderValue {
     HeaderValue::from_bytes(&text).expect("hexadecimal digits are a header value")
 }
 
-/// Copies a response's headers; returns whether it declares its length. What cannot be a header is left out.
-fn put_headers<'h>(
-    out: &mut HeaderMap,
-    headers: impl Iterator<Item = (&'h [u8], &'h [u8])>,
-    payload: &Bytes,
-    count: usize,
-) -> bool {
-    out.reserve(count + 1);
-    for (name, value) in headers {
+/// Copies a response's headers; what cannot be one is left out.
+fn put_headers(out: &mut HeaderMap, view: &ResponseHeadView, payload: &Bytes) {
+    out.reserve(view.header_count() + 1);
+    for (name, value) in view.headers() {
         let value = HeaderValue::from_maybe_shared(payload.slice_ref(value));
         if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name), value) {
             out.append(name, value);
         }
     }
-    out.contains_key(CONTENT_LENGTH)
 }
 
 /// The proxy's own answer to a request that failed.
@@ -176,7 +177,7 @@ fn refusal(error: &Error, open: Open) -> Response<Body> {
         Cow::Borrowed(text) => Bytes::from_static(text.as_bytes()),
         Cow::Owned(text) => text.into(),
     };
-    let mut response = Response::new(Body::whole(text, false, open));
+    let mut response = Response::new(Body::whole(text, open));
     *response.status_mut() = StatusCode::from_u16(error.status()).unwrap_or(StatusCode::SERVICE_UNAVAILABLE);
     let headers = response.headers_mut();
     if error.typed() {

@@ -78,9 +78,9 @@ pub(super) fn raise_descriptor_limit() {
 pub(super) async fn accept(shard: Rc<Shard>, listener: tokio::net::TcpListener) {
     let config = &shard.shared.config;
     let mut http = http1::Builder::new();
+    // Not `pipeline_flush`: with it hyper buffers a response without end for a client that does not read.
     http.half_close(false)
         .keep_alive(true)
-        .pipeline_flush(true)
         .header_read_timeout(None)
         .max_buf_size(config.max_head_bytes.max(64 * 1024))
         .max_header_size(config.max_head_bytes);

@@ -13,10 +13,10 @@ use super::{
     body::{Inbound, Upload},
     listen::Conn,
     shard::{Route, Shard},
-    stream::{Outcome, Sender, StreamRef},
+    stream::{Head, Outcome, Sender, StreamRef},
 };
 use crate::{
-    engine::{Lease, Place},
+    engine::Lease,
     error::{Error, Retry},
     wire::{
         Header, Kind, flag,
@@ -43,13 +43,14 @@ pub(super) struct Call<'c> {
 ///
 /// # Errors
 /// See [`Error`]; nothing has been sent to the client then.
-pub(super) async fn relay(call: &Call<'_>, mut body: Inbound) -> Result<(StreamRef, Outcome), Error> {
-    let (mut place, mut retried) = (None::<Place>, false);
+pub(super) async fn relay(call: &Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
+    let mut retried = false;
+    let mut lease = call.shard.admit(call.route.deployment).await?;
     loop {
-        let lease = call.shard.admit(call.route.deployment, place).await?;
-        place = Some(lease.place);
+        let place = lease.place;
         let Some(stream) = call.send(lease, &body) else {
             tokio::task::yield_now().await;
+            lease = call.shard.again(place)?.lease().await?;
             continue;
         };
         let outcome = match &mut body {
@@ -57,17 +58,20 @@ pub(super) async fn relay(call: &Call<'_>, mut body: Inbound) -> Result<(StreamR
             Inbound::Streamed(upload) => with_upload(&stream, upload).await?,
         };
         let error = match outcome {
-            Outcome::Head { .. } => {
+            Outcome::Head(head) => {
                 if let Inbound::Streamed(upload) = body
                     && !upload.is_done()
                 {
                     tokio::task::spawn_local(go_on(upload, stream.sender()));
                 }
-                return Ok((stream, outcome));
+                return Ok((stream, head));
             }
-            Outcome::Back(back) => {
-                place = Some(back);
-                Error::NotBegun
+            Outcome::Back(waiting) => {
+                if !body.rewind() {
+                    return Err(Error::NotBegun);
+                }
+                lease = waiting.lease().await?;
+                continue;
             }
             Outcome::Failed(error) => error,
         };
@@ -84,6 +88,7 @@ pub(super) async fn relay(call: &Call<'_>, mut body: Inbound) -> Result<(StreamR
             return Err(error);
         }
         call.shard.metrics.retried.up();
+        lease = call.shard.again(place)?.lease().await?;
     }
 }
 

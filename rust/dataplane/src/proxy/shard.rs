@@ -148,37 +148,35 @@ impl Shard {
         links[key.index()] = link;
     }
 
-    /// A lease for a request, as soon as there is one; `place` is that of a request that came back.
-    pub(super) async fn admit(
-        self: &Rc<Self>,
-        deployment: DeploymentKey,
-        place: Option<Place>,
-    ) -> Result<Lease, Error> {
-        let enqueue = |_| self.waiters.borrow_mut().insert(Waiter { waker: None, result: None });
-        let mut key = None;
-        let enqueue = |place| *key.insert(enqueue(place));
-        let admission = match place {
-            None => self.engine.borrow_mut().request(deployment, None, enqueue)?,
-            Some(place) => self.engine.borrow_mut().again(place, None, enqueue)?,
-        };
-        match (admission, key) {
+    /// A lease for a new request, as soon as there is one.
+    pub(super) async fn admit(self: &Rc<Self>, deployment: DeploymentKey) -> Result<Lease, Error> {
+        let mut waiting = None;
+        let admission = self.engine.borrow_mut().request(deployment, None, |place| self.wait(place, &mut waiting))?;
+        match (admission, waiting) {
             (Admission::Go(lease), _) => Ok(lease),
-            (Admission::Wait(place), Some(key)) => {
+            (Admission::Wait(_), Some(waiting)) => {
                 self.metrics.queued.up();
-                let waiting = Waiting { shard: self, place, key };
-                std::future::poll_fn(|cx| {
-                    let mut waiters = self.waiters.borrow_mut();
-                    let waiter = &mut waiters[waiting.key];
-                    if let Some(result) = waiter.result.take() {
-                        return Poll::Ready(result);
-                    }
-                    waiter.waker = Some(cx.waker().clone());
-                    Poll::Pending
-                })
-                .await
+                waiting.lease().await
             }
-            (Admission::Wait(_), None) => Err(Error::Internal("a request waits without a waiter".into())),
+            (Admission::Wait(_), None) => unreachable!("the engine asks for a waiter before it says that one waits"),
         }
+    }
+
+    /// A request that came back takes its old place at once, so that a credit on the heels of its BUSY finds it.
+    pub(super) fn again(self: &Rc<Self>, place: Place) -> Result<Waiting, Error> {
+        let mut waiting = None;
+        let admission = self.engine.borrow_mut().again(place, None, |place| self.wait(place, &mut waiting))?;
+        if let Admission::Go(lease) = admission {
+            let key = self.wait(place, &mut waiting);
+            self.waiters.borrow_mut()[key].result = Some(Ok(lease));
+        }
+        Ok(waiting.expect("the engine asks for a waiter unless the request goes"))
+    }
+
+    fn wait(self: &Rc<Self>, place: Place, waiting: &mut Option<Waiting>) -> usize {
+        let key = self.waiters.borrow_mut().insert(Waiter { waker: None, result: None });
+        *waiting = Some(Waiting { shard: Rc::clone(self), place, key });
+        key
     }
 
     /// Gives a lease back that was not used for sending.
@@ -188,14 +186,30 @@ impl Shard {
     }
 }
 
-/// Leaves the queue when the request goes away, and gives back a lease that came too late.
-struct Waiting<'s> {
-    shard: &'s Rc<Shard>,
+/// A place in the queue: left when the request goes away, and a lease that came too late is given back.
+pub(super) struct Waiting {
+    shard: Rc<Shard>,
     place: Place,
     key: usize,
 }
 
-impl Drop for Waiting<'_> {
+impl Waiting {
+    /// The lease, as soon as there is one.
+    pub(super) async fn lease(self) -> Result<Lease, Error> {
+        std::future::poll_fn(|cx| {
+            let mut waiters = self.shard.waiters.borrow_mut();
+            let waiter = &mut waiters[self.key];
+            if let Some(result) = waiter.result.take() {
+                return Poll::Ready(result);
+            }
+            waiter.waker = Some(cx.waker().clone());
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+impl Drop for Waiting {
     fn drop(&mut self) {
         let waiter = self.shard.waiters.borrow_mut().remove(self.key);
         self.shard.engine.borrow_mut().cancel(self.place);

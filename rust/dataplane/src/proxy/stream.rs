@@ -14,10 +14,10 @@ use bytes::Bytes;
 
 use super::{
     link::{Link, is_final},
-    shard::Shard,
+    shard::{Shard, Waiting},
 };
 use crate::{
-    engine::{Lease, Place},
+    engine::Lease,
     error::Error,
     wire::{Fault, Header, Kind, ResponseHeadView, WINDOW, WireError, flag, put},
 };
@@ -27,12 +27,22 @@ const WINDOW_STEP: u32 = WINDOW / 4;
 
 /// How a stream answers.
 pub(super) enum Outcome {
-    /// The head, the whole payload that it stands in, and whether the body is complete in it.
-    Head { status: u32, payload: Bytes, head: ResponseHeadView, whole: bool },
-    /// Not begun; the request takes this place again.
-    Back(Place),
+    /// The answer has begun.
+    Head(Head),
+    /// Not begun; the request waits at its old place again.
+    Back(Waiting),
     /// No answer.
     Failed(Error),
+}
+
+/// How an answer begins.
+pub(super) struct Head {
+    pub(super) status: u32,
+    /// What the view stands in.
+    pub(super) payload: Bytes,
+    pub(super) view: ResponseHeadView,
+    /// The body is complete in it.
+    pub(super) whole: bool,
 }
 
 #[derive(PartialEq)]
@@ -128,11 +138,11 @@ impl Stream {
             }
             Kind::Response if !self.answered => {
                 self.answered = true;
-                let head = ResponseHeadView::parse(payload.clone())?;
+                let view = ResponseHeadView::parse(payload.clone())?;
                 if !finished {
-                    self.hold(head.body().len())?;
+                    self.hold(view.body().len())?;
                 }
-                self.outcome = Some(Outcome::Head { status: header.aux, payload, head, whole: finished });
+                self.outcome = Some(Outcome::Head(Head { status: header.aux, payload, view, whole: finished }));
             }
             Kind::Chunk if self.answered => {
                 self.hold(payload.len())?;
@@ -169,7 +179,10 @@ impl Stream {
         } else {
             engine.returned(lease)
         };
-        self.outcome = Some(Outcome::Back(place));
+        if self.fate == Fate::Wanted {
+            drop(engine);
+            self.outcome = Some(shard.again(place).map_or_else(Outcome::Failed, Outcome::Back));
+        }
         self.end = Some(Ok(()));
         wake(&mut self.reader);
         wake(&mut self.sender);

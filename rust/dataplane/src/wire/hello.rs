@@ -122,7 +122,8 @@ impl<T: AsRef<[u8]>> Caller<T> {
         mac(self.token.as_ref(), b'R', self.role, &self.nonce, &theirs, &self.replica_id)
             .verify_slice(at.take(MAC)?)
             .map_err(|_| HelloError::Untrusted)?;
-        let ours = mac(self.token.as_ref(), b'C', self.role, &self.nonce, &theirs, &self.replica_id).finalize().into_bytes();
+        let ours =
+            mac(self.token.as_ref(), b'C', self.role, &self.nonce, &theirs, &self.replica_id).finalize().into_bytes();
         put(out, Header::new(Kind::Proof, 0), &[&ours]);
         self.proven = true;
         Ok(Step::Continue)
