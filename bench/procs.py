@@ -30,7 +30,7 @@ class Usage:
 
     title: str
     cpu_s: float
-    switches: dict[int, int]  # by thread
+    switches: dict[int, tuple[int, int]]  # by thread: voluntary, involuntary
 
 
 def adopt_orphans() -> None:
@@ -78,9 +78,10 @@ def usage(pid: int) -> Usage | None:
         return None
 
 
-def context_switches(status: str) -> int:
+def context_switches(status: str) -> tuple[int, int]:
     """Voluntary and involuntary switches in the text of a /proc status file."""
-    return sum(int(line.split()[1]) for line in status.splitlines() if "ctxt_switches:" in line)
+    counts = dict(line.split(":", 1) for line in status.splitlines() if "ctxt_switches:" in line)
+    return int(counts["voluntary_ctxt_switches"]), int(counts["nonvoluntary_ctxt_switches"])
 
 
 def title(pid: int) -> str:
@@ -109,11 +110,16 @@ def spent(before: dict[int, Usage], after: dict[int, Usage], otherwise: str = "o
     rows = []
     for pid, now in after.items():
         then = before.get(pid, Usage(now.title, 0.0, {}))
-        switches = sum(count - then.switches.get(tid, 0) for tid, count in now.switches.items())
+        more = [
+            (waited - then.switches.get(tid, (0, 0))[0], forced - then.switches.get(tid, (0, 0))[1])
+            for tid, (waited, forced) in now.switches.items()
+        ]
+        forced = sum(forced for _, forced in more)
+        switches = sum(waited for waited, _ in more) + forced
         cpu_s = now.cpu_s - then.cpu_s
         if cpu_s > 0 or switches > 0:
             row = {"pid": pid, "title": now.title, "role": role(now.title, otherwise)}
-            rows.append(row | {"cpu_s": round(cpu_s, 3), "switches": switches})
+            rows.append(row | {"cpu_s": round(cpu_s, 3), "switches": switches, "involuntary": forced})
     return rows
 
 

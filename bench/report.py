@@ -46,7 +46,7 @@ def summary(samples: list[dict]) -> dict[str, Any]:
     cell["spread"] = (max(rates) - min(rates)) / 2 / cell["rps"] if cell["rps"] else 0.0
     for name in ("p50_us", "p99_us", "foreign_cpus"):
         cell[name] = median(sample[name] for sample in samples)
-    for name, unit in (("cpu_s", 1e6), ("switches", 1)):
+    for name, unit in (("cpu_s", 1e6), ("switches", 1), ("involuntary", 1)):
         per_role = {role: [cost(sample, role, name) * unit for sample in samples] for role in ROLES}
         cell["cpu_us" if name == "cpu_s" else name] = {role: median(values) for role, values in per_role.items()}
     for sample in samples:
@@ -224,6 +224,7 @@ def details(medians: Medians, work: str) -> str:
                     f"{cell['p99_us']:,.0f}",
                     by_role(cell["cpu_us"], "{:,.1f}"),
                     by_role(cell["switches"], "{:.2f}"),
+                    f"{sum(cell['involuntary'].values()):.2f}",
                     errors,
                 ]
             )
@@ -238,6 +239,7 @@ def details(medians: Medians, work: str) -> str:
             "p99 µs",
             "CPU µs a request, proxy / replica / other",
             "switches a request, proxy / replica / other",
+            "of them forced",
             "errors",
         ],
         rows,

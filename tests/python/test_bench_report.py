@@ -19,8 +19,8 @@ PEERS = ("rayserve-fast", "ray-serve", "ray-serve-best", "uvicorn", "granian", "
 def sample(peer: str, work: str, connections: int, rps: float, **changes: Any) -> dict[str, Any]:
     """One measured cell with plain costs: 10 us of proxy, 5 us of replica, 0.1 switches each per request."""
     processes = [
-        {"pid": 1, "title": "p", "role": "proxy", "cpu_s": rps * 10e-6, "switches": int(rps * 0.1)},
-        {"pid": 2, "title": "r", "role": "replica", "cpu_s": rps * 5e-6, "switches": int(rps * 0.1)},
+        {"pid": 1, "title": "p", "role": "proxy", "cpu_s": rps * 10e-6, "switches": int(rps * 0.1), "involuntary": 0},
+        {"pid": 2, "title": "r", "role": "replica", "cpu_s": rps * 5e-6, "switches": int(rps * 0.1), "involuntary": 0},
     ]
     latency = {"p50_us": 100.0, "p99_us": 300.0}
     errors = {"connect": 0, "read": 0, "write": 0, "status": 0, "timeout": 0}
@@ -157,14 +157,14 @@ def test_a_file_without_the_marks_is_refused() -> None:
 
 
 def test_context_switches_are_voluntary_plus_involuntary() -> None:
-    assert procs.context_switches("Name:\tx\nvoluntary_ctxt_switches:\t12\nnonvoluntary_ctxt_switches:\t3\n") == 15
+    assert procs.context_switches("Name:\tx\nvoluntary_ctxt_switches:\t12\nnonvoluntary_ctxt_switches:\t3\n") == (12, 3)
 
 
 def test_what_was_spent_counts_new_threads_in_full_and_leaves_idle_processes_out() -> None:
-    before = {1: procs.Usage("ray::Proxy", 1.0, {10: 5}), 2: procs.Usage("raylet", 2.0, {20: 7})}
-    after = {1: procs.Usage("ray::Proxy", 1.5, {10: 6, 11: 4}), 2: procs.Usage("raylet", 2.0, {20: 7})}
+    before = {1: procs.Usage("ray::Proxy", 1.0, {10: (5, 0)}), 2: procs.Usage("raylet", 2.0, {20: (7, 7)})}
+    after = {1: procs.Usage("ray::Proxy", 1.5, {10: (6, 0), 11: (3, 1)}), 2: procs.Usage("raylet", 2.0, {20: (7, 7)})}
     assert procs.spent(before, after) == [
-        {"pid": 1, "title": "ray::Proxy", "role": "proxy", "cpu_s": 0.5, "switches": 5}
+        {"pid": 1, "title": "ray::Proxy", "role": "proxy", "cpu_s": 0.5, "switches": 5, "involuntary": 1}
     ]
 
 
