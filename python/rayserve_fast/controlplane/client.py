@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rayserve_fast.controlplane.options import CONTROLLER_NAME, NAMESPACE, SHUTDOWN_WAIT_S, ClusterOptions
+from rayserve_fast.controlplane.process import wait_gone
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.exceptions import RayServeException
 
@@ -126,13 +127,15 @@ def deploy(controller: Any, specs: Sequence[ApplicationSpec], wait: bool, began:
 
 def stop(controller: Any) -> None:
     """Shut Serve down and wait until its processes are gone; what does not leave in time is killed."""
+    place = ray.get(controller.place.remote())
     try:
         ray.get(controller.shutdown.options(max_task_retries=0).remote(), timeout=SHUTDOWN_WAIT_S + 20)
     except RayActorError:
-        return  # the end: its last act is to end its own process
+        pass  # the end: its last act is to end its own process
     except GetTimeoutError:
         logger.warning("The controller did not shut down in time and is killed.")
-    ray.kill(controller, no_restart=True)
+        ray.kill(controller, no_restart=True)
+    wait_gone(place, 5.0)
 
 
 def snapshot(newer_than: tuple[int, int] | None = None, timeout_s: float | None = None) -> bytes:

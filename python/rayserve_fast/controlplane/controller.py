@@ -23,6 +23,7 @@ import ray
 
 from rayserve_fast.controlplane import reconcile, snapshot, sockets, store
 from rayserve_fast.controlplane.options import SHUTDOWN_WAIT_S, ClusterOptions
+from rayserve_fast.controlplane.process import Place
 from rayserve_fast.controlplane.proxies import Fleet, within
 from rayserve_fast.controlplane.replicas import Replicas
 from rayserve_fast.controlplane.spec import ApplicationSpec
@@ -161,9 +162,9 @@ class Controller:
         """The secret that both sides of a link prove to know."""
         return self._token
 
-    async def watch(self) -> None:
-        """Never returns; fails when this process dies."""
-        await asyncio.Event().wait()
+    async def place(self) -> Place:
+        """Where this process runs."""
+        return Place.here()
 
     # -- what the parts report ----------------------------------------------------------------------------------
 

@@ -19,6 +19,7 @@ from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from rayserve_fast.controlplane.options import LINK_WAIT_S, NAMESPACE, ClusterOptions, proxy_name
+from rayserve_fast.controlplane.process import Place, wait_gone
 from rayserve_fast.controlplane.proxy import ProxyActor
 
 logger = logging.getLogger("ray.serve")
@@ -34,6 +35,7 @@ class _Proxy:
     node_id: str
     handle: Any
     status: str = "STARTING"
+    place: Place | None = None
     address: tuple[str, int] | None = None
     error: str = ""
     settled: asyncio.Event = field(default_factory=asyncio.Event)  # it listens, or it has failed to
@@ -106,7 +108,7 @@ class Fleet:
         await within(timeout_s + 1, (p.handle.shutdown.remote(timeout_s, True) for p in proxies))
         for p in proxies:
             ray.kill(p.handle, no_restart=True)
-        await within(5, (p.task for p in proxies if p.task))
+        await asyncio.gather(*(asyncio.to_thread(wait_gone, p.place, 5) for p in proxies))
 
     async def _retire(self, p: _Proxy) -> None:
         """Take a proxy out of service: its health check fails at once, its requests may finish."""
@@ -138,6 +140,7 @@ class Fleet:
         """Start the proxy and watch it, over its crashes, until it is gone for good."""
         while True:
             try:
+                p.place = await p.handle.place.remote()
                 p.address = await p.handle.start.remote(self._snapshot)
                 p.status, p.error = "HEALTHY", ""
                 if self._snapshot:

@@ -16,6 +16,7 @@ from typing import Any
 
 from rayserve_fast.controlplane import sockets
 from rayserve_fast.controlplane.options import ClusterOptions
+from rayserve_fast.controlplane.process import Place
 
 
 class ProxyActor:
@@ -40,6 +41,10 @@ class ProxyActor:
         if snapshot is not None:
             self._core.publish(snapshot)
         return self._address
+
+    async def place(self) -> Place:
+        """Where this process runs."""
+        return Place.here()
 
     async def publish(self, snapshot: bytes) -> None:
         """Swap in a newer snapshot; an older one is ignored."""

@@ -18,6 +18,7 @@ from ray.exceptions import RayError
 
 from rayserve_fast.controlplane import reconcile
 from rayserve_fast.controlplane.options import NAMESPACE
+from rayserve_fast.controlplane.process import Place, wait_gone
 from rayserve_fast.controlplane.proxies import Fleet, within
 from rayserve_fast.controlplane.spec import ReplicaID, ReplicaRank, ReplicaSpec
 from rayserve_fast.controlplane.state import Application, Deployment, Replica
@@ -27,6 +28,8 @@ logger = logging.getLogger("ray.serve")
 
 #: Once a drained replica is out of the snapshot, how long the proxies may take to say that they know.
 PUBLISH_WAIT_S = 2.0
+#: How long a killed process may take to end before the controller goes on without it.
+KILL_WAIT_S = 5.0
 
 
 class Publisher(Protocol):
@@ -100,23 +103,23 @@ class Replicas:
         """From the making of the actor to the end of its process."""
         handle = self._handles[r.id]
         try:
-            r.node_id = await self._placed(app, d, handle)
+            r.place = await self._placed(app, d, handle)
             app.mark("placed")
             self._controller.changed()
             found = await handle.start.remote(self._spec(app, d, r))
             if isinstance(found, StartFailure):
-                self._lost(d, r, found.traceback)
+                await self._lost(d, r, found.traceback)
                 return
             r.address = found
             app.mark("constructed")
             await self._serve(app, d, r)
         except RayError as e:
-            self._lost(d, r, str(e))
+            await self._lost(d, r, str(e))
 
     async def _recover(self, app: Application, d: Deployment, r: Replica, known: asyncio.Event) -> None:
         try:
             handle = self._handles[r.id] = ray.get_actor(_actor_name(d, r), namespace=NAMESPACE)
-            r.node_id, r.address = await handle.place.remote(), await handle.address.remote()
+            r.place, r.address = await handle.place.remote(), await handle.address.remote()
             known.set()
             if r.state == "STOPPING" or r.address is None:  # it was leaving, or had not finished starting
                 self.stop(d, r, graceful=r.address is not None)
@@ -126,7 +129,7 @@ class Replicas:
                 await self._serve(app, d, r)
         except (ValueError, RayError) as e:
             known.set()
-            self._lost(d, r, str(e))
+            await self._lost(d, r, str(e))
 
     async def _serve(self, app: Application, d: Deployment, r: Replica) -> None:
         """Publish the address, wait for the links, be ready, watch until the process dies."""
@@ -167,14 +170,14 @@ class Replicas:
             reconcile.ready(d, r, time.time())
         self._controller.changed()
 
-    async def _placed(self, app: Application, d: Deployment, handle: Any) -> str:
-        """The node of the actor; tells whoever waits when Ray has found no room for long."""
+    async def _placed(self, app: Application, d: Deployment, handle: Any) -> Place:
+        """Where the actor's process runs; tells whoever waits when Ray has found no room for long."""
         placing = asyncio.ensure_future(_resolve(handle.place.remote()))
         while True:
             done, _ = await asyncio.wait([placing], timeout=self._placement_notice_s)
             if done:
-                node_id: str = placing.result()
-                return node_id
+                place: Place = placing.result()
+                return place
             free = await asyncio.to_thread(ray.available_resources)
             waiting = sum(not x.node_id for x in d.among("STARTING"))
             text = (
@@ -198,11 +201,13 @@ class Replicas:
             world_size=d.target,
         )
 
-    def _lost(self, d: Deployment, r: Replica, error: str) -> None:
+    async def _lost(self, d: Deployment, r: Replica, error: str) -> None:
         """The process has ended, or is of no use."""
         handle = self._handles.pop(r.id, None)
         if handle is not None:
             ray.kill(handle, no_restart=True)
+        if r.state == "STOPPING":
+            await asyncio.to_thread(wait_gone, r.place, KILL_WAIT_S)
         if r.ready_at or r.state == "RECOVERING":
             if r.state != "STOPPING":
                 logger.warning(f"Replica {r.id} of {d.key} died: {error}")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from rayserve_fast.controlplane import transitions
 
 if TYPE_CHECKING:
+    from rayserve_fast.controlplane.process import Place
     from rayserve_fast.controlplane.spec import ApplicationSpec, DeploymentSpec, ReplicaAddress
 
 ReplicaState = Literal["STARTING", "UPDATING", "RECOVERING", "RUNNING", "STOPPING"]
@@ -32,10 +33,14 @@ class Replica:
     config: str  # of the settings that it was last given; differs from the deployment's: to be reconfigured
     rank: int
     state: ReplicaState = "STARTING"
-    node_id: str | None = None  # known as soon as Ray has placed the process
+    place: Place | None = None  # known as soon as there is a process
     address: ReplicaAddress | None = None  # known as soon as the user's constructor has returned
     ready_at: float = 0.0
     idle: bool = False  # a STOPPING replica that has finished what it had
+
+    @property
+    def node_id(self) -> str | None:
+        return self.place.node_id if self.place else None
 
 
 @dataclass

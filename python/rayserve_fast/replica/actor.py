@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from rayserve_fast.controlplane.process import Place
+
 if TYPE_CHECKING:
     from rayserve_fast.controlplane.spec import DeploymentConfig, DriverEnv, ReplicaAddress, ReplicaSpec
 
@@ -35,10 +37,9 @@ class ReplicaActor:
         self._runtime: Any = None
         self._address: ReplicaAddress | None = None
 
-    async def place(self) -> str:
-        """The node that this process runs on; answered as soon as there is a process."""
-        node_id: str = ray.get_runtime_context().get_node_id()
-        return node_id
+    async def place(self) -> Place:
+        """Where this process runs; answered as soon as there is one."""
+        return Place.here()
 
     async def start(self, spec: ReplicaSpec) -> ReplicaAddress | StartFailure:
         """Construct the user's object and listen."""
