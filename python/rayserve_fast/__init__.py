@@ -17,7 +17,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rayserve_fast import serve as serve
+    from rayserve_fast import (
+        config as config,
+        context as context,
+        exceptions as exceptions,
+        gang as gang,
+        handle as handle,
+        schema as schema,
+        serve as serve,
+    )
     from rayserve_fast._core import __version__ as __version__
     from rayserve_fast.api import (
         _run as _run,
@@ -67,12 +75,17 @@ _HOME = {
     "status": "api",
 }
 
+# Modules that are there without having been imported, as those of `ray.serve` are: `serve.config.AutoscalingConfig`.
+_MODULES = {"config", "context", "exceptions", "gang", "handle", "schema"}
+
 __all__ = list(_HOME)
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return import_module(f"{__name__}._core").__version__
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
@@ -81,7 +94,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME, "__version__"})
+    return sorted({*globals(), *_HOME, *_MODULES, "__version__"})
 
 
 class _Namespace(ModuleType):

@@ -85,6 +85,12 @@ def test_submodule_does_not_hide_the_function_of_its_name(name: str) -> None:
     assert run(source) == "True True"
 
 
+def test_public_modules_are_attributes_without_being_imported() -> None:
+    for name in ("config", "context", "exceptions", "gang", "handle", "schema"):
+        assert run(f"from rayserve_fast import serve; print(serve.{name}.__name__)") == f"rayserve_fast.{name}"
+        assert name in dir(rayserve_fast)
+
+
 def test_every_public_name_resolves_and_is_listed() -> None:
     for name in rayserve_fast.__all__:
         assert getattr(rayserve_fast, name) is not None
@@ -98,7 +104,9 @@ def test_type_checkers_see_every_public_name() -> None:
     package = Path(rayserve_fast.__file__ or "").parent
     for file in ("__init__.py", "serve.pyi"):
         text = (package / file).read_text()
-        assert [name for name in rayserve_fast.__all__ if f"{name} as {name}" not in text] == []
+        assert [
+            name for name in [*rayserve_fast.__all__, *rayserve_fast._MODULES] if f"{name} as {name}" not in text
+        ] == []
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
