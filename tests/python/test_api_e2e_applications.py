@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pytest
+import ray
 import requests
 
 from rayserve_fast import RunTarget, serve
@@ -165,6 +166,20 @@ def test_user_config_is_given_at_the_start_and_with_a_redeploy() -> None:
 def test_user_config_for_what_cannot_take_it_fails_the_deployment(target: Any) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)Deploying application default failed.*user_config"):
         serve.run(target)
+
+
+def test_an_object_reference_may_be_bound() -> None:
+    """It arrives as a reference, as in Ray Serve."""
+
+    @serve.deployment(ray_actor_options={"num_cpus": 0})
+    class Reader:
+        def __init__(self, reference: Any) -> None:
+            self.reference = reference
+
+        def __call__(self) -> Any:
+            return ray.get(self.reference)
+
+    assert serve.run(Reader.bind(ray.put([1, 2]))).remote().result() == [1, 2]
 
 
 def test_an_async_constructor_is_awaited() -> None:
