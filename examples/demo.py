@@ -11,6 +11,7 @@ import logging
 import socket
 import statistics
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import ray
@@ -18,14 +19,15 @@ import ray
 import digits
 from rayserve_fast import serve
 
-SHOWN = 8  # images that are drawn
+SHOWN = 4  # images that are drawn
 GREYS = " .:-=+*#%@"
 
 
 def main() -> None:
+    logging.disable(logging.WARNING)
     print("Starting a local Ray, training a classifier in a replica ...", flush=True)
     began = time.perf_counter()
-    ray.init(address="local", include_dashboard=False, logging_level=logging.WARNING, log_to_driver=False)
+    ray.init(address="local", include_dashboard=False, log_to_driver=False)
     try:
         serve.start(http_options={"port": (port := free_port())})
         serve.run(digits.app)
@@ -63,15 +65,19 @@ def classify(port: int, images: Any) -> tuple[list[int], list[float]]:
 
 
 def show(images: Any, truth: Any, answers: list[int], seconds: list[float]) -> None:
+    def line(label: str, cells: Iterable[str]) -> None:
+        print(f"{label:<10}" + "  ".join(f"{cell:^16}" for cell in cells))
+
     for row in range(8):
-        lines = (image.reshape(8, 8)[row] for image in images[:SHOWN])
-        print("  ".join("".join(2 * GREYS[int(grey * 9 / 16)] for grey in line) for line in lines))
-    for label, values in (
-        ("predicted", [str(answer) for answer in answers]),
-        ("truth", [str(digit) for digit in truth]),
-        ("latency", [f"{1e3 * s:.2f} ms" for s in seconds]),
-    ):
-        print("  ".join(f"{value:>16}" for value in values[:SHOWN]), label)
+        pixels = (image.reshape(8, 8)[row] for image in images[:SHOWN])
+        line(
+            "image" if row == 0 else "",
+            ("".join(2 * GREYS[int(grey * 9 / 16)] for grey in grey_row) for grey_row in pixels),
+        )
+    line("predicted", map(str, answers[:SHOWN]))
+    line("truth", map(str, truth[:SHOWN]))
+    line("latency", (f"{1e3 * s:.2f} ms" for s in seconds[:SHOWN]))
+
     right = sum(answer == digit for answer, digit in zip(answers, truth, strict=True))
     ordered = sorted(seconds)
     print(
