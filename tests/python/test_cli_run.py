@@ -166,6 +166,7 @@ def test_no_cluster_at_the_address(start: Start, command: str, free_port: int) -
 @pytest.fixture
 def cluster(own_ray: dict[str, str]) -> Iterator[str]:
     """A Ray that lives apart from any driver that the test starts; its address."""
+    own_ray["RAY_AUTH_MODE"] = "token"  # for the commands: with an explicit address Ray asks for this
     source = """
 import sys, ray
 context = ray.init(address="local", num_cpus=8, include_dashboard=False)

@@ -31,8 +31,11 @@ def connect(address: str | None, *, may_start: bool = False, runtime_env: dict[s
     try:
         ray.init(address=target, runtime_env=runtime_env, logging_level=logging.WARNING)
     except ConnectionError as error:
-        where = f"at {address}" if address else "on this machine; start one with `ray start --head`, or pass --address"
-        raise click.ClickException(f"no Ray cluster is running {where}") from error
+        if address is None:
+            hint = "no Ray cluster is running on this machine; start one with `ray start --head`, or pass --address"
+        else:  # with an explicit address Ray never sends its token unless it is told to
+            hint = f"cannot connect to Ray at {address}; if it asks for a token, set RAY_AUTH_MODE=token"
+        raise click.ClickException(hint) from error
     except ValueError as error:
         raise click.ClickException(str(error)) from error
 
