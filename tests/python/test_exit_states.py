@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -195,5 +196,87 @@ PROXY_STATES = {
 def test_exit_with_a_proxy_in_the_process(state: str, tmp_path: Path) -> None:
     body = PROXY.format(tmp=str(tmp_path)) + textwrap.dedent(PROXY_STATES[state])
     code, stderr, took = run(body + "\nprint('end', flush=True)\n")
+    assert (code, stderr) == (0, "")
+    assert took < 10
+
+
+REPLICA = """
+import asyncio, json, os, sys, threading, time
+sys.path.insert(0, {here!r})
+from worker_replica import TOKEN, ReplicaRuntime, spec_of
+from rayserve_fast import caller
+from rayserve_fast.handle import DeploymentHandle
+
+began = threading.Event()
+
+def begin():
+    import __main__  # the class is pickled, the event is not
+
+    __main__.began.set()
+
+class D:
+    async def __call__(self):
+        return 1
+
+    def sync(self):
+        return 2
+
+    async def hang(self):
+        begin()
+        await asyncio.sleep(3600)
+
+    def block(self):
+        begin()
+        threading.Event().wait()
+
+    async def leave(self):
+        begin()
+        sys.exit(5)
+
+runtime = ReplicaRuntime(spec_of(D, {tmp!r}, max_ongoing_requests=10))
+address = runtime.start()
+replica = {{"id": "r1", "node_id": "n", "unix": address.unix, "tcp": None}}
+deployment = {{"app": "a", "name": "D", "max_ongoing_requests": 10, "replicas": [replica]}}
+snapshot = json.dumps({{"version": [1, 1], "deployments": {{"a#D": deployment}}}}).encode()
+caller._set(caller.Caller("n", TOKEN, lambda: snapshot))
+handle = DeploymentHandle("D", "a")
+"""
+
+REPLICA_STATES = {
+    "idle": "",
+    "after calls of each kind": """
+        assert handle.remote().result() == 1
+        assert handle.sync.remote().result() == 2
+    """,
+    "a coroutine that hangs": "handle.hang.remote(); assert began.wait(10)",
+    "a sync handler that blocks": "handle.sync.remote().result(); handle.block.remote(); assert began.wait(10)",
+    "a thread of the driver waits for a coroutine that hangs": """
+        def wait():
+            try: handle.hang.remote().result()
+            except Exception: pass
+        threading.Thread(target=wait, daemon=True).start()
+        assert began.wait(10)
+    """,
+    "a handler has called sys.exit": """
+        try: handle.leave.remote().result()
+        except BaseException as error: assert isinstance(error, SystemExit), error
+        assert handle.remote().result() == 1
+    """,
+    "stopped": "runtime.stop()",
+    "a forked child that ends": """
+        handle.remote().result()
+        pid = os.fork()
+        if pid == 0: sys.exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        assert handle.remote().result(timeout_s=10) == 1
+    """,
+}
+
+
+@pytest.mark.parametrize("state", REPLICA_STATES)
+def test_exit_with_a_replica_in_the_process(state: str, tmp_path: Path) -> None:
+    prelude = REPLICA.format(here=str(HERE), tmp=tempfile.mkdtemp(prefix="rsf", dir=tmp_path))
+    body = prelude + textwrap.dedent(REPLICA_STATES[state]) + "\nprint('end', flush=True)\n"
+    code, stderr, took = run(body)
     assert (code, stderr) == (0, "")
     assert took < 10
