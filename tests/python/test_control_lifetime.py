@@ -6,7 +6,7 @@ import socket
 from typing import Any
 
 HEADER = """
-import os, sys, time, logging, threading
+import os, re, sys, time, threading
 from pathlib import Path
 import ray
 from rayserve_fast import serve
@@ -22,7 +22,7 @@ def workers():
     for p in Path("/proc").glob("[0-9]*"):
         try:
             title = (p / "cmdline").read_bytes().decode(errors="replace")
-            if title.startswith(("ray::Controller", "ray::ProxyActor", "ray::ReplicaActor")):
+            if re.match("ray::.*(Controller|ProxyActor|Replica)", title):
                 if os.environ["RAY_TMPDIR"] in str([os.readlink(x) for x in (p / "fd").iterdir()]):
                     found.append(title.rstrip("\\0"))
         except OSError:
@@ -161,7 +161,7 @@ time.sleep(0.5)
 began = time.monotonic()
 serve.delete("default")
 assert time.monotonic() - began < 6
-assert not any("ReplicaActor" in w for w in workers()), workers()
+assert not any("Replica" in w for w in workers()), workers()
 serve.shutdown()
 """
         )

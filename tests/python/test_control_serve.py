@@ -186,6 +186,34 @@ def test_a_failed_redeploy_leaves_the_survivors_of_the_old_version_serving(serve
     assert get(serve_instance)[1].startswith("v1 ")
 
 
+def test_options_that_ray_refuses_fail_the_deployment(serve_instance: str) -> None:
+    with pytest.raises(RuntimeError, match="no_such_directory"):
+        serve.run(code("v1", ray_actor_options={"runtime_env": {"working_dir": "/no_such_directory"}}))
+
+
+def test_requests_wait_while_the_application_starts(serve_instance: str) -> None:
+    @serve.deployment
+    class Slow:
+        def __init__(self) -> None:
+            time.sleep(2)
+
+        async def __call__(self, request: Any) -> str:
+            return "at last"
+
+    answers: list[tuple[int, str]] = []
+
+    def ask() -> None:
+        while not serve.status().applications:
+            time.sleep(0.01)
+        answers.extend(get(serve_instance) for _ in range(2))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    serve.run(Slow.bind())
+    thread.join()
+    assert answers == [(200, "at last")] * 2
+
+
 def test_user_config_reaches_the_user(serve_instance: str) -> None:
     @serve.deployment(user_config={"answer": 42})
     class Configured:
@@ -283,6 +311,25 @@ def test_a_crashed_controller_finds_its_replicas_again(serve_instance: str) -> N
     assert load.failures == {}
     pids = {body for _, body in load.answers if body.startswith("v1")}
     assert len(pids) == 2, "the old replicas were kept, not replaced"
+
+
+def test_a_replica_that_dies_while_the_controller_is_down_is_replaced(serve_instance: str) -> None:
+    serve.run(code("v1", num_replicas=2))
+    with Load(serve_instance, rate=100) as load:
+        while len(load.answers) < 2:
+            time.sleep(0.05)
+        dead, kept = (body for _, body in list(load.answers))
+        os.kill(actor_pid("SERVE_CONTROLLER_ACTOR"), signal.SIGKILL)
+        os.kill(int(dead.split()[1]), signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while replica_states() != {"RUNNING": 2}:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        before = load.answers.copy()
+        while load.total < sum(before.values()) + 100:
+            time.sleep(0.05)
+        assert {body for _, body in load.answers - before} > {kept}
+    assert load.failures == {}
 
 
 def test_a_crashed_proxy_comes_back_on_its_port(serve_instance: str) -> None:

@@ -52,6 +52,7 @@ def require() -> Any:
 
 def connect_ray() -> None:
     """Connect to Ray, or start it."""
+    ray._private.worker.global_worker._filter_logs_by_job = False  # replicas are of the job that came first
     if not ray.is_initialized():
         ray.init(namespace=NAMESPACE)
 

@@ -75,6 +75,10 @@ class Controller:
         self._replicas = Replicas(self._fleet, self._token, self._socket_dir, options.placement_notice_s, self)
         self._loop = asyncio.ensure_future(self._run())
 
+    def __repr__(self) -> str:
+        """What Ray prints in front of each line of this process's log."""
+        return "ServeController"
+
     # -- asked by drivers ---------------------------------------------------------------------------------------
 
     async def ready(self) -> tuple[ClusterOptions, tuple[str, int] | None]:

@@ -25,6 +25,8 @@ from rayserve_fast.controlplane.proxy import ProxyActor
 logger = logging.getLogger("ray.serve")
 
 RESTART_S = 5.0
+#: How long a new replica waits for a proxy that is still starting.
+SETTLE_WAIT_S = 10.0
 #: A node without replicas keeps its proxy for so long, as replicas may come back, and then so long while it drains.
 UNNEEDED_S = 30.0
 DRAIN_S = 30.0
@@ -77,7 +79,7 @@ class Fleet:
     async def linked(self, replica_id: str) -> None:
         """Wait until every live proxy has a link to the replica, at most `LINK_WAIT_S`."""
         proxies = list(self._proxies.values())
-        await asyncio.gather(*(p.settled.wait() for p in proxies))
+        await within(SETTLE_WAIT_S, (p.settled.wait() for p in proxies))
         refs = [p.handle.wait_linked.remote([replica_id], LINK_WAIT_S) for p in proxies if p.status == "HEALTHY"]
         for missing in await asyncio.gather(*refs, return_exceptions=True):
             if missing:

@@ -55,23 +55,24 @@ class Replicas:
 
     def start(self, app: Application, d: Deployment, r: Replica) -> None:
         """Make the actor; the replica is ready, or gone, some events later."""
-        options = dict(d.spec.config.ray_actor_options)
-        options.setdefault("num_cpus", 1)
-        options.setdefault("scheduling_strategy", "SPREAD")
-        self._handles[r.id] = (
-            ray.remote(ReplicaActor)
-            .options(
-                **options,
-                name=_actor_name(d, r),
-                namespace=NAMESPACE,
-                lifetime="detached",
-                max_restarts=0,
-                max_concurrency=1000,
-                enable_task_events=False,
-            )
-            .remote()
-        )
-        self._follow(self._live(app, d, r))
+        options = {
+            "num_cpus": 1,
+            "scheduling_strategy": "SPREAD",
+            **d.spec.config.ray_actor_options,
+            "name": _actor_name(d, r),
+            "namespace": NAMESPACE,
+            "lifetime": "detached",
+            "max_restarts": 0,
+            "max_concurrency": 1000,
+            "enable_task_events": False,
+        }
+        try:
+            made = ray.remote(ReplicaActor).options(**options).remote(f"ServeReplica:{app.name}:{d.spec.name}")
+        except Exception as e:  # Ray refuses the options
+            self._follow(self._lost(d, r, f"{type(e).__name__}: {e}"))
+        else:
+            self._handles[r.id] = made
+            self._follow(self._live(app, d, r))
 
     def adopt(self, app: Application, d: Deployment, r: Replica) -> asyncio.Task[None]:
         """Find the actor again after a restart of the controller. The task ends when it is known whether it lives."""
@@ -117,15 +118,16 @@ class Replicas:
             await self._lost(d, r, str(e))
 
     async def _recover(self, app: Application, d: Deployment, r: Replica, known: asyncio.Event) -> None:
+        leaving = r.state == "STOPPING"
+        r.state = "RECOVERING"
         try:
             handle = self._handles[r.id] = ray.get_actor(_actor_name(d, r), namespace=NAMESPACE)
             r.place, r.address = await handle.place.remote(), await handle.address.remote()
             known.set()
-            if r.state == "STOPPING" or r.address is None:  # it was leaving, or had not finished starting
+            if leaving or r.address is None:  # it was to go, or had not finished starting
                 self.stop(d, r, graceful=r.address is not None)
                 await handle.watch.remote()
             else:
-                r.state = "RECOVERING"
                 await self._serve(app, d, r)
         except (ValueError, RayError) as e:
             known.set()

@@ -33,9 +33,14 @@ class StartFailure:
 class ReplicaActor:
     """One replica of one deployment."""
 
-    def __init__(self) -> None:
+    def __init__(self, label: str) -> None:
+        self._label = label
         self._runtime: Any = None
         self._address: ReplicaAddress | None = None
+
+    def __repr__(self) -> str:
+        """What Ray prints in front of each line of this process's log."""
+        return self._label
 
     async def place(self) -> Place:
         """Where this process runs; answered as soon as there is one."""
