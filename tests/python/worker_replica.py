@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ray import cloudpickle
+from wire_client import Link
 
 from rayserve_fast.controlplane.spec import (
     Definition,
@@ -18,7 +19,6 @@ from rayserve_fast.controlplane.spec import (
     ReplicaSpec,
 )
 from rayserve_fast.replica.runtime import ReplicaRuntime
-from wire_client import Link
 
 TOKEN = b"a token of the tests"
 
@@ -37,7 +37,9 @@ class Replica:
         return link
 
 
-def spec_of(func_or_class: Callable[..., Any], socket_dir: str, *args: Any, is_asgi: bool = False, **config: Any) -> ReplicaSpec:
+def spec_of(
+    func_or_class: Callable[..., Any], socket_dir: str, *args: Any, is_asgi: bool = False, **config: Any
+) -> ReplicaSpec:
     deployment = DeploymentSpec(
         app="default",
         name=getattr(func_or_class, "__name__", "deployment"),

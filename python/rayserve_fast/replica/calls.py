@@ -1,7 +1,7 @@
 """Handle calls at the replica: which method, with which arguments, and what its result or its error becomes.
 
-The worker asks :meth:`Calls.is_sync` once a call is admitted, then starts the coroutine that :meth:`Calls.begin` returns, or
-has a pool thread :meth:`Calls.run` it. Values travel as ``rayserve_fast.values`` says.
+The worker asks :meth:`Calls.is_sync` once a call is admitted, then starts the coroutine that :meth:`Calls.begin`
+returns, or has a pool thread :meth:`Calls.run` it. Values travel as ``rayserve_fast.values`` says.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class Calls:
         try:
             encoded, buffers = values.dumps(result)
         except Exception as error:
-            raise UnpicklableError(f"The result of type {type(result).__qualname__} cannot be sent: {error!r}") from error
+            raise UnpicklableError(
+                f"The result of type {type(result).__qualname__} cannot be sent: {error!r}"
+            ) from error
         return encoded, [buffer.raw() for buffer in buffers]
 
     def dump_error(self, head: CallHead, error: BaseException) -> tuple[int, bytes]:

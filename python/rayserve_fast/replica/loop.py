@@ -1,9 +1,10 @@
 """The thread on which a replica runs the user's event loop.
 
-The loop never ends before it is told to: a handler that raises ``SystemExit`` or ``KeyboardInterrupt`` makes uvloop leave
-``run_forever``, and the thread goes back in, so that only its own request fails. The thread is a daemon, because user code
-may block it for ever and must not keep the process; but a daemon that wakes up while the interpreter is torn down
-is killed through the Rust frames below it, so an exit hook ends the loop first, and if need be interrupts the user's code.
+The loop never ends before it is told to: a handler that raises ``SystemExit`` or ``KeyboardInterrupt`` makes uvloop
+leave ``run_forever``, and the thread goes back in, so that only its own request fails. The thread is a daemon, because
+user code may block it for ever and must not keep the process; but a daemon that wakes up while the interpreter is torn
+down is killed through the Rust frames below it, so an exit hook ends the loop first, and if need be interrupts the
+user's code.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ import ctypes
 import inspect
 import logging
 import threading
-from collections.abc import Awaitable, Callable
-from concurrent.futures import Future
-from typing import Any, TypeVar
+import weakref
+from collections.abc import Callable
+from typing import Any
 
 import uvloop
 
 logger = logging.getLogger("ray.serve")
-T = TypeVar("T")
 
-EXIT_PATIENCE_S = 1.0  # for user code that blocks the loop when the interpreter exits; twice, the second time interrupted
+EXIT_PATIENCE_S = (
+    1.0  # for user code that blocks the loop when the interpreter exits; twice, the second time interrupted
+)
 
 
 class UserLoop:
@@ -39,7 +41,7 @@ class UserLoop:
         self._thread.start()
         at_exit(self._exit)
 
-    def run(self, function: Callable[..., T | Awaitable[T]], *args: Any, in_thread: bool = False) -> T:
+    def run(self, function: Callable[..., Any], *args: Any, in_thread: bool = False) -> Any:
         """Call `function` on the loop's thread, await what it returns if need be, and return the outcome.
 
         Args:
@@ -47,8 +49,7 @@ class UserLoop:
             args: its arguments.
             in_thread: a sync function may block: call it on another thread.
         """
-        outcome: Future[T] = asyncio.run_coroutine_threadsafe(_call(function, args, in_thread), self.loop)
-        return outcome.result()
+        return asyncio.run_coroutine_threadsafe(_call(function, args, in_thread), self.loop).result()
 
     def stop(self) -> None:
         """Cancel what runs, close the loop and wait for the thread, unless this is it or user code blocks it."""
@@ -90,9 +91,16 @@ class UserLoop:
 
 
 def at_exit(hook: Callable[[], None]) -> None:
-    """Call `hook` when the interpreter begins to exit, while threads still run; `atexit` comes after they were joined."""
+    """Call a method, if its object lives, when the interpreter begins to exit; `atexit` is after threads ended."""
+    method = weakref.WeakMethod(hook)
+
+    def call() -> None:
+        alive = method()
+        if alive is not None:
+            alive()
+
     with contextlib.suppress(RuntimeError):  # it exits already
-        threading._register_atexit(hook)  # type: ignore[attr-defined]  # what concurrent.futures uses
+        threading._register_atexit(call)  # type: ignore[attr-defined]  # what concurrent.futures uses
 
 
 def interrupt(thread: int) -> None:

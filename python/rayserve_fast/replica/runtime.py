@@ -1,9 +1,9 @@
 """A replica without its Ray actor: the user's object on its loop, and the worker that serves it over frames.
 
-Starting resolves once what kind of callable answers HTTP (a coroutine function, a sync function, an ASGI application), so
-that a request meets no branch in Python. Everything of the user's that is not a handler (constructor, ``reconfigure``,
-``check_health``, ``__del__``) runs on the user's loop; of these, sync health checks and reconfigurations get a thread, as
-they may block.
+Starting resolves once what kind of callable answers HTTP (a coroutine function, a sync function, an ASGI application),
+so that a request meets no branch in Python. Everything of the user's that is not a handler (constructor,
+``reconfigure``, ``check_health``, ``__del__``) runs on the user's loop; of these, sync health checks and
+reconfigurations get a thread, as they may block.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ class ReplicaRuntime:
         self._loop.start()
         try:
             self._construct()
-            return self._loop.run(self._listen)
+            address: ReplicaAddress = self._loop.run(self._listen)
+            return address
         except BaseException:
             self._loop.stop()
             raise
@@ -228,14 +229,15 @@ class ReplicaRuntime:
         return HttpHandler("sync", handler, request)
 
     async def _no_call(self) -> None:
-        raise RayServeException(
-            f"Tried to call a method '__call__' that does not exist in {self._spec.deployment.id}."
-        )
+        raise RayServeException(f"Tried to call a method '__call__' that does not exist in {self._spec.deployment.id}.")
 
     def _failed(self, head: RequestHead, error: BaseException) -> responses.Answer:
         """Logs an error of a handler, and gives the answer for the case that none has begun."""
         logger.error(
-            "Request %s to %s failed.", head.request_id, self._spec.id, exc_info=(type(error), error, error.__traceback__)
+            "Request %s to %s failed.",
+            head.request_id,
+            self._spec.id,
+            exc_info=(type(error), error, error.__traceback__),
         )
         return responses.failure(error)
 
@@ -266,8 +268,8 @@ class ReplicaRuntime:
 
 async def _construct(definition: Definition) -> Any:
     """The user's object; its constructor runs on the loop's thread and may be ``async def``."""
-    kind = definition.func_or_class
-    target = kind.__new__(kind)  # type: ignore[call-overload]
+    kind: Any = definition.func_or_class
+    target = kind.__new__(kind)
     result = target.__init__(*definition.init_args, **definition.init_kwargs)
     if inspect.isawaitable(result):
         await result

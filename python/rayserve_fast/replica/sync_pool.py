@@ -1,16 +1,19 @@
 """The threads that run sync handlers.
 
-Each pulls jobs from the worker's native queue, runs them in a context of their own, and gives the results back, which puts
-them straight on the wire: no hop through the event loop. The worker says when a thread is needed (``worker/pool.rs``).
+Each pulls jobs from the worker's native queue, runs them in a context of their own, and gives the results back, which
+puts them straight on the wire: no hop through the event loop. The worker says when a thread is needed
+(``worker/pool.rs``).
 
 User code is called from this file's Python frames and never from Rust, and the threads are daemons: one that user code
-blocks does not keep the process, and may be killed at any time. The others wait in Rust and are sent home by an exit hook.
+blocks does not keep the process, and may be killed at any time. The others wait in Rust and are sent home by an exit
+hook.
 """
 
 from __future__ import annotations
 
 import itertools
 import threading
+import time
 from contextvars import copy_context
 from typing import TYPE_CHECKING
 
@@ -39,15 +42,14 @@ class SyncPool:
 
     def stop(self) -> None:
         """Send the threads home, and wait for those that user code does not block."""
-        if not self._threads:
-            return
-        self.worker.stop_pool()
-        deadline = threading.TIMEOUT_MAX if EXIT_PATIENCE_S is None else EXIT_PATIENCE_S
-        for thread in self._threads:
+        threads, self._threads = self._threads, []
+        worker = vars(self).pop("worker", None)  # which holds this pool: the cycle would be invisible to the collector
+        if worker is not None:
+            worker.stop_pool()
+        deadline = time.monotonic() + EXIT_PATIENCE_S
+        for thread in threads:
             if thread is not threading.current_thread():
-                thread.join(deadline)
-                deadline = min(deadline, 0.05) if thread.is_alive() else deadline
-        self._threads.clear()
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         take, done, fail = self.worker.take, self.worker.done, self.worker.fail
@@ -61,4 +63,4 @@ class SyncPool:
             else:
                 done(head, result, context)
             # Nothing of this request may live on while the thread waits for the next.
-            call = argument = head = context = job = result = None  # type: ignore[assignment]  # noqa: F841
+            call = argument = head = context = job = result = None  # type: ignore[assignment]

@@ -1,6 +1,6 @@
 //! The replica's side of the limits: which requests run, which are held, who is refused and owed a slot.
 //!
-//! Pure bookkeeping; the driver keeps the held requests themselves, in order, and asks [`Limit::next`] after every change.
+//! Pure bookkeeping; the driver keeps the held requests themselves, in order, and asks [`Limit::next_free`] after every change.
 //! Invariants: running and granted slots together never exceed the limit; nobody is held or granted while an earlier
 //! request waits; whoever got BUSY is owed exactly one slot until it is granted or the link dies.
 
@@ -35,7 +35,7 @@ pub enum Next {
 /// Counts the slots of one replica over all of its links.
 #[derive(Debug)]
 pub struct Limit {
-    limit: usize,
+    slots: usize,
     running: usize,
     held: usize,
     granted: HashMap<usize, usize>,
@@ -49,7 +49,7 @@ impl Limit {
     /// At most `limit` requests run at once.
     pub fn new(limit: usize) -> Self {
         Self {
-            limit,
+            slots: limit,
             running: 0,
             held: 0,
             granted: HashMap::new(),
@@ -97,7 +97,7 @@ impl Limit {
     }
 
     /// What to do with a free slot, if there is one and somebody waits; ask again until `None`.
-    pub fn next(&mut self) -> Option<Next> {
+    pub fn next_free(&mut self) -> Option<Next> {
         if self.draining || self.free() == 0 {
             return None;
         }
@@ -135,7 +135,7 @@ impl Limit {
 
     /// A new limit; what runs above it finishes.
     pub fn resize(&mut self, limit: usize) {
-        self.limit = limit;
+        self.slots = limit;
     }
 
     /// Whether callers may send a backlog.
@@ -155,11 +155,11 @@ impl Limit {
 
     /// The configured limit.
     pub fn limit(&self) -> usize {
-        self.limit
+        self.slots
     }
 
     fn free(&self) -> usize {
-        self.limit.saturating_sub(self.running + self.granted_total)
+        self.slots.saturating_sub(self.running + self.granted_total)
     }
 
     fn take_grant(&mut self, link: usize) -> bool {
@@ -197,13 +197,13 @@ mod tests {
         let mut it = Limit::new(1);
         assert_eq!(it.admit(1, false), Admission::Run);
         assert_eq!(it.admit(2, false), Admission::Busy);
-        assert_eq!(it.next(), None);
+        assert_eq!(it.next_free(), None);
         it.finished(SLOW);
-        assert_eq!(it.next(), Some(Next::Grant(2)));
+        assert_eq!(it.next_free(), Some(Next::Grant(2)));
         assert_eq!(it.admit(1, false), Admission::Busy, "the slot is reserved");
         assert_eq!(it.admit(2, true), Admission::Run);
         it.finished(SLOW);
-        assert_eq!(it.next(), Some(Next::Grant(1)));
+        assert_eq!(it.next_free(), Some(Next::Grant(1)));
         it.unused(1, 5);
         assert_eq!(it.admit(2, false), Admission::Run);
     }
@@ -218,8 +218,8 @@ mod tests {
         assert_eq!(it.admit(2, false), Admission::Busy);
         assert_eq!(it.load(), 1 + BACKLOG as usize);
         it.finished(QUICK);
-        assert_eq!(it.next(), Some(Next::Start));
-        assert_eq!(it.next(), None);
+        assert_eq!(it.next_free(), Some(Next::Start));
+        assert_eq!(it.next_free(), None);
     }
 
     #[test]
@@ -229,9 +229,9 @@ mod tests {
         it.admit(2, false);
         it.admit(3, false);
         it.finished(SLOW);
-        assert_eq!(it.next(), Some(Next::Grant(2)));
+        assert_eq!(it.next_free(), Some(Next::Grant(2)));
         it.forget(2);
-        assert_eq!(it.next(), Some(Next::Grant(3)));
+        assert_eq!(it.next_free(), Some(Next::Grant(3)));
     }
 
     #[test]
@@ -248,7 +248,7 @@ mod tests {
         it.drain();
         assert_eq!(it.admit(1, false), Admission::Busy);
         it.finished(QUICK);
-        assert_eq!(it.next(), None);
+        assert_eq!(it.next_free(), None);
     }
 
     proptest! {
@@ -271,7 +271,7 @@ mod tests {
                     4 => it.forget(link),
                     _ => {}
                 }
-                while let Some(next) = it.next() {
+                while let Some(next) = it.next_free() {
                     match next {
                         Next::Start => { held -= 1; running += 1; }
                         Next::Grant(_) => granted += 1,

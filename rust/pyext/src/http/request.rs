@@ -125,28 +125,28 @@ impl RequestHead {
         self.request_id(py)
     }
 
-    #[getter]
-    fn multiplexed_model_id(&self) -> &'static str {
+    #[classattr]
+    fn multiplexed_model_id() -> &'static str {
         ""
     }
 
-    #[getter]
-    fn session_id(&self) -> &'static str {
+    #[classattr]
+    fn session_id() -> &'static str {
         ""
     }
 
-    #[getter]
-    fn grpc_context(&self) -> Option<u8> {
+    #[classattr]
+    fn grpc_context() -> Option<u8> {
         None
     }
 
-    #[getter]
-    fn is_http_request(&self) -> bool {
+    #[classattr]
+    fn is_http_request() -> bool {
         true
     }
 
-    #[getter]
-    fn cancel_on_parent_request_cancel(&self) -> bool {
+    #[classattr]
+    fn cancel_on_parent_request_cancel() -> bool {
         false
     }
 
@@ -156,8 +156,8 @@ impl RequestHead {
         format!("{}:{port}", String::from_utf8_lossy(host))
     }
 
-    #[getter]
-    fn _ray_trace_ctx(&self) -> Option<u8> {
+    #[classattr]
+    fn _ray_trace_ctx() -> Option<u8> {
         None
     }
 }
@@ -214,28 +214,28 @@ impl CallHead {
         self.view.head().session_id
     }
 
-    #[getter]
-    fn grpc_context(&self) -> Option<u8> {
+    #[classattr]
+    fn grpc_context() -> Option<u8> {
         None
     }
 
-    #[getter]
-    fn is_http_request(&self) -> bool {
+    #[classattr]
+    fn is_http_request() -> bool {
         false
     }
 
-    #[getter]
-    fn cancel_on_parent_request_cancel(&self) -> bool {
+    #[classattr]
+    fn cancel_on_parent_request_cancel() -> bool {
         false
     }
 
-    #[getter]
-    fn _client(&self) -> &'static str {
+    #[classattr]
+    fn _client() -> &'static str {
         ""
     }
 
-    #[getter]
-    fn _ray_trace_ctx(&self) -> Option<u8> {
+    #[classattr]
+    fn _ray_trace_ctx() -> Option<u8> {
         None
     }
 }

@@ -29,7 +29,7 @@ use pyo3::types::PyString;
 use self::link::lock;
 use self::poll::{After, Listener, Poller, WAKER};
 use self::pool::Pool;
-use self::replica::{Hooks, Posted, Replica};
+use self::replica::{Callbacks, Hooks, Posted, Replica};
 use self::run::{Http, HttpKind, Running};
 use self::step::Stepper;
 
@@ -110,8 +110,8 @@ impl Worker {
     fn attach(slf: &Bound<'_, Self>) -> PyResult<()> {
         let replica = &slf.get().replica;
         let _ = replica.thread.set(thread::current().id());
-        let _ = replica.flusher.set(slf.getattr("flush")?.unbind());
-        let _ = replica.expire.set(slf.getattr("expire")?.unbind());
+        let callbacks = Callbacks { flush: slf.getattr("flush")?.unbind(), expire: slf.getattr("expire")?.unbind() };
+        *lock(&replica.callbacks) = Some(callbacks);
         Ok(())
     }
 
@@ -150,6 +150,7 @@ impl Worker {
     /// The next job, after a wait if there is none; None: the thread may go home.
     fn take<'py>(&self, py: Python<'py>) -> PyResult<Option<Job<'py>>> {
         let replica = &self.replica;
+        replica.leave_child(py)?;
         loop {
             if let Some(running) = replica.pool.pop() {
                 let cancelled = {
@@ -177,6 +178,7 @@ impl Worker {
     /// Answers with a job's result; `context` is what the job ran in.
     fn done(&self, head: &Bound<'_, PyAny>, result: Bound<'_, PyAny>, context: Py<PyAny>) -> PyResult<()> {
         let (py, running) = (head.py(), head.extract::<Running>()?);
+        self.replica.leave_child(py)?;
         self.replica.finish_sync(py, running, result, context)?;
         self.after(py)
     }
@@ -184,6 +186,7 @@ impl Worker {
     /// Answers with what a job has raised.
     fn fail(&self, head: &Bound<'_, PyAny>, error: Bound<'_, PyAny>) -> PyResult<()> {
         let (py, running) = (head.py(), head.extract::<Running>()?);
+        self.replica.leave_child(py)?;
         self.replica.finish(py, &running, false, None, Err(PyErr::from_value(error)))?;
         self.after(py)
     }
@@ -240,12 +243,21 @@ impl Worker {
     /// Sends what is unsent and closes every socket; on the loop's thread, after it has stopped watching.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         self.replica.flush(py)?;
-        self.abandon();
+        self.close_descriptors();
+        let callbacks = lock(&self.replica.callbacks).take();
+        drop(callbacks);
         Ok(())
     }
 
-    /// Closes the descriptors and nothing else: a forked child must not hold its parent's links open.
+    /// In a forked child: it must not hold its parent's links open, and ends when it comes out of the user's code.
     fn abandon(&self) {
+        self.replica.forked.store(true, Ordering::Relaxed);
+        self.close_descriptors();
+    }
+}
+
+impl Worker {
+    fn close_descriptors(&self) {
         let poller = lock(&self.poller).take();
         drop(poller);
         let links = std::mem::take(&mut *lock(&self.replica.links));
@@ -254,9 +266,7 @@ impl Worker {
             drop(streams);
         }
     }
-}
 
-impl Worker {
     fn with_poller<T>(&self, f: impl FnOnce(&mut Poller) -> PyResult<T>) -> PyResult<T> {
         match &mut *lock(&self.poller) {
             Some(poller) => f(poller),

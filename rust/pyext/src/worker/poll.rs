@@ -179,7 +179,7 @@ impl Poller {
             self.greeting.push((Instant::now(), link.clone()));
             // What came before the registration is not reported.
             self.backlog.push(link);
-            if let Some(expire) = replica.expire.get() {
+            if let Some(expire) = replica.callback(py, |callbacks| &callbacks.expire) {
                 replica.hooks.call_later.bind(py).call1((HELLO.as_secs_f64(), expire))?;
             }
         }

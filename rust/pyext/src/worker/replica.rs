@@ -67,6 +67,12 @@ impl Hooks {
     }
 }
 
+/// What the worker has the loop call.
+pub(crate) struct Callbacks {
+    pub(crate) flush: Py<PyAny>,
+    pub(crate) expire: Py<PyAny>,
+}
+
 /// A request that was taken in and has not been started.
 pub(crate) struct Request {
     pub(crate) stream: Arc<Stream>,
@@ -116,8 +122,10 @@ pub(crate) struct Replica {
     /// The loop's thread is in the tick, which flushes at its end.
     pub(crate) ticking: AtomicBool,
     scheduled: AtomicBool,
-    pub(crate) flusher: OnceLock<Py<PyAny>>,
-    pub(crate) expire: OnceLock<Py<PyAny>>,
+    /// The worker's own methods for the loop to call; taken out when it closes, as they hold the worker.
+    pub(crate) callbacks: Mutex<Option<Callbacks>>,
+    /// This is a child that user code has forked: it must never act for its parent.
+    pub(crate) forked: AtomicBool,
     turn: AtomicU64,
     draining: AtomicBool,
     pub(crate) posted: Mutex<VecDeque<Posted>>,
@@ -157,8 +165,8 @@ impl Replica {
             headed: Mutex::default(),
             ticking: AtomicBool::new(false),
             scheduled: AtomicBool::new(false),
-            flusher: OnceLock::new(),
-            expire: OnceLock::new(),
+            callbacks: Mutex::default(),
+            forked: AtomicBool::new(false),
             turn: AtomicU64::new(0),
             draining: AtomicBool::new(false),
             posted: Mutex::default(),
@@ -195,7 +203,7 @@ impl Replica {
 
     /// Gives free slots to held requests and to callers that are owed one.
     pub(crate) fn give_slots(&self) {
-        while let Some(next) = self.with_limit(Limit::next) {
+        while let Some(next) = self.with_limit(Limit::next_free) {
             match next {
                 Next::Start => {
                     let request = lock(&self.held).pop_front().expect("the limit counts the held requests");
@@ -311,8 +319,20 @@ impl Replica {
         if self.ticking.load(Ordering::Relaxed) || self.scheduled.swap(true, Ordering::Relaxed) {
             return Ok(());
         }
-        if let Some(flusher) = self.flusher.get() {
-            self.hooks.call_soon.bind(py).call1((flusher,))?;
+        if let Some(flush) = self.callback(py, |callbacks| &callbacks.flush) {
+            self.hooks.call_soon.bind(py).call1((flush,))?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn callback(&self, py: Python<'_>, which: impl FnOnce(&Callbacks) -> &Py<PyAny>) -> Option<Py<PyAny>> {
+        lock(&self.callbacks).as_ref().map(|callbacks| which(callbacks).clone_ref(py))
+    }
+
+    /// Ends a forked child that has come out of the user's code: what is behind it belongs to the parent.
+    pub(crate) fn leave_child(&self, py: Python<'_>) -> PyResult<()> {
+        if self.forked.load(Ordering::Relaxed) {
+            py.import("os")?.call_method1("_exit", (0,))?;
         }
         Ok(())
     }

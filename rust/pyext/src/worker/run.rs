@@ -78,6 +78,7 @@ struct Watch {
 impl Watch {
     fn __call__(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = task.py();
+        self.replica.leave_child(py)?;
         let started = self.running.stream().state().task.take();
         let outcome = task.call_method0(intern!(py, "result"));
         self.replica.finish(py, &self.running, self.asgi, started.as_ref(), outcome)?;
@@ -92,6 +93,7 @@ impl Replica {
         loop {
             let Some(request) = lock(&self.ready).pop_front() else { return Ok(()) };
             self.start(py, request)?;
+            self.leave_child(py)?;
         }
     }
 

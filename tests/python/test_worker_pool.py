@@ -1,0 +1,182 @@
+"""Sync handlers: threads, blocking, contexts, and what they may return."""
+
+from __future__ import annotations
+
+import contextvars
+import json
+import threading
+import time
+from typing import Any
+
+import wire_client as wire
+from worker_replica import serving
+
+variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable", default=0)
+
+
+def test_a_blocked_handler_stops_nobody_else() -> None:
+    def handler(request: Any) -> str:
+        if request.query_params.get("stuck"):
+            time.sleep(1.0)
+        return "done"
+
+    with serving(handler, max_ongoing_requests=5) as replica:
+        link = replica.link()
+        start = time.perf_counter()
+        link.request(1, query="stuck=1")
+        for _ in range(50):
+            assert link.get(2).body == b"done"
+        assert time.perf_counter() - start < 0.9, "fifty quick ones went past the stuck one"
+        assert link.answer(1).body == b"done"
+
+
+def test_requests_behind_a_blocked_one_in_the_same_batch_are_answered_soon() -> None:
+    def handler(request: Any) -> str:
+        if request.query_params.get("stuck"):
+            time.sleep(0.5)
+        return "done"
+
+    with serving(handler, max_ongoing_requests=8) as replica:
+        link = replica.link()
+        for _ in range(40):
+            link.get(9)  # FAST: answers are coalesced, and one thread would do
+        batch = [wire.request_head(query="stuck=1"), *[wire.request_head()] * 4]
+        start = time.perf_counter()
+        link.sock.sendall(
+            b"".join(wire.frame(wire.REQUEST, at + 1, flags=wire.FIN, payload=head) for at, head in enumerate(batch))
+        )
+        for stream in range(2, 6):
+            assert link.answer(stream).body == b"done"
+        assert time.perf_counter() - start < 0.3
+        assert link.answer(1).body == b"done"
+
+
+def test_as_many_run_at_once_as_the_limit_says() -> None:
+    class Meet:
+        def __init__(self) -> None:
+            self.barrier = threading.Barrier(6)
+
+        def __call__(self) -> str:
+            self.barrier.wait(5)
+            return threading.current_thread().name
+
+    with serving(Meet, max_ongoing_requests=6) as replica:
+        link = replica.link()
+        for stream in range(1, 7):
+            link.request(stream)
+        names = {link.answer(stream).body for stream in range(1, 7)}
+        assert len(names) == 6
+
+
+def test_each_job_has_a_context_of_its_own_with_the_request_in_it() -> None:
+    def handler() -> list[Any]:
+        from test_worker_pool import variable
+
+        from rayserve_fast.context import _serve_request_context
+
+        before = variable.get()
+        variable.set(before + 1)
+        context = _serve_request_context.get()
+        assert context is not None
+        return [before, context.request_id]
+
+    with serving(handler) as replica:
+        link = replica.link()
+        for number in range(1, 5):
+            assert json.loads(link.get(number, request_id=f"r{number}").body) == [0, f"r{number}"]
+
+
+def test_a_sync_handler_may_raise_anything() -> None:
+    def handler(request: Any) -> str:
+        kind = request.query_params.get("kind")
+        if kind == "exit":
+            raise SystemExit(3)
+        if kind == "interrupt":
+            raise KeyboardInterrupt
+        if kind == "error":
+            raise ValueError("no")
+        return "fine"
+
+    with serving(handler) as replica:
+        link = replica.link()
+        for kind in ("exit", "interrupt", "error"):
+            assert link.get(1, query=f"kind={kind}").status == 500
+        assert link.get(2).body == b"fine"
+        assert replica.runtime.counters()["running"] == 0
+
+
+def test_a_cancelled_job_only_loses_its_answer_and_keeps_its_slot_until_it_returns() -> None:
+    def handler(request: Any) -> str:
+        time.sleep(0.2 if request.query_params else 0)
+        return "done"
+
+    with serving(handler, max_ongoing_requests=1) as replica:
+        link = replica.link()
+        link.request(1, query="slow=1")
+        time.sleep(0.05)
+        link.send(wire.CANCEL, 1)
+        assert link.silent(0.05)
+        assert replica.runtime.counters()["running"] == 1
+        assert link.answer(1).last.aux == wire.CANCELLED
+        assert link.get(2).body == b"done"
+
+
+def test_a_sync_handler_that_returns_a_coroutine_is_awaited_on_the_loop() -> None:
+    def handler() -> Any:
+        async def later() -> str:
+            import asyncio
+
+            await asyncio.sleep(0.001)
+            return "awaited"
+
+        return later()
+
+    with serving(handler) as replica:
+        assert replica.link().get().body == b"awaited"
+
+
+def test_nothing_of_a_request_outlives_it_in_an_idle_thread() -> None:
+    def handler(request: Any) -> str:
+        import weakref
+
+        class Marked:
+            pass
+
+        request.marked = Marked()
+        store.append(weakref.ref(request.marked))
+        return "done"
+
+    import test_worker_pool
+
+    test_worker_pool.store = store = []  # type: ignore[attr-defined]
+
+    def outer(request: Any) -> str:
+        import weakref
+
+        import test_worker_pool
+
+        class Marked:
+            pass
+
+        request.marked = Marked()
+        test_worker_pool.store.append(weakref.ref(request.marked))  # type: ignore[attr-defined]
+        return "done"
+
+    del handler
+    with serving(outer) as replica:
+        assert replica.link().get().body == b"done"
+        deadline = time.monotonic() + 5
+        while store[0]() is not None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        assert store[0]() is None
+
+
+def test_threads_end_with_the_runtime() -> None:
+    def handler() -> str:
+        return threading.current_thread().name
+
+    before = threading.active_count()
+    with serving(handler) as replica:
+        assert replica.link().get().body.startswith(b"serve-handler-sync")
+        assert threading.active_count() > before
+    assert threading.active_count() == before
