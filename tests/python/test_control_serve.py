@@ -72,10 +72,11 @@ def test_applications_live_side_by_side_and_prefixes_do_not_clash(serve_instance
 
 
 def test_five_redeploys_under_500_requests_a_second_lose_none(serve_instance: str) -> None:
-    serve.run(code("v0", max_ongoing_requests=100))
+    strict = {"max_ongoing_requests": 100, "retry_idempotent": False}  # no retry may hide a lost request
+    serve.run(code("v0", **strict))
     with Load(serve_instance, rate=500) as load:
         for n in range(1, 6):
-            serve.run(code(f"v{n}", max_ongoing_requests=100))
+            serve.run(code(f"v{n}", **strict))
     assert load.failures == {}
     assert {body.split()[0] for _, body in load.answers} == {f"v{n}" for n in range(6)}
 
@@ -98,10 +99,10 @@ def test_a_request_in_flight_finishes_on_the_old_code(serve_instance: str) -> No
 
 
 def test_a_replica_that_fits_only_once_is_replaced_without_a_failed_request(serve_instance: str) -> None:
-    everything = {"num_cpus": int(ray.cluster_resources()["CPU"])}
-    serve.run(code("v1", ray_actor_options=everything))
+    options = {"ray_actor_options": {"num_cpus": int(ray.cluster_resources()["CPU"])}, "retry_idempotent": False}
+    serve.run(code("v1", **options))
     with Load(serve_instance, rate=50) as load:
-        serve.run(code("v2", ray_actor_options=everything))
+        serve.run(code("v2", **options))
     assert load.failures == {}
     assert {body.split()[0] for _, body in load.answers} == {"v1", "v2"}
 

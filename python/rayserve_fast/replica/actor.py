@@ -84,6 +84,7 @@ class ReplicaActor:
 
     async def watch(self) -> None:
         """Never returns; fails when this process dies."""
+        ray._raylet.setproctitle(f"ray::{self._label}")  # Ray's would be this method's name for ever
         await asyncio.Event().wait()
 
     def _start(self, spec: ReplicaSpec) -> ReplicaAddress:
