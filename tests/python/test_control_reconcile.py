@@ -246,16 +246,40 @@ def test_a_deploy_during_a_rollout_drops_the_replicas_that_never_served() -> Non
 
 
 def test_callers_leave_before_the_deployments_that_they_call() -> None:
-    app = Application(ApplicationSpec("app", "/", "C", ()), 0.0)
+    app = Application(ApplicationSpec("app", "/", "C", ()), 0.0, deleting=True)
     for name in "ABC":  # A is called by B, B by C
         d = app.deployments[name] = reconcile.deployed(None, spec(name=name))
         d.replicas["r"] = Replica("r", d.version, d.config, 0, "RUNNING")
         reconcile.delete(d)
-    assert [d.spec.name for d in reconcile.leaving(app)] == ["C"]
+    assert [d.spec.name for d in reconcile.active(app)] == ["C"]
     app.deployments["C"].replicas["r"].idle = True
-    assert [d.spec.name for d in reconcile.leaving(app)] == ["C", "B"]
+    assert [d.spec.name for d in reconcile.active(app)] == ["C", "B"]
     app.deployments["B"].replicas.clear()
-    assert [d.spec.name for d in reconcile.leaving(app)] == ["C", "B", "A"]
+    assert [d.spec.name for d in reconcile.active(app)] == ["C", "B", "A"]
+
+
+def test_a_deployment_that_a_redeploy_drops_stops_after_its_callers_were_replaced() -> None:
+    w = World()
+    w.run()
+    dropped = w.app.deployments["Old"] = reconcile.deployed(None, spec(name="Old"))
+    dropped.status = "HEALTHY"
+    w.deploy("v2")
+    reconcile.delete(dropped)
+    w.act()
+    assert list(reconcile.active(w.app)) == [w.d]
+    w.run()
+    assert list(reconcile.active(w.app)) == [w.d, dropped]
+
+
+def test_a_deploy_under_the_name_of_an_application_that_leaves_starts_anew() -> None:
+    w = World(num_replicas=2)
+    w.run()
+    reconcile.delete(w.d)
+    w.act()
+    w.deploy("v2")
+    w.run()
+    assert w.versions() == [w.d.version] * 2
+    assert (w.d.status, w.d.trigger) == ("HEALTHY", "CONFIG_UPDATE_COMPLETED")
 
 
 def test_random_histories_end_where_they_should() -> None:

@@ -157,17 +157,39 @@ def test_a_constructor_that_fails_is_retried_and_then_told_with_its_traceback(
     assert get(serve_instance)[0] == 200
 
 
-def test_a_constructor_that_exits_is_a_failed_start(serve_instance: str) -> None:
+@pytest.mark.parametrize(("end", "told"), [(sys.exit, "SystemExit"), (os._exit, "died unexpectedly")])
+def test_a_constructor_that_ends_the_process_is_a_failed_start(serve_instance: str, end: Any, told: str) -> None:
     @serve.deployment(max_constructor_retry_count=1)
-    class Exits:
+    class Ends:
         def __init__(self) -> None:
-            sys.exit(3)
+            end(3)
 
         async def __call__(self, request: Any) -> str:
             return "never"
 
-    with pytest.raises(RuntimeError, match="SystemExit"):
-        serve.run(Exits.bind())
+    with pytest.raises(RuntimeError, match=told):
+        serve.run(Ends.bind())
+
+
+def test_deploying_while_the_same_name_is_being_deleted_starts_anew(serve_instance: str) -> None:
+    serve.run(code("v1"))
+    serve.delete("default", _blocking=False)
+    serve.run(code("v2"))
+    assert get(serve_instance)[1].startswith("v2 ")
+
+
+def test_run_many_tells_which_application_failed_and_the_others_serve(serve_instance: str) -> None:
+    @serve.deployment(max_constructor_retry_count=1)
+    class Bad:
+        def __init__(self) -> None:
+            raise ValueError("bad one")
+
+        async def __call__(self, request: Any) -> str:
+            return "never"
+
+    with pytest.raises(RuntimeError, match=r"(?s)Deploying application b failed: .*\['Bad'\].*bad one"):
+        serve.run_many([serve.RunTarget(code("a"), "a", "/a"), serve.RunTarget(Bad.bind(), "b", "/b")])
+    assert get(f"{serve_instance}/a")[0] == 200
 
 
 def test_a_failed_redeploy_leaves_the_survivors_of_the_old_version_serving(serve_instance: str) -> None:

@@ -223,8 +223,7 @@ class Controller:
         """Decide and execute for everything once."""
         before = {name: app.status() for name, app in self._apps.items()}
         for app in list(self._apps.values()):
-            active = list(reconcile.leaving(app) if app.deleting else app.deployments.values())
-            for d in active:
+            for d in list(reconcile.active(app)):
                 self._execute(app, d)
                 reconcile.settle(d)
                 if d.deleting and not d.replicas and not app.deleting:

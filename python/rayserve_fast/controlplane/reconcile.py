@@ -65,12 +65,22 @@ def decide(d: Deployment, now: float) -> list[Action]:
     return [*stops, *in_place, *starts]
 
 
-def leaving(app: Application) -> Iterator[Deployment]:
-    """The deployments of a deleted application that may stop now: callers before the deployments that they call."""
-    for d in reversed(app.deployments.values()):
-        yield d
-        if any(not r.idle for r in d.replicas.values()):
-            return
+def active(app: Application) -> Iterator[Deployment]:
+    """The deployments that may act now, so that nobody is left calling a deployment that stops.
+
+    When the application is deleted, callers stop before the deployments that they call. One that a redeploy has
+    dropped stops once the others have replaced what may still call it.
+    """
+    if app.deleting:
+        for d in reversed(app.deployments.values()):
+            yield d
+            if any(not r.idle for r in d.replicas.values()):
+                return
+    else:
+        wanted = [d for d in app.deployments.values() if not d.deleting]
+        yield from wanted
+        if all(d.status == "HEALTHY" for d in wanted):
+            yield from (d for d in app.deployments.values() if d.deleting)
 
 
 def deployed(app: Application | None, spec: DeploymentSpec) -> Deployment:
@@ -80,13 +90,15 @@ def deployed(app: Application | None, spec: DeploymentSpec) -> Deployment:
     d = app.deployments.get(spec.name) if app else None
     if d is None:
         return Deployment(spec, version, config, target)
-    only_scaled = (version, config) == (d.version, d.config) and target != d.target and not d.failed
+    only_scaled = (version, config) == (d.version, d.config) and target != d.target and not (d.failed or d.deleting)
+    if d.deleting:
+        d.deleting, d.status, d.trigger = False, "UPDATING", "CONFIG_UPDATE_STARTED"
     _apply(d, ("scale_up" if target > d.target else "scale_down") if only_scaled else "deploy")
     if version != d.version or d.failed:
         d.failures, d.failure, d.started = 0, "", False
         d.rolling = bool(d.among("RUNNING", "UPDATING"))
     d.spec, d.version, d.config, d.target = spec, version, config, target
-    d.not_before, d.early_deaths, d.deleting = 0.0, 0, False
+    d.not_before, d.early_deaths = 0.0, 0
     return d
 
 

@@ -55,7 +55,8 @@ def application(deployments: Iterable[tuple[str, str, str, str]], deleting: bool
         return [row for row in rows if row[1] in statuses]
 
     if failed := having("DEPLOY_FAILED"):
-        return "DEPLOY_FAILED", "\n".join(f"deployment '{name}': {text}" for name, _, _, text in failed)
+        reasons = "\n".join(f"{name}: {text}" for name, _, _, text in failed)
+        return "DEPLOY_FAILED", f"Failed to update the deployments {[name for name, *_ in failed]}.\n{reasons}"
     if unhealthy := having("UNHEALTHY"):
         return "UNHEALTHY", f"The deployments {[name for name, *_ in unhealthy]} are UNHEALTHY."
     if having("UPDATING") or any(t == "CONFIG_UPDATE_STARTED" for _, _, t, _ in having("UPSCALING", "DOWNSCALING")):
