@@ -35,6 +35,7 @@ from scripted_replica import (
     Cluster,
     ScriptedReplica,
 )
+from worker_replica import TOKEN as WORKER_TOKEN, serving
 
 from rayserve_fast import caller, values
 from rayserve_fast.exceptions import (
@@ -517,6 +518,26 @@ def test_a_replica_with_another_token_is_not_trusted(replica: Replicas, connect:
     with pytest.raises(TimeoutError):
         response.result(timeout_s=0.3)
     assert server.calls.empty()
+
+
+@pytest.mark.parametrize(
+    ("node_id", "unix"),
+    [("elsewhere", "real"), ("n", "/nowhere/r.sock"), ("n", None)],
+    ids=["other node", "gone", "none"],
+)
+def test_a_replica_that_has_no_path_is_reached_by_its_address(connect: Any, node_id: str, unix: str | None) -> None:
+    async def double(value: Any) -> Any:
+        return value * 2
+
+    with serving(double) as server:
+        path = server.address.unix if unix == "real" else unix
+        cluster = Cluster()
+        cluster.replicas = [{"id": "r1", "node_id": node_id, "unix": path, "tcp": server.address.tcp}]
+        caller._set(caller.Caller("n", WORKER_TOKEN, cluster.snapshot))
+        handle = DeploymentHandle("D", "app")
+        assert handle.remote(21).result(timeout_s=10) == 42
+        large = np.ones(3_000_000)
+        np.testing.assert_array_equal(handle.remote(large).result(timeout_s=20), large * 2)
 
 
 def test_ten_thousand_calls_leave_nothing_behind(replica: Replicas, connect: Any) -> None:

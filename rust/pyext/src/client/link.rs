@@ -37,12 +37,16 @@ enum Socket {
 }
 
 impl Socket {
-    /// On this node by path, else by address; neither waits for the peer.
+    /// By path on this node, if its socket can be reached (a container may not see it); else by address. Neither waits.
     fn open(replica: &Replica, node_id: &str) -> io::Result<Self> {
-        if let Some(path) = replica.unix.as_deref().filter(|_| replica.node_id == node_id) {
-            return UnixStream::connect(path).map(Self::Unix);
-        }
-        let address = replica.tcp.as_deref().ok_or_else(|| io::Error::from(ErrorKind::AddrNotAvailable))?;
+        let path = replica.unix.as_deref().filter(|_| replica.node_id == node_id);
+        let local = path.map(UnixStream::connect);
+        let address = match (local, replica.tcp.as_deref()) {
+            (Some(Ok(stream)), _) => return Ok(Self::Unix(stream)),
+            (_, Some(address)) => address,
+            (Some(Err(error)), None) => return Err(error),
+            (None, None) => return Err(ErrorKind::AddrNotAvailable.into()),
+        };
         let address: SocketAddr = address.parse().map_err(|_| io::Error::from(ErrorKind::InvalidInput))?;
         let stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
