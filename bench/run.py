@@ -57,12 +57,15 @@ def run(chosen: list[peers.Peer], works: list[Work], settings: Settings, pythons
         result["scalars"].append({"name": "one_thread_sleeps_per_s", "value": one_thread_sleeps(), "round": number})
         for peer in chosen[turn:] + chosen[:turn]:
             print(f"bench: round {number + 1}/{settings.rounds}, {peer.title}", file=sys.stderr, flush=True)
-            try:
-                visit(peer, pythons[peer.name], suited(works, peer), settings, number, result)
-            except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-                failure(result, peer, number, "", error)
-            for title in procs.end_all(os.getpid()):
-                print(f"bench: ended a leftover of {peer.name}: {title}", file=sys.stderr)
+            for _ in range(2):  # a peer that does not come up gets one more chance
+                try:
+                    visit(peer, pythons[peer.name], suited(works, peer), settings, number, result)
+                    break
+                except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+                    failure(result, peer, number, "", error)
+                finally:
+                    for title in procs.end_all(os.getpid()):
+                        print(f"bench: ended a leftover of {peer.name}: {title}", file=sys.stderr)
     result["took_s"] = round(time.monotonic() - began)
     return result
 
