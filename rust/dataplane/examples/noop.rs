@@ -1,9 +1,11 @@
 //! A proxy and a replica without Python, to load with an HTTP client and to count what the relay path costs.
 //!
-//! `noop replica SOCKET` answers every request with two bytes, many frames a system call. `noop proxy PORT SOCKET [SHARDS]`
+//! `noop replica SOCKET` answers every request with two bytes, many frames a system call, and `/big` with 1 MiB in chunks;
+//! bodies of requests are read to their end first. `noop proxy PORT SOCKET [SHARDS]`
 //! serves it at `/`, and prints its counters when standard input ends.
 
 use std::{
+    collections::HashMap,
     io::{self, Read, Write},
     os::unix::net::{UnixListener, UnixStream},
     time::Duration,
@@ -13,15 +15,18 @@ use bytes::{Buf, BytesMut};
 use rayserve_dataplane::{
     proxy::{Config, Proxy},
     wire::{
-        Decoder, Header, Kind, MAX_PAYLOAD, flag,
+        Decoder, Frame, Header, Kind, MAX_CHUNK, MAX_PAYLOAD, RequestHeadView, WINDOW, flag,
         frame::put_with,
         head::put_response_head,
         hello::{Callee, Step},
+        put,
     },
 };
 
 const TOKEN: &str = "00112233445566778899aabbccddeeff";
 const MAX_ONGOING: u32 = 100;
+const BIG: usize = 1024 * 1024;
+static ZEROS: [u8; MAX_CHUNK] = [0; MAX_CHUNK];
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let args: Vec<String> = std::env::args().skip(1).collect();
@@ -69,7 +74,7 @@ fn answer(mut link: UnixStream) -> Result<(), Box<dyn std::error::Error + Send +
     let token: Vec<u8> = (0..16).map(|i| i * 0x11).collect();
     let (mut callee, mut trusted) = (Callee::default(), false);
     let (mut buf, mut out, mut decoder) = (BytesMut::new(), BytesMut::new(), Decoder::new(MAX_PAYLOAD));
-    let mut chunk = vec![0; 64 * 1024];
+    let (mut chunk, mut left) = (vec![0; 64 * 1024], HashMap::new());
     loop {
         let n = link.read(&mut chunk)?;
         if n == 0 {
@@ -77,17 +82,53 @@ fn answer(mut link: UnixStream) -> Result<(), Box<dyn std::error::Error + Send +
         }
         buf.extend_from_slice(&chunk[..n]);
         while let Some(frame) = decoder.next(&mut buf)? {
-            if !trusted {
+            if trusted {
+                respond(&frame, &mut left, &mut out);
+            } else {
                 trusted = matches!(callee.feed(&frame, &token, "r", MAX_ONGOING, &mut out)?, Step::Done(_));
-            } else if frame.header.kind == Kind::Request {
-                let header = Header::new(Kind::Response, frame.header.stream).with(flag::FIN | flag::FAST).aux(200);
-                put_with(&mut out, header, |out| {
-                    put_response_head(out, [(&b"content-type"[..], &b"text/plain"[..])].into_iter());
-                    out.extend_from_slice(b"ok");
-                });
             }
         }
         link.write_all(&out)?;
         out.advance(out.len());
+    }
+}
+
+/// Answers one frame; `left` holds what large answers have still to send.
+fn respond(frame: &Frame, left: &mut HashMap<u32, usize>, out: &mut BytesMut) {
+    let Header { kind, stream, aux, .. } = frame.header;
+    let head = |out: &mut BytesMut, flags, body: &[u8]| {
+        put_with(out, Header::new(Kind::Response, stream).with(flags).aux(200), |out| {
+            put_response_head(out, [(&b"content-type"[..], &b"text/plain"[..])].into_iter());
+            out.extend_from_slice(body);
+        });
+    };
+    match kind {
+        Kind::Request if RequestHeadView::parse(frame.payload.clone()).is_ok_and(|head| head.path() == b"/big") => {
+            head(out, 0, b"");
+            left.insert(stream, BIG);
+            chunks(stream, WINDOW as usize, left, out);
+        }
+        Kind::Ping => put(out, Header::new(Kind::Pong, 0).aux(aux), &[]),
+        Kind::Window => chunks(stream, aux as usize, left, out),
+        Kind::Cancel => drop(left.remove(&stream)),
+        Kind::Body if !frame.header.has(flag::FIN) => {
+            put(out, Header::new(Kind::Window, stream).aux(frame.payload.len() as u32), &[]);
+        }
+        Kind::Request if !frame.header.has(flag::FIN) => {}
+        Kind::Request | Kind::Body => head(out, flag::FIN | flag::FAST, b"ok"),
+        _ => {}
+    }
+}
+
+fn chunks(stream: u32, mut room: usize, left: &mut HashMap<u32, usize>, out: &mut BytesMut) {
+    let Some(rest) = left.get_mut(&stream) else { return };
+    while room > 0 && *rest > 0 {
+        let n = room.min(*rest).min(MAX_CHUNK);
+        (room, *rest) = (room - n, *rest - n);
+        let fin = if *rest == 0 { flag::FIN } else { 0 };
+        put(out, Header::new(Kind::Chunk, stream).with(fin), &[&ZEROS[..n]]);
+    }
+    if *rest == 0 {
+        left.remove(&stream);
     }
 }

@@ -361,6 +361,23 @@ fn a_link_that_broke_is_made_again() {
 }
 
 #[test]
+fn a_replica_without_a_sign_of_life_gets_nothing_until_it_gives_one() {
+    let (served, replica) = Served::one();
+    replica.stop_answering_pings();
+    let mut client = served.client();
+    // Not picked from the second PING on that nothing followed.
+    std::thread::sleep(std::time::Duration::from_millis(4500));
+    client.get("/");
+    served.settles("queued", 1);
+    replica.is_quiet();
+    assert_eq!(served.counter("links"), 1, "the link lives");
+    replica.write(0, Header::new(Kind::Pong, 0), b"");
+    let got = replica.request();
+    replica.answer(&got, "alive");
+    assert_eq!(client.response().text(), "alive");
+}
+
+#[test]
 fn a_replica_that_left_the_snapshot_finishes_its_work_and_its_link_ends() {
     let (served, replica) = Served::one();
     let mut client = served.client();

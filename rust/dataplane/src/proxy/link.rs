@@ -6,6 +6,7 @@
 
 use std::{
     cell::{Cell, RefCell},
+    convert::Infallible,
     future::poll_fn,
     io,
     pin::{Pin, pin},
@@ -15,11 +16,12 @@ use std::{
 };
 
 use bytes::{Buf, BytesMut};
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpStream, UnixStream},
     sync::Notify,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use super::{
@@ -36,6 +38,9 @@ use crate::{
     },
 };
 
+const PING_PERIOD: Duration = Duration::from_secs(2);
+const KEEPALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(5)).with_interval(Duration::from_secs(2)).with_retries(3);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const LAST_BACKOFF: Duration = Duration::from_secs(1);
@@ -86,6 +91,8 @@ pub(super) struct Link {
     streams: RefCell<Streams<Stream>>,
     leaving: Cell<bool>,
     left: Notify,
+    /// Something came since the last PING.
+    heard: Cell<bool>,
 }
 
 impl Link {
@@ -97,6 +104,7 @@ impl Link {
             streams: RefCell::default(),
             leaving: Cell::new(false),
             left: Notify::new(),
+            heard: Cell::new(true),
         })
     }
 
@@ -170,7 +178,9 @@ impl Link {
         if outbox.bytes.len() < HIGH_WATER {
             return Poll::Ready(());
         }
-        outbox.senders.push(cx.waker().clone());
+        if !outbox.senders.iter().any(|waker| waker.will_wake(cx.waker())) {
+            outbox.senders.push(cx.waker().clone());
+        }
         Poll::Pending
     }
 
@@ -184,43 +194,72 @@ impl Link {
     pub(super) async fn supervise(self: Rc<Self>, shard: Rc<Shard>) {
         let mut backoff = FIRST_BACKOFF;
         loop {
-            let (was_up, _down) = self.session(&shard).await;
-            if was_up {
+            if !self.leaving.get() && self.session(&shard).await {
                 backoff = FIRST_BACKOFF;
-                shard.metrics.links.down();
-                shard.metrics.links_lost.up();
-                shard.shared.unlinked(&self.address.id);
             }
             let wanted = shard.engine.borrow_mut().closed(self.key);
+            if !wanted {
+                // Before anything else is opened, which may be given the same key.
+                shard.set_link(self.key, None);
+            }
             self.bury(&shard);
             shard.settle();
             if !wanted {
-                shard.set_link(self.key, None);
                 return;
             }
-            // A leaving link has nothing more to wait for; the next round finds it left.
+            // A link that is to leave does not wait.
             let _ = timeout(backoff, self.left.notified()).await;
             backoff = LAST_BACKOFF.min(backoff * 2);
         }
     }
 
-    /// One socket from its opening to its end; whether it was ever up, and why it ended.
-    async fn session(self: &Rc<Self>, shard: &Rc<Shard>) -> (bool, Down) {
+    /// One socket from its opening to its end; returns whether it was ever up.
+    async fn session(self: &Rc<Self>, shard: &Rc<Shard>) -> bool {
         let opening = timeout(HELLO_TIMEOUT, self.connect(shard));
         let (reader, writer, max_ongoing, rest) = match opening.await.unwrap_or_else(|late| Err(late.into())) {
             Ok(open) => open,
-            Err(down) => return (false, down),
+            Err(down) => {
+                tracing::debug!(replica = self.address.id, reason = &down as &dyn std::error::Error, "no link");
+                return false;
+            }
         };
         shard.metrics.links.up();
         shard.engine.borrow_mut().linked(self.key, max_ongoing);
         shard.settle();
         shard.shared.linked(&self.address.id);
         let (mut reading, mut writing) = (pin!(self.read(shard, reader, rest)), pin!(self.write_out(writer)));
-        let ended = poll_fn(|cx| match reading.as_mut().poll(cx) {
-            Poll::Ready(down) => Poll::Ready(down),
-            Poll::Pending => writing.as_mut().poll(cx),
-        });
-        (true, ended.await)
+        let mut beating = pin!(self.beat(shard));
+        let down =
+            poll_fn(|cx| match (reading.as_mut().poll(cx), writing.as_mut().poll(cx), beating.as_mut().poll(cx)) {
+                (Poll::Pending, Poll::Pending, _) => Poll::Pending,
+                (Poll::Ready(down), ..) | (_, Poll::Ready(down), _) => Poll::Ready(down),
+            });
+        let down = down.await;
+        tracing::info!(replica = self.address.id, reason = &down as &dyn std::error::Error, "link ended");
+        shard.metrics.links.down();
+        shard.metrics.links_lost.up();
+        shard.shared.unlinked(&self.address.id);
+        true
+    }
+
+    /// Asks an idle or busy peer for a sign of life. Without one it is not picked, but the link lives: user code may hold
+    /// the replica's loop for a minute.
+    async fn beat(&self, shard: &Rc<Shard>) -> Infallible {
+        loop {
+            self.heard.set(false);
+            self.signal(Header::new(Kind::Ping, 0));
+            sleep(PING_PERIOD).await;
+            if !self.heard.get() {
+                shard.engine.borrow_mut().silent(self.key, true);
+            }
+        }
+    }
+
+    /// Bytes came.
+    fn hear(&self, shard: &Rc<Shard>) {
+        if !self.heard.replace(true) {
+            shard.engine.borrow_mut().silent(self.key, false);
+        }
     }
 
     async fn connect(&self, shard: &Shard) -> Result<(Reader, Writer, u32, BytesMut), Down> {
@@ -233,6 +272,8 @@ impl Link {
             (_, Some(address)) => {
                 let socket = TcpStream::connect(address).await?;
                 socket.set_nodelay(true)?;
+                // A node that vanished sends no end of file.
+                SockRef::from(&socket).set_tcp_keepalive(&KEEPALIVE)?;
                 let (reader, writer) = socket.into_split();
                 (Box::new(reader), Box::new(writer))
             }
@@ -275,7 +316,7 @@ impl Link {
             }
             match reader.read_buf(&mut buf).await {
                 Ok(0) => return Down::Eof,
-                Ok(_) => {}
+                Ok(_) => self.hear(shard),
                 Err(error) => return error.into(),
             }
         }

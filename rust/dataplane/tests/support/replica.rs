@@ -1,4 +1,4 @@
-//! A replica whose every frame the test reads and writes itself; only the handshake goes by itself.
+//! A replica whose every frame the test reads and writes itself; only the handshake and PONG go by themselves.
 
 use std::{
     cell::RefCell,
@@ -39,6 +39,7 @@ pub struct Replica {
     links: Links,
     listener: Option<UnixListener>,
     reading: Arc<AtomicBool>,
+    pongs: Arc<AtomicBool>,
 }
 
 /// A request that came.
@@ -67,16 +68,20 @@ impl Replica {
         let links = Links::default();
         let reading = Arc::new(AtomicBool::new(true));
         let go_on = Arc::clone(&reading);
+        let pongs = Arc::new(AtomicBool::new(true));
+        let pong = Arc::clone(&pongs);
         let (accepting, known, name) = (listener.try_clone().expect("a descriptor"), Arc::clone(&links), id.to_owned());
         std::thread::spawn(move || {
             for (number, link) in accepting.incoming().enumerate() {
                 let Ok(link) = link else { return };
                 let (frames, known, name) = (frames_in.clone(), Arc::clone(&known), name.clone());
-                let go_on = Arc::clone(&go_on);
-                std::thread::spawn(move || read(link, number as u32, &name, max_ongoing, &frames, &known, &go_on));
+                let (go_on, pong) = (Arc::clone(&go_on), Arc::clone(&pong));
+                std::thread::spawn(move || {
+                    read(link, number as u32, &name, max_ongoing, &frames, &known, (&go_on, &pong))
+                });
             }
         });
-        Self { id: id.into(), path, frames, back: RefCell::default(), links, listener: Some(listener), reading }
+        Self { id: id.into(), path, frames, back: RefCell::default(), links, listener: Some(listener), reading, pongs }
     }
 
     pub fn address(&self) -> Value {
@@ -135,6 +140,10 @@ impl Replica {
     /// Leaves everything from now on in the socket.
     pub fn stop_reading(&self) {
         self.reading.store(false, Ordering::SeqCst);
+    }
+
+    pub fn stop_answering_pings(&self) {
+        self.pongs.store(false, Ordering::SeqCst);
     }
 
     /// Ends every link; new ones are accepted.
@@ -209,7 +218,7 @@ fn read(
     max_ongoing: u32,
     frames: &Sender<(u32, Frame)>,
     known: &Links,
-    go_on: &AtomicBool,
+    (go_on, pong): (&AtomicBool, &AtomicBool),
 ) -> Option<()> {
     let token: Vec<u8> = (0..16).map(|i| i * 0x11).collect();
     let (mut callee, mut trusted, mut out) = (Callee::default(), false, BytesMut::new());
@@ -227,6 +236,14 @@ fn read(
         };
         buf.extend_from_slice(&chunk[..n]);
         while let Some(frame) = decoder.next(&mut buf).expect("the proxy's frames are valid") {
+            if trusted && frame.header.kind == Kind::Ping {
+                if pong.load(Ordering::SeqCst) {
+                    put(&mut out, Header::new(Kind::Pong, 0), &[]);
+                    link.write_all(&out).ok()?;
+                    out.clear();
+                }
+                continue;
+            }
             if trusted {
                 let payload = Bytes::copy_from_slice(&frame.payload);
                 frames.send((number, Frame { payload, ..frame })).ok()?;
