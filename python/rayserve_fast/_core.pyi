@@ -7,6 +7,8 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context
 from typing import Any, Protocol, final
 
+__all__ = ["Call", "CallHead", "Client", "Mailbox", "Proxy", "RequestHead", "Worker", "__version__"]
+
 __version__: str
 
 @final
@@ -166,8 +168,8 @@ class CallHead(_RequestContext):
 class Worker:
     """The replica's end of its links; see `replica.runtime` for the order of calls."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         event_loop: AbstractEventLoop,
         hooks: _Hooks,
         *,
@@ -179,7 +181,7 @@ class Worker:
         kind: str,
         handler: Callable[..., Any],
         request: Callable[[RequestHead], Any] | None,
-    ) -> None: ...
+    ) -> Worker: ...
     def listen_unix(self, path: str) -> None: ...
     def listen_tcp(self, host: str) -> int:
         """Listens on a free port of `host`, an address, and returns it."""
