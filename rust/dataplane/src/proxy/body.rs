@@ -4,15 +4,18 @@
 //! what it has sent until the replica has accepted the request, so that BUSY, RETURNED and a death can send it again.
 
 use std::{
-    future::Future,
+    future::{Future, poll_fn},
+    io,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, header::EXPECT};
 use http_body::{Frame, SizeHint};
 use hyper::body::{Body as _, Incoming};
-use tokio::time::Sleep;
+use tokio::time::{Sleep, timeout};
 
 use super::{
     listen::Open,
@@ -22,6 +25,9 @@ use crate::{
     error::Error,
     wire::{MAX_CHUNK, MAX_INLINE},
 };
+
+/// A body that nobody wants is read no longer than this.
+const LINGER: Duration = Duration::from_secs(30);
 
 /// A response's body.
 pub(super) struct Body {
@@ -88,6 +94,41 @@ impl http_body::Body for Body {
     }
 }
 
+/// What hyper reads of a request's body. What is left of it when nobody wants it is read away for a while: a client that
+/// is still sending would find its connection reset, and the answer with it.
+pub(super) struct Source {
+    incoming: Option<Incoming>,
+    /// The client sends nothing before it is asked to, which the first read does.
+    held_back: bool,
+}
+
+impl Source {
+    pub(super) fn new(incoming: Incoming, headers: &HeaderMap) -> Self {
+        Self { incoming: (!incoming.is_end_stream()).then_some(incoming), held_back: headers.contains_key(EXPECT) }
+    }
+
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Bytes>, Error>> {
+        self.held_back = false;
+        let Some(incoming) = &mut self.incoming else { return Poll::Ready(Ok(None)) };
+        let frame = ready!(Pin::new(&mut *incoming).poll_frame(cx));
+        if !matches!(frame, Some(Ok(_))) || incoming.is_end_stream() {
+            self.incoming = None;
+        }
+        Poll::Ready(data(frame))
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        if let Some(mut incoming) = self.incoming.take()
+            && !self.held_back
+        {
+            let rest = async move { while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut incoming).poll_frame(cx)).await {} };
+            tokio::task::spawn_local(timeout(LINGER, rest));
+        }
+    }
+}
+
 /// A request's body that travels in its REQUEST, or one that is streamed.
 pub(super) enum Inbound {
     Whole(Bytes),
@@ -99,10 +140,8 @@ impl Inbound {
     ///
     /// # Errors
     /// The body is too large, broken, or its client has gone.
-    pub(super) async fn read(mut incoming: Incoming, limit: Option<u64>) -> Result<Self, Error> {
-        if incoming.is_end_stream() {
-            return Ok(Self::Whole(Bytes::new()));
-        }
+    pub(super) async fn read(mut source: Source, limit: Option<u64>) -> Result<Self, Error> {
+        let Some(incoming) = &source.incoming else { return Ok(Self::Whole(Bytes::new())) };
         let length = incoming.size_hint().exact();
         if let (Some(length), Some(limit)) = (length, limit)
             && length > limit
@@ -112,7 +151,7 @@ impl Inbound {
         match length {
             Some(length) if length <= MAX_INLINE as u64 => {
                 let mut whole: Option<BytesMut> = None;
-                while let Some(bytes) = data(std::future::poll_fn(|cx| Pin::new(&mut incoming).poll_frame(cx)).await)? {
+                while let Some(bytes) = poll_fn(|cx| source.poll(cx)).await? {
                     if bytes.len() as u64 == length {
                         return Ok(Self::Whole(bytes));
                     }
@@ -120,7 +159,7 @@ impl Inbound {
                 }
                 Ok(Self::Whole(whole.unwrap_or_default().freeze()))
             }
-            _ => Ok(Self::Streamed(Upload::new(incoming, limit))),
+            _ => Ok(Self::Streamed(Upload::new(source, limit))),
         }
     }
 
@@ -138,14 +177,20 @@ fn data(frame: Option<Result<Frame<Bytes>, hyper::Error>>) -> Result<Option<Byte
         None => Ok(None),
         // Trailers have no place in the frames; they are read and left out.
         Some(Ok(frame)) => Ok(Some(frame.into_data().unwrap_or_default())),
-        Some(Err(error)) if error.is_parse() || error.is_user() => Err(Error::Malformed),
+        Some(Err(error)) if error.is_parse() || error.is_user() || is_garbled(&error) => Err(Error::Malformed),
         Some(Err(_)) => Err(Error::Disconnected),
     }
 }
 
+/// hyper reports chunks that are none as it reports a broken socket, but for the kind of the cause.
+fn is_garbled(error: &hyper::Error) -> bool {
+    let cause = std::error::Error::source(error).and_then(|cause| cause.downcast_ref::<io::Error>());
+    cause.is_some_and(|cause| matches!(cause.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData))
+}
+
 /// A large or chunked body on its way.
 pub(super) struct Upload {
-    incoming: Incoming,
+    source: Source,
     limit: Option<u64>,
     total: u64,
     /// What was read, until the replica accepts.
@@ -159,9 +204,9 @@ pub(super) struct Upload {
 }
 
 impl Upload {
-    fn new(incoming: Incoming, limit: Option<u64>) -> Self {
+    fn new(source: Source, limit: Option<u64>) -> Self {
         Self {
-            incoming,
+            source,
             limit,
             total: 0,
             kept: Vec::new(),
@@ -207,8 +252,8 @@ impl Upload {
                 self.done = true;
             } else {
                 to.watch(cx);
-                let frame = ready!(Pin::new(&mut self.incoming).poll_frame(cx));
-                self.take(data(frame)?)?;
+                let bytes = ready!(self.source.poll(cx))?;
+                self.take(bytes)?;
             }
         }
         self.done = true;

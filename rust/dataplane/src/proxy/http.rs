@@ -12,7 +12,7 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
-    body::{Body, Inbound},
+    body::{Body, Inbound, Source},
     builtin,
     listen::{Conn, Open},
     relay::{Call, X_REQUEST_ID, relay},
@@ -121,6 +121,7 @@ async fn dispatch(
     (request_id, made_id): (&HeaderValue, bool),
     deadline: Deadline,
 ) -> Result<(StreamRef, Head), Error> {
+    let source = Source::new(incoming, &parts.headers);
     if parts.headers.get(UPGRADE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket")) {
         return Err(Error::WebSocket);
     }
@@ -131,7 +132,7 @@ async fn dispatch(
         let path = format!("{}{}", config.root_path, String::from_utf8_lossy(&path));
         return Err(Error::NotFound { path });
     };
-    let body = Inbound::read(incoming, config.max_body_bytes).await?;
+    let body = Inbound::read(source, config.max_body_bytes).await?;
     let deadline = deadline.map(|(instant, _)| instant);
     relay(&Call { shard, conn, route: &route, parts, request_id, made_id, deadline }, body).await
 }
@@ -160,10 +161,10 @@ fn make_id(conn: &Conn) -> HeaderValue {
     HeaderValue::from_bytes(&text).expect("hexadecimal digits are a header value")
 }
 
-/// Copies a response's headers; what cannot be one is left out.
+/// Copies a response's headers. What cannot be one is left out, and so is the framing: that is hyper's.
 fn put_headers(out: &mut HeaderMap, view: &ResponseHeadView, payload: &Bytes) {
     out.reserve(view.header_count() + 1);
-    for (name, value) in view.headers() {
+    for (name, value) in view.headers().filter(|(name, _)| *name != b"transfer-encoding") {
         let value = HeaderValue::from_maybe_shared(payload.slice_ref(value));
         if let (Ok(name), Ok(value)) = (HeaderName::from_bytes(name), value) {
             out.append(name, value);

@@ -61,9 +61,15 @@ fn put_text(py: Python<'_>, stream: &Arc<Stream>, content_type: &[u8], body: &[u
     }
 }
 
-fn put_complete(py: Python<'_>, stream: &Arc<Stream>, head: Head, body: PyBackedBytes) {
+fn put_complete(py: Python<'_>, stream: &Arc<Stream>, mut head: Head, body: PyBackedBytes) {
     if body.len() <= MAX_INLINE {
         return put_whole(stream, &head, &body);
+    }
+    // Nobody downstream sees that the body is whole already; of a short one the proxy does.
+    let sized = head.headers.iter().any(|(name, _)| name.eq_ignore_ascii_case(b"content-length"));
+    if !sized && !matches!(head.status, 100..200 | 204 | 304) {
+        let owned = |part: &[u8]| PyBackedBytes::from(PyBytes::new(py, part));
+        head.headers.push((owned(b"content-length"), owned(body.len().to_string().as_bytes())));
     }
     let mut state = stream.state();
     state.outbox.head = Some(head);
