@@ -51,6 +51,7 @@ assert os.listdir(directory)
 assert len(workers()) >= 5, workers()
 serve.shutdown()
 assert workers() == [], workers()
+assert ray.util.list_named_actors(all_namespaces=True) == []
 assert not os.path.exists(directory)
 assert _internal_kv_list(b"", namespace=b"rayserve_fast") == []
 assert serve.status().applications == {}

@@ -132,9 +132,9 @@ class Controller:
         """Delete everything, stop the proxies, forget the cluster, end this process."""
         self._closing = True
         await within(SHUTDOWN_WAIT_S, [self.delete(list(self._apps))])
+        self._loop.cancel()  # it would start a proxy again
         await self._replicas.kill_all()
         await self._fleet.shutdown(timeout_s=1.0)
-        self._loop.cancel()
         sockets.remove(self._socket_dir)
         store.clear()
         ray.kill(ray.get_runtime_context().current_actor, no_restart=True)
