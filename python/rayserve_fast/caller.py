@@ -128,6 +128,7 @@ class LoopWatch:
 
 
 _current: Caller | None = None
+_identity: tuple[str, bytes] | None = None
 _exiting = False
 _lock = threading.Lock()
 
@@ -138,8 +139,14 @@ def exists() -> bool:
 
 
 def current() -> Caller:
-    """This process's caller; the first call makes it, which asks Ray for the cluster's secret."""
+    """This process's caller; the first call makes it, and in a driver asks Ray for the cluster's secret."""
     return _current or _connect()
+
+
+def introduce(node_id: str, token: bytes) -> None:
+    """Tell a replica's process what a driver asks Ray for: its first call comes from a loop, which must not block."""
+    global _identity
+    _identity = node_id, token
 
 
 def _connect() -> Caller:
@@ -152,10 +159,10 @@ def _connect() -> Caller:
             return _current
         if _exiting:
             raise RuntimeError("The interpreter exits: no more calls can be made.")
-        token = client.cluster_token()
+        node_id, token = _identity or (ray.get_runtime_context().get_node_id(), client.cluster_token())
         return _set(
             Caller(
-                ray.get_runtime_context().get_node_id(),
+                node_id,
                 token,
                 lambda: client.snapshot(timeout_s=SNAPSHOT_TIMEOUT_S),
                 lambda: client.cluster_token() != token,

@@ -38,6 +38,7 @@ from scripted_replica import (
 from worker_replica import TOKEN as WORKER_TOKEN, serving
 
 from rayserve_fast import caller, values
+from rayserve_fast.controlplane import client
 from rayserve_fast.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -538,6 +539,28 @@ def test_a_replica_that_has_no_path_is_reached_by_its_address(connect: Any, node
         assert handle.remote(21).result(timeout_s=10) == 42
         large = np.ones(3_000_000)
         np.testing.assert_array_equal(handle.remote(large).result(timeout_s=20), large * 2)
+
+
+def test_the_first_call_of_a_replica_asks_ray_nothing_on_its_loop(
+    replica: Replicas, connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster(replica())
+    asking: list[str] = []
+
+    def snapshot(**_: Any) -> bytes:
+        asking.append(threading.current_thread().name)
+        return cluster.snapshot()
+
+    monkeypatch.setattr(client, "snapshot", snapshot)
+    monkeypatch.setattr(client, "cluster_token", lambda: 1 / 0)
+    monkeypatch.setattr(caller, "_identity", None)
+    caller.introduce("n", TOKEN)
+
+    async def main() -> Any:
+        return await DeploymentHandle("D", "app").remote(1)
+
+    assert asyncio.run(main()) == (1,)
+    assert set(asking) == {"rayserve-fast-calls"}
 
 
 def test_ten_thousand_calls_leave_nothing_behind(replica: Replicas, connect: Any) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any
 
 import ray
@@ -146,14 +147,22 @@ def snapshot(newer_than: tuple[int, int] | None = None, timeout_s: float | None 
         newer_than: wait until there is one with a greater version than this.
         timeout_s: seconds to wait at most; then `TimeoutError`.
     """
-    found: bytes = ray.get(require().snapshot.remote(newer_than), timeout=timeout_s)
+    found: bytes = _wait(require().snapshot.remote(newer_than), timeout_s)
     return found
 
 
 def cluster_token() -> bytes:
     """The cluster's secret, for the handshake on links."""
-    token: bytes = ray.get(require().token.remote())
+    token: bytes = _wait(require().token.remote(), None)
     return token
+
+
+def _wait(answer: Any, timeout_s: float | None) -> Any:
+    """`ray.get` for replicas too: Ray warns of it there on any thread, as their actor is an async one."""
+    try:
+        return answer.future().result(timeout_s)
+    except FutureTimeoutError:
+        raise TimeoutError(f"The controller has not answered within {timeout_s} s.") from None
 
 
 def _await_running(controller: Any, name: str) -> dict[str, float]:
