@@ -78,7 +78,8 @@ class ProxyActor:
     def _start(self) -> tuple[str, int]:
         from rayserve_fast import _core
 
-        sockets.prepare(self._dir)
+        self._lock = sockets.prepare(self._dir)
+        sockets.sweep(os.path.dirname(self._dir))
         config = asdict(self._options)
         config = {k: v for k, v in config.items() if k not in ("proxy_location", "placement_notice_s")}
         config |= {

@@ -91,7 +91,7 @@ class ReplicaActor:
         from rayserve_fast.controlplane import sockets
 
         become(spec.deployment.driver, spec.deployment.config.ray_actor_options.get("runtime_env") or {})
-        sockets.prepare(spec.socket_dir)
+        self._lock = sockets.prepare(spec.socket_dir)
         from rayserve_fast.replica.runtime import ReplicaRuntime
 
         self._runtime = ReplicaRuntime(spec)
