@@ -78,6 +78,8 @@ class ReplicaRuntime:
         self._asgi: AsgiApp | None = None
         self._worker: Worker | None = None
         self._idle = threading.Event()
+        self._stopping = threading.Lock()
+        self._stopped = False
         self._unix: str | None = None
 
     def start(self) -> ReplicaAddress:
@@ -114,7 +116,13 @@ class ReplicaRuntime:
         return self._worker is None or self._idle.wait(timeout_s)
 
     def stop(self) -> None:
-        """Let the user's object clean up, close every socket, end the threads."""
+        """Let the user's object clean up, close every socket, end the threads; once, whoever else calls waits."""
+        with self._stopping:
+            if not self._stopped:
+                self._stopped = True
+                self._stop()
+
+    def _stop(self) -> None:
         try:
             if self._asgi is not None:
                 self._loop.run(self._asgi.stop)

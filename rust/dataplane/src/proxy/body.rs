@@ -123,7 +123,8 @@ impl Drop for Source {
         if let Some(mut incoming) = self.incoming.take()
             && !self.held_back
         {
-            let rest = async move { while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut incoming).poll_frame(cx)).await {} };
+            let rest =
+                async move { while let Some(Ok(_)) = poll_fn(|cx| Pin::new(&mut incoming).poll_frame(cx)).await {} };
             tokio::task::spawn_local(timeout(LINGER, rest));
         }
     }

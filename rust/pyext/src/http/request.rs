@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyString};
 use rayserve_dataplane::wire::{CallView, RequestHeadView};
@@ -24,27 +25,31 @@ pub(crate) struct RequestHead {
 #[pymethods]
 impl RequestHead {
     #[getter]
-    fn method<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
-        text(py, self.view.method())
+    pub(super) fn method<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        match self.view.method() {
+            b"GET" => intern!(py, "GET").clone(),
+            b"POST" => intern!(py, "POST").clone(),
+            other => text(py, other),
+        }
     }
 
     #[getter]
-    fn path<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+    pub(super) fn path<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
         unquoted(py, self.view.path())
     }
 
     #[getter]
-    fn raw_path<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+    pub(super) fn raw_path<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, self.view.path())
     }
 
     #[getter]
-    fn query_string<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+    pub(super) fn query_string<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
         PyBytes::new(py, self.view.query())
     }
 
     #[getter]
-    fn root_path<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+    pub(super) fn root_path<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
         text(py, self.view.root_path())
     }
 
@@ -59,31 +64,31 @@ impl RequestHead {
     }
 
     #[getter]
-    fn http_version(&self) -> &'static str {
+    pub(super) fn http_version<'py>(&self, py: Python<'py>) -> &Bound<'py, PyString> {
         match self.view.http_version {
-            10 => "1.0",
-            20 => "2",
-            _ => "1.1",
+            10 => intern!(py, "1.0"),
+            20 => intern!(py, "2"),
+            _ => intern!(py, "1.1"),
         }
     }
 
     #[getter]
-    fn scheme(&self) -> &'static str {
-        if self.view.https { "https" } else { "http" }
+    pub(super) fn scheme<'py>(&self, py: Python<'py>) -> &Bound<'py, PyString> {
+        if self.view.https { intern!(py, "https") } else { intern!(py, "http") }
     }
 
     #[getter]
-    fn client<'py>(&self, py: Python<'py>) -> Option<(Bound<'py, PyString>, u16)> {
+    pub(super) fn client<'py>(&self, py: Python<'py>) -> Option<(Bound<'py, PyString>, u16)> {
         address(py, self.view.client())
     }
 
     #[getter]
-    fn server<'py>(&self, py: Python<'py>) -> Option<(Bound<'py, PyString>, u16)> {
+    pub(super) fn server<'py>(&self, py: Python<'py>) -> Option<(Bound<'py, PyString>, u16)> {
         address(py, self.view.server())
     }
 
     #[getter]
-    fn headers<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+    pub(super) fn headers<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
         let pairs: Vec<_> = self.view.headers().map(|(name, value)| pair(py, name, value)).collect();
         PyList::new(py, pairs)
     }

@@ -10,7 +10,8 @@ use std::sync::Mutex;
 
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyTuple};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyTuple, PyType};
 
 use super::link::lock;
 
@@ -53,7 +54,7 @@ impl Keeper {
         let py = callback.py();
         if let Some(context) = &context
             && args.is_empty()
-            && callback.get_type().name()? == "TaskStepMethWrapper"
+            && is_step(&callback)?
         {
             let mut kept = lock(&self.kept);
             if kept.is_none() {
@@ -66,6 +67,20 @@ impl Keeper {
         let mut all = vec![callback];
         all.extend(args.iter());
         self.call_soon.bind(py).call(PyTuple::new(py, all)?, Some(&keywords))
+    }
+}
+
+/// Whether the callback is a step of a task of C's, whose type has no name in Python.
+fn is_step(callback: &Bound<'_, PyAny>) -> PyResult<bool> {
+    static STEP: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    let (py, kind) = (callback.py(), callback.get_type());
+    match STEP.get(py) {
+        Some(step) => Ok(kind.is(step)),
+        None if kind.name()? == "TaskStepMethWrapper" => {
+            let _ = STEP.set(py, kind.unbind());
+            Ok(true)
+        }
+        None => Ok(false),
     }
 }
 
