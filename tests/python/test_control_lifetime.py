@@ -217,3 +217,42 @@ serve.shutdown()
         "ANSWER red True",
         "ANSWER None False round",
     ]
+
+
+def test_proxies_stand_where_they_are_wanted_and_reach_replicas_on_other_nodes(run_script: Any) -> None:
+    out = check(
+        run_script(
+            """
+import ray, requests
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+cluster.add_node(num_cpus=2, resources={"second": 1})
+ray.init(address=cluster.address)
+from rayserve_fast import serve
+from rayserve_fast.controlplane.options import proxy_name
+
+@serve.deployment(ray_actor_options={"resources": {"second": 0.1}})
+async def f(request):
+    return "reached"
+
+for location in ("EveryNode", "HeadOnly", "Disabled"):
+    serve.start(proxy_location=location, http_options={"port": 0})
+    handle = serve.run(f.bind())
+    answers = [handle.remote("x").result()]
+    for node in serve.status().proxies:
+        proxy = ray.get_actor(proxy_name(node), namespace="rayserve_fast")
+        host, port = ray.get(proxy.__ray_call__.remote(lambda self: self._address))
+        answers.append(requests.get(f"http://{host}:{port}/", timeout=30).text)
+    print("ANSWERS", location, *answers)
+    serve.shutdown()
+assert ray.util.list_named_actors(all_namespaces=True) == []
+ray.shutdown()
+cluster.shutdown()
+"""
+        )
+    )
+    assert [line for line in out.splitlines() if line.startswith("ANSWERS")] == [
+        "ANSWERS EveryNode reached reached reached",
+        "ANSWERS HeadOnly reached reached",
+        "ANSWERS Disabled reached",
+    ]
