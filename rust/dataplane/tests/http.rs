@@ -2,7 +2,7 @@
 
 mod support;
 
-use rayserve_dataplane::wire::flag;
+use rayserve_dataplane::wire::{Kind, flag};
 use serde_json::json;
 use support::{Served, eventually};
 
@@ -173,13 +173,13 @@ fn head_gets_the_length_and_no_body_and_the_handler_is_not_cancelled() {
     client.get("/next");
     loop {
         let (link, frame) = replica.next();
-        if frame.header.kind == rayserve_dataplane::wire::Kind::Request {
+        if frame.header.kind == Kind::Request {
             let head = rayserve_dataplane::wire::RequestHeadView::parse(frame.payload).expect("a head");
             assert_eq!(head.path(), b"/next");
             replica.answer(&support::replica::Got { link, header: frame.header, head }, "");
             break;
         }
-        assert_eq!(frame.header.kind, rayserve_dataplane::wire::Kind::Window);
+        assert_eq!(frame.header.kind, Kind::Window);
     }
     assert_eq!(client.response().status, 200);
 }
@@ -203,6 +203,16 @@ fn a_websocket_upgrade_is_refused_in_words() {
     let response = client.response();
     assert_eq!(response.status, 501);
     assert!(response.text().contains("WebSocket"));
+}
+
+#[test]
+fn a_tunnel_is_refused() {
+    let (served, _replica) = Served::one();
+    let mut client = served.client();
+    client.send("CONNECT example.com:443 HTTP/1.1\r\nhost: h\r\n\r\n");
+    let response = client.response();
+    assert_eq!((response.status, response.text().as_str()), (400, "Invalid HTTP request received."));
+    assert!(client.is_closed());
 }
 
 #[test]
@@ -277,6 +287,24 @@ fn shutdown_lets_a_request_finish_and_takes_no_new_connection() {
         assert!(client.is_closed());
         shutdown.join().expect("shutdown returns");
     });
+}
+
+#[test]
+fn a_shutdown_that_does_not_wait_ends_what_is_under_way() {
+    let (served, replica) = Served::one();
+    let (mut upload, mut download, mut queued) = (served.client(), served.client(), served.client());
+    upload.send("POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n2\r\nhi\r\n");
+    replica.request();
+    replica.expect(Kind::Body);
+    download.get("/");
+    let got = replica.request();
+    replica.head(&got, 200, &[], 0, b"");
+    assert_eq!(download.head().status, 200);
+    queued.send("POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 9\r\n\r\npart");
+    served.settles("requests", 3);
+    served.proxy.shutdown(std::time::Duration::ZERO);
+    assert!(upload.is_closed() && download.is_closed() && queued.is_closed());
+    assert_eq!(served.counter("connections"), 0);
 }
 
 #[test]

@@ -10,6 +10,11 @@ mod worker;
 
 use pyo3::prelude::*;
 
+/// Measured against glibc's: 4 % fewer instructions for a relayed request, and no page faults for large bodies, whose
+/// buffers glibc gives back to the system and fetches again (up to 100 faults a MiB).
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;

@@ -5,7 +5,7 @@ use std::{borrow::Cow, convert::Infallible, rc::Rc, time::Duration};
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode,
-    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER, UPGRADE},
+    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER},
     request::Parts,
 };
 use hyper::body::Incoming;
@@ -20,8 +20,6 @@ use super::{
 };
 use crate::{engine::route::decoded, error::Error, wire::ResponseHeadView};
 
-const X_TIMEOUT: HeaderName = HeaderName::from_static("x-request-timeout-seconds");
-const X_DISCONNECT_DISABLED: HeaderName = HeaderName::from_static("x-request-disconnect-disabled");
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 
 /// When a request must be answered, and how many seconds that was.
@@ -31,22 +29,30 @@ type Deadline = Option<(Instant, f64)>;
 pub(super) async fn answer(conn: Rc<Conn>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
     let open = Open::new(&conn);
     let (parts, incoming) = request.into_parts();
-    let (request_id, made_id) = match parts.headers.get(X_REQUEST_ID) {
+    let wishes = Wishes::read(&parts.headers);
+    let (request_id, made_id) = match wishes.id {
         Some(given) => (given.clone(), false),
         None => (make_id(&conn), true),
     };
     let mut response = if let Some(page) = builtin::page(&conn.shard, parts.uri.path()) {
         page.map(|bytes| Body::whole(bytes, open))
-    } else if parts.headers.get(X_DISCONNECT_DISABLED).is_some_and(|value| value == "?1") {
-        // On a task of its own the request goes on when hyper drops this future.
-        let (id, keeper) = (request_id.clone(), Rc::clone(&conn));
-        let task = async move { handle(&keeper, &parts, incoming, (&id, made_id), true, open).await };
-        match tokio::task::spawn_local(task).await {
-            Ok(response) => response,
-            Err(_) => refusal(&Error::Internal("the request's task panicked".into()), Open::new(&conn)),
-        }
+    } else if wishes.websocket {
+        refusal(&Error::WebSocket, open)
+    } else if parts.method == http::Method::CONNECT {
+        refusal(&Error::Malformed, open)
     } else {
-        handle(&conn, &parts, incoming, (&request_id, made_id), false, open).await
+        let deadline = wishes.deadline(conn.shard.shared.config.request_timeout_s);
+        if wishes.keep {
+            // On a task of its own the request goes on when hyper drops this future.
+            let (id, keeper) = (request_id.clone(), Rc::clone(&conn));
+            let task = async move { handle(&keeper, &parts, incoming, (&id, made_id), deadline, true, open).await };
+            match tokio::task::spawn_local(task).await {
+                Ok(response) => response,
+                Err(_) => refusal(&Error::Internal("the request's task panicked".into()), Open::new(&conn)),
+            }
+        } else {
+            handle(&conn, &parts, incoming, (&request_id, made_id), deadline, false, open).await
+        }
     };
     response.headers_mut().append(X_REQUEST_ID, request_id);
     Ok(response)
@@ -57,10 +63,10 @@ async fn handle(
     parts: &Parts,
     incoming: Incoming,
     (request_id, made_id): (&HeaderValue, bool),
+    deadline: Deadline,
     keep: bool,
     open: Open,
 ) -> Response<Body> {
-    let deadline = deadline(conn, &parts.headers);
     let work = dispatch(conn, parts, incoming, (request_id, made_id), deadline);
     let result = match deadline {
         None => work.await,
@@ -86,7 +92,6 @@ async fn handle(
                 && declared.is_some_and(|declared| declared.as_bytes() != body.len().to_string().as_bytes())
             {
                 // To send it as it is would leave the client waiting, or reading a part as the whole.
-                conn.shard.metrics.errors.up();
                 return refusal(&Error::User, open);
             }
             let body = if whole {
@@ -97,10 +102,7 @@ async fn handle(
             };
             response.map(|()| body)
         }
-        Err(error) => {
-            conn.shard.metrics.errors.up();
-            refusal(&error, open)
-        }
+        Err(error) => refusal(&error, open),
     }
 }
 
@@ -122,9 +124,6 @@ async fn dispatch(
     deadline: Deadline,
 ) -> Result<(StreamRef, Head), Error> {
     let source = Source::new(incoming, &parts.headers);
-    if parts.headers.get(UPGRADE).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"websocket")) {
-        return Err(Error::WebSocket);
-    }
     let shard = &conn.shard;
     let config = &shard.shared.config;
     let path = decoded(parts.uri.path().as_bytes());
@@ -137,26 +136,54 @@ async fn dispatch(
     relay(&Call { shard, conn, route: &route, parts, request_id, made_id, deadline }, body).await
 }
 
-/// The configured deadline, or the client's: not above zero means none, what is no number is ignored.
-fn deadline(conn: &Conn, headers: &HeaderMap) -> Deadline {
-    let given = headers.get(X_TIMEOUT).and_then(|value| value.to_str().ok()?.trim().parse::<f64>().ok());
-    let seconds = match given.filter(|seconds| !seconds.is_nan()) {
-        Some(seconds) => Some(seconds).filter(|&seconds| seconds > 0.0),
-        None => conn.shard.shared.config.request_timeout_s,
-    }?;
-    let instant = Instant::now().checked_add(Duration::try_from_secs_f64(seconds).ok()?)?;
-    Some((instant, seconds))
+/// What a client's headers ask of the proxy, found in one pass.
+#[derive(Default)]
+struct Wishes<'h> {
+    id: Option<&'h HeaderValue>,
+    timeout: Option<&'h HeaderValue>,
+    /// Not to be cancelled when the client leaves.
+    keep: bool,
+    websocket: bool,
+}
+
+impl<'h> Wishes<'h> {
+    fn read(headers: &'h HeaderMap) -> Self {
+        let mut wishes = Self::default();
+        for (name, value) in headers {
+            match name.as_str() {
+                "x-request-id" => wishes.id = wishes.id.or(Some(value)),
+                "x-request-timeout-seconds" => wishes.timeout = Some(value),
+                "x-request-disconnect-disabled" => wishes.keep = value == "?1",
+                "upgrade" => wishes.websocket = value.as_bytes().eq_ignore_ascii_case(b"websocket"),
+                _ => {}
+            }
+        }
+        wishes
+    }
+
+    /// The client's deadline, or the configured one: not above zero means none, what is no number is ignored.
+    fn deadline(&self, configured: Option<f64>) -> Deadline {
+        let given = self.timeout.and_then(|value| value.to_str().ok()?.trim().parse::<f64>().ok());
+        let seconds = match given.filter(|seconds| !seconds.is_nan()) {
+            Some(seconds) => Some(seconds).filter(|&seconds| seconds > 0.0),
+            None => configured,
+        }?;
+        let instant = Instant::now().checked_add(Duration::try_from_secs_f64(seconds).ok()?)?;
+        Some((instant, seconds))
+    }
 }
 
 /// A version 4 UUID.
 fn make_id(conn: &Conn) -> HeaderValue {
     const HEX: &[u8; 16] = b"0123456789abcdef";
+    /// Where the two digits of each byte stand.
+    const PLACES: [usize; 16] = [0, 2, 4, 6, 9, 11, 14, 16, 19, 21, 24, 26, 28, 30, 32, 34];
     let random = conn.shard.random.borrow_mut().u128(..);
     let bits = random & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
     let mut text = [b'-'; 36];
-    let places = (0..36).filter(|place| ![8, 13, 18, 23].contains(place));
-    for (place, digit) in places.zip((0..32).rev()) {
-        text[place] = HEX[(bits >> (digit * 4)) as usize & 0xf];
+    for (byte, place) in bits.to_be_bytes().into_iter().zip(PLACES) {
+        text[place] = HEX[usize::from(byte >> 4)];
+        text[place + 1] = HEX[usize::from(byte & 0xf)];
     }
     HeaderValue::from_bytes(&text).expect("hexadecimal digits are a header value")
 }
@@ -174,6 +201,7 @@ fn put_headers(out: &mut HeaderMap, view: &ResponseHeadView, payload: &Bytes) {
 
 /// The proxy's own answer to a request that failed.
 fn refusal(error: &Error, open: Open) -> Response<Body> {
+    open.metrics().errors.up();
     let text = match error.text() {
         Cow::Borrowed(text) => Bytes::from_static(text.as_bytes()),
         Cow::Owned(text) => text.into(),

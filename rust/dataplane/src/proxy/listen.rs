@@ -23,6 +23,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use tokio::{net::TcpStream, time::sleep};
 
 use super::{http::answer, shard::Shard};
+use crate::metrics::Metrics;
 
 const BACKLOG: i32 = 4096;
 /// A client has this long to send a whole head.
@@ -215,6 +216,10 @@ impl Open {
         conn.shard.metrics.requests.up();
         conn.shard.metrics.requests_open.up();
         Self(Rc::clone(conn))
+    }
+
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.0.shard.metrics
     }
 }
 

@@ -96,6 +96,8 @@ pub struct Proxy {
 struct Running {
     address: Option<SocketAddr>,
     threads: Vec<JoinHandle<()>>,
+    /// Who started them: a fork has the handles and not the threads.
+    process: u32,
     metrics: Vec<Arc<Metrics>>,
 }
 
@@ -139,7 +141,7 @@ impl Proxy {
             let body = move || run(shared, metrics, listener, orders);
             running.threads.push(std::thread::Builder::new().name(format!("rsf-proxy-{index}")).spawn(body)?);
         }
-        running.address = Some(address);
+        (running.address, running.process) = (Some(address), std::process::id());
         Ok(address)
     }
 
@@ -194,8 +196,8 @@ impl Proxy {
     /// Stops listening, lets requests finish for as long as `wait`, and joins the threads.
     pub fn shutdown(&self, wait: Duration) {
         self.orders.send_modify(|orders| orders.stop = Some(Instant::now() + wait.min(LONGEST_WAIT)));
-        let threads = std::mem::take(&mut self.running().threads);
-        for thread in threads {
+        let Running { threads, process, .. } = &mut *self.running();
+        for thread in threads.drain(..).filter(|_| *process == std::process::id()) {
             // A shard that panicked has been reported by the panic hook.
             let _ = thread.join();
         }
