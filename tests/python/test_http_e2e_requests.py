@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from http_pair import Address, Answer, exchange, ours, theirs
+from hypothesis import HealthCheck, given, settings, strategies as st
+from test_request import QUESTIONS, PlainHead, ask, heads
 
 PREFIX, ROOT = "/app", "/root"
 
@@ -201,3 +204,46 @@ def test_upload_that_waits_for_its_permission_is_refused_without_asking_for_it(p
     with ours(ignore, "/app") as here:
         raw = f"POST /nowhere HTTP/1.1\r\n{HOST}expect: 100-continue\r\ncontent-length: 900000\r\n\r\n".encode()
         assert [a.status for a in exchange(here, raw)] == [404]
+
+
+ASKED: list[str] = []
+# Those that show ports or order, that confuse uvicorn, and that wait for the end.
+UNASKABLE = {"scope", "mapping", "other method", "after body", "half received", "reborn"}
+
+
+async def questioned(request: Any) -> list[str]:
+    return [ascii(await ask(request, question)) for question in ASKED]
+
+
+@pytest.fixture(scope="module")
+def questioned_pair() -> Iterator[tuple[Address, Address]]:
+    with ours(questioned, PREFIX, ROOT) as here, theirs(questioned, PREFIX, ROOT) as there:
+        yield here, there
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(heads, st.lists(st.sampled_from(sorted(QUESTIONS.keys() - UNASKABLE)), min_size=1, max_size=5))
+def test_native_request_answers_any_sequence_of_questions_as_starlette(
+    questioned_pair: tuple[Address, Address], head: PlainHead, questions: list[str]
+) -> None:
+    """The property of test_request.py, for requests that really came."""
+    ASKED[:] = questions
+    body = b"".join(head.chunks)
+    headers = sorted(head.headers_in, key=lambda header: header[0])  # ours come together by name
+    lines = [b"%s: %s" % (name, value.strip()) for name, value in headers if is_sent(name, value)]
+    target = b"/app" + (head.target if head.target != b"/" else b"") + b"?a=1&b=%C3%A9"
+    sent = b"%s %s HTTP/1.1\r\nconnection: close\r\nx-request-id: i\r\ncontent-length: %d\r\n%s\r\n%s" % (
+        head.method.encode(), target, len(body), b"".join(line + b"\r\n" for line in lines), body,
+    )  # fmt: skip
+    here, there = (exchange(address, sent, head.method) for address in questioned_pair)
+    assert [neutral(a, questioned_pair[0]) for a in here] == [neutral(a, questioned_pair[1]) for a in there]
+
+
+def is_sent(name: bytes, value: bytes) -> bool:
+    return name != b"x-request-id" and not any(byte < 32 or byte == 127 for byte in value)
+
+
+def neutral(answer: Answer, address: Address) -> Any:
+    """Without the ports."""
+    text = answer.body.replace(str(address[1]).encode(), b"PORT")
+    return answer.status, re.sub(rb"port=\d+", b"port", text)
