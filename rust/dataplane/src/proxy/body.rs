@@ -17,10 +17,7 @@ use http_body::{Frame, SizeHint};
 use hyper::body::{Body as _, Incoming};
 use tokio::time::{Sleep, timeout};
 
-use super::{
-    listen::Open,
-    stream::{Sender, StreamRef},
-};
+use super::{listen::Open, sender::Sender, stream::StreamRef};
 use crate::{
     error::Error,
     wire::{MAX_CHUNK, MAX_INLINE},

@@ -10,6 +10,7 @@ mod http;
 mod link;
 mod listen;
 mod relay;
+mod sender;
 mod shard;
 mod stream;
 

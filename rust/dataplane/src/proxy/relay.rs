@@ -12,8 +12,9 @@ use tokio::time::Instant;
 use super::{
     body::{Inbound, Upload},
     listen::Conn,
+    sender::Sender,
     shard::{Route, Shard},
-    stream::{Head, Outcome, Sender, StreamRef},
+    stream::{Head, Outcome, StreamRef},
 };
 use crate::{
     engine::Lease,

@@ -14,12 +14,13 @@ use bytes::Bytes;
 
 use super::{
     link::{Link, is_final},
+    sender::Sender,
     shard::{Shard, Waiting},
 };
 use crate::{
     engine::Lease,
     error::Error,
-    wire::{Fault, Header, Kind, ResponseHeadView, WINDOW, WireError, flag, put},
+    wire::{Fault, Header, Kind, ResponseHeadView, WINDOW, WireError, flag},
 };
 
 /// Window given back at once: a quarter, so that the sender never runs dry and a WINDOW frame is rare.
@@ -46,7 +47,7 @@ pub(super) struct Head {
 }
 
 #[derive(PartialEq)]
-enum Fate {
+pub(super) enum Fate {
     /// Somebody waits for the answer.
     Wanted,
     /// The answer is read to its end and thrown away.
@@ -60,20 +61,20 @@ pub(super) struct Stream {
     lease: Option<Lease>,
     /// The request counts as begun when the kernel has taken this many bytes of the link.
     pub(super) begun_at: u64,
-    fate: Fate,
+    pub(super) fate: Fate,
     /// The replica has said anything but BUSY: the caller need not keep what it sent.
-    accepted: bool,
+    pub(super) accepted: bool,
     /// A head came; what follows are chunks.
     answered: bool,
     outcome: Option<Outcome>,
     chunks: VecDeque<Bytes>,
-    end: Option<Result<(), Error>>,
+    pub(super) end: Option<Result<(), Error>>,
     /// Waits for the outcome or a chunk.
-    reader: Option<Waker>,
+    pub(super) reader: Option<Waker>,
     /// Waits for window.
-    sender: Option<Waker>,
+    pub(super) sender: Option<Waker>,
     /// Bytes that may still be sent.
-    window: u32,
+    pub(super) window: u32,
     /// Bytes that came and were not given back as window.
     held: u32,
     /// Of those, bytes that were consumed.
@@ -208,7 +209,7 @@ impl Stream {
     }
 
     /// Throws away what came; returns the window to give back.
-    fn discard(&mut self) -> u32 {
+    pub(super) fn discard(&mut self) -> u32 {
         self.chunks.clear();
         self.outcome = None;
         self.consumed = 0;
@@ -225,7 +226,7 @@ impl Stream {
     }
 }
 
-fn wake(waker: &mut Option<Waker>) {
+pub(super) fn wake(waker: &mut Option<Waker>) {
     if let Some(waker) = waker.take() {
         waker.wake();
     }
@@ -256,7 +257,7 @@ impl StreamRef {
 
     /// For the sender of the request's body, which must not keep the stream alive.
     pub(super) fn sender(&self) -> Sender {
-        Sender { shard: Rc::clone(&self.shard), link: Rc::clone(&self.link), id: self.id }
+        Sender::new(Rc::clone(&self.shard), Rc::clone(&self.link), self.id)
     }
 
     pub(super) fn poll_outcome(&self, cx: &Context<'_>) -> Poll<Outcome> {
@@ -335,74 +336,6 @@ impl Drop for StreamRef {
             if self.link.with(self.id, |stream| stream.end.is_some()) == Some(true) {
                 self.link.remove(&self.shard, self.id);
             }
-        }
-    }
-}
-
-/// The sending half, for the request's body.
-pub(super) struct Sender {
-    shard: Rc<Shard>,
-    link: Rc<Link>,
-    id: u32,
-}
-
-impl Sender {
-    /// The replica has ended the stream; there is no use in sending more.
-    pub(super) fn is_over(&self) -> bool {
-        self.link.with(self.id, |stream| stream.end.is_some() || stream.fate == Fate::Cancelled).unwrap_or(true)
-    }
-
-    pub(super) fn is_accepted(&self) -> bool {
-        self.link.with(self.id, |stream| stream.accepted).unwrap_or(true)
-    }
-
-    /// How much may be sent now: the stream's window, while the link is not congested. Ready with 0 when the stream is over.
-    pub(super) fn poll_room(&self, cx: &Context<'_>) -> Poll<usize> {
-        let window = self.link.with(self.id, |stream| {
-            if stream.window == 0 {
-                stream.sender = Some(cx.waker().clone());
-            }
-            stream.window
-        });
-        match window {
-            None => Poll::Ready(0),
-            Some(_) if self.is_over() => Poll::Ready(0),
-            Some(0) => Poll::Pending,
-            Some(window) => self.link.poll_room(cx).map(|()| window as usize),
-        }
-    }
-
-    /// Is woken when the replica ends the stream.
-    pub(super) fn watch(&self, cx: &Context<'_>) {
-        self.link.with(self.id, |stream| stream.sender = Some(cx.waker().clone()));
-    }
-
-    pub(super) fn send(&self, bytes: &[u8]) {
-        self.link.with(self.id, |stream| stream.window = stream.window.saturating_sub(bytes.len() as u32));
-        let header = Header::new(Kind::Body, self.id);
-        self.link.write(|out| put(out, header, &[bytes]));
-    }
-
-    pub(super) fn finish(&self) {
-        self.link.signal(Header::new(Kind::Body, self.id).with(flag::FIN));
-    }
-
-    /// Asks the replica to stop, once, if it has not ended the stream by itself.
-    pub(super) fn cancel(&self) {
-        let window = self.link.with(self.id, |stream| {
-            if stream.end.is_some() || stream.fate == Fate::Cancelled {
-                return None;
-            }
-            stream.fate = Fate::Cancelled;
-            wake(&mut stream.reader);
-            wake(&mut stream.sender);
-            Some(stream.discard())
-        });
-        let Some(Some(window)) = window else { return };
-        self.shard.metrics.cancelled.up();
-        self.link.signal(Header::new(Kind::Cancel, self.id));
-        if window > 0 {
-            self.link.signal(Header::new(Kind::Window, self.id).aux(window));
         }
     }
 }

@@ -137,3 +137,15 @@ pub fn eventually(what: &str, mut holds: impl FnMut() -> bool, state: impl Fn() 
         std::thread::sleep(Duration::from_millis(2));
     }
 }
+
+/// The replica that has a frame, and the other one.
+pub fn either(replicas: &[Replica]) -> (&Replica, &Replica) {
+    loop {
+        for (one, other) in [(0, 1), (1, 0)] {
+            if let Some((link, frame)) = replicas[one].try_next() {
+                replicas[one].push_back(link, frame);
+                return (&replicas[one], &replicas[other]);
+            }
+        }
+    }
+}

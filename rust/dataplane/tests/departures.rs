@@ -1,0 +1,127 @@
+//! Clients that leave and deadlines that pass: who is told, and when the slot comes back.
+
+mod support;
+
+use rayserve_dataplane::wire::{Fault, Kind, flag};
+use serde_json::json;
+use support::Served;
+
+#[test]
+fn a_client_that_leaves_cancels_its_request_and_the_slot_comes_back_with_the_replicas_last_word() {
+    let (served, replicas) = Served::with(json!({}), json!({"max_ongoing_requests": 1}), 1);
+    let replica = &replicas[0];
+    let (mut leaving, mut next) = (served.client(), served.client());
+    leaving.get("/1");
+    let first = replica.request();
+    next.get("/2");
+    served.settles("queued", 1);
+    leaving.hang_up();
+    assert_eq!(replica.expect(Kind::Cancel).header.stream, first.header.stream);
+    replica.is_quiet();
+    replica.send(&first, Kind::Error, flag::FIN, Fault::Cancelled as u32, b"");
+    let second = replica.request();
+    replica.answer(&second, "second");
+    assert_eq!(next.response().text(), "second");
+    served.settles("streams", 0);
+}
+
+#[test]
+fn a_client_that_leaves_the_queue_is_never_sent() {
+    let (served, replicas) = Served::with(json!({}), json!({"max_ongoing_requests": 1}), 1);
+    let (mut first, mut leaving, mut last) = (served.client(), served.client(), served.client());
+    first.get("/1");
+    let got = replicas[0].request();
+    leaving.get("/2");
+    served.settles("queued", 1);
+    last.get("/3");
+    served.settles("queued", 2);
+    leaving.hang_up();
+    served.settles("requests_open", 2);
+    replicas[0].answer(&got, "");
+    let got = replicas[0].request();
+    assert_eq!(got.head.path(), b"/3");
+}
+
+#[test]
+fn a_client_may_ask_not_to_be_cancelled() {
+    let (served, replica) = Served::one();
+    let mut client = served.client();
+    client.send("GET / HTTP/1.1\r\nhost: h\r\nx-request-disconnect-disabled: ?1\r\n\r\n");
+    let got = replica.request();
+    client.hang_up();
+    served.settles("connections", 0);
+    replica.is_quiet();
+    replica.answer(&got, "nobody reads this");
+    served.settles("streams", 0);
+    assert_eq!(served.counter("cancelled"), 0);
+}
+
+#[test]
+fn a_client_that_leaves_within_its_body_cancels_the_request() {
+    let (served, replica) = Served::one();
+    let mut client = served.client();
+    client.send("POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 100000\r\n\r\npart");
+    let got = replica.request();
+    replica.expect(Kind::Body);
+    client.hang_up();
+    replica.expect(Kind::Cancel);
+    replica.chunk_end(&got);
+    served.settles("streams", 0);
+}
+
+#[test]
+fn a_late_handler_is_answered_408_and_cancelled() {
+    let (served, replicas) = Served::with(json!({"request_timeout_s": 0.1}), json!({}), 1);
+    let mut client = served.client();
+    client.send("GET / HTTP/1.1\r\nhost: h\r\nx-request-id: r7\r\n\r\n");
+    let got = replicas[0].request();
+    assert!((1..=100).contains(&got.header.aux), "remaining time travels: {}", got.header.aux);
+    let response = client.response();
+    assert_eq!((response.status, response.text().as_str()), (408, "Request r7 timed out after 0.1s."));
+    replicas[0].expect(Kind::Cancel);
+    replicas[0].chunk_end(&got);
+    served.settles("streams", 0);
+    client.get("/again");
+    let got = replicas[0].request();
+    replicas[0].answer(&got, "on the same connection");
+    assert_eq!(client.response().status, 200);
+}
+
+#[test]
+fn the_deadline_covers_the_queue() {
+    let (served, _) = Served::with(json!({"request_timeout_s": 0.1}), json!({}), 0);
+    let mut client = served.client();
+    client.get("/");
+    assert_eq!(client.response().status, 408);
+    served.settles("requests_open", 0);
+}
+
+#[test]
+fn a_request_may_choose_its_own_deadline() {
+    let (served, replicas) = Served::with(json!({"request_timeout_s": 0.1}), json!({}), 1);
+    let ask = |seconds: &str| {
+        let mut client = served.client();
+        client.send(format!("GET / HTTP/1.1\r\nhost: h\r\nx-request-timeout-seconds: {seconds}\r\n\r\n"));
+        (client, replicas[0].request())
+    };
+    let (_longer, got) = ask("100");
+    assert!(got.header.aux > 90_000);
+    let (_none, got) = ask("0");
+    assert_eq!(got.header.aux, 0);
+    let (mut malformed, got) = ask("soon");
+    assert!((1..=100).contains(&got.header.aux));
+    assert_eq!(malformed.response().status, 408);
+}
+
+#[test]
+fn a_deadline_after_the_head_cuts_the_answer() {
+    let (served, replicas) = Served::with(json!({"request_timeout_s": 0.1}), json!({}), 1);
+    let mut client = served.client();
+    client.get("/");
+    let got = replicas[0].request();
+    replicas[0].head(&got, 200, &[], 0, b"begun");
+    assert_eq!(client.head().status, 200);
+    assert_eq!(client.next_chunk(), b"begun");
+    assert!(client.is_closed(), "without the last chunk");
+    replicas[0].expect(Kind::Cancel);
+}
