@@ -1,9 +1,10 @@
 """This process's end of all handle calls: one native client, the thread that tends it, the asyncio loops that wait.
 
 A caller comes into being with the first call. Its tender is a Python thread that sleeps in Rust: it looks after calls
-that nobody waits for, and fetches snapshots from the controller when the client finds its own outdated; no call waits
-for that unless it cannot be sent without. At exit every waiter is woken and the tender joined, because a thread that
-comes back to a finalizing interpreter is killed in the middle of native code. A forked child starts afresh.
+that nobody waits for, and takes over snapshots. The controller is always asked for the next one, and answers when there
+is one; no call waits for that unless it cannot be sent without. At exit every waiter is woken and the tender joined,
+because a thread that comes back to a finalizing interpreter is killed in the middle of native code. A forked child
+starts afresh.
 """
 
 from __future__ import annotations
@@ -14,17 +15,36 @@ import itertools
 import os
 import threading
 import weakref
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
+
+import ray
 
 from rayserve_fast import _core
+from rayserve_fast.controlplane import client
+from rayserve_fast.controlplane.client import NotRunningError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from concurrent.futures import Future
 
+#: `Errand::Fresh` of the native client.
+FRESH = 2
 #: How long a snapshot may take to come from the controller, seconds.
 SNAPSHOT_TIMEOUT_S = 10.0
 #: How long the interpreter's exit waits for the tender, seconds; it comes at once unless a Ray call holds it.
 EXIT_TIMEOUT_S = 2.0
+
+
+class Source(Protocol):
+    """Where snapshots come from; used on the tender's thread only."""
+
+    def present(self) -> bytes:
+        """The newest snapshot. May wait."""
+
+    def next(self, newer_than: tuple[int, int] | None) -> Future[bytes]:
+        """One that is newer, once there is one."""
+
+    def moved(self) -> bool:
+        """Whether the cluster that the caller knows is gone and another is there."""
 
 
 class Caller:
@@ -33,33 +53,44 @@ class Caller:
     Args:
         node_id: the Ray node of this process; replicas on it are reached by Unix sockets.
         token: the cluster's secret.
-        fetch: gives the newest snapshot; it may wait, and runs on the tender's thread only.
-        stale: says whether the cluster that `token` belongs to is gone.
+        source: gives the snapshots.
     """
 
-    def __init__(
-        self,
-        node_id: str,
-        token: bytes,
-        fetch: Callable[[], bytes],
-        stale: Callable[[], bool] = lambda: False,
-    ) -> None:
+    def __init__(self, node_id: str, token: bytes, source: Source) -> None:
         self.client = _core.Client(node_id, token)
         self.forked = False
-        self._fetch = fetch
-        self._stale = stale
+        self._source = source
+        self._next: Future[bytes] | None = None
+        self._failed = False
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWatch] = weakref.WeakKeyDictionary()
         self._tender = threading.Thread(target=self._tend, name="rayserve-fast-calls", daemon=True)
         self._tender.start()
 
     def _tend(self) -> None:
-        while self.client.tend():
+        while errand := self.client.tend():
             try:
-                newer = self.client.publish(self._fetch())
-                if not newer and self._stale():
-                    replace(self)
+                if self._failed and self._source.moved():
+                    return replace(self)
+                if errand == FRESH:
+                    self.client.publish(self._source.present(), True)
+                else:
+                    self._hear()
+                self._failed = False
+            except NotRunningError:
+                return replace(self)
             except Exception as error:
+                self._next, self._failed = None, True
                 self.client.unpublished(f"The controller cannot be asked: {error}")
+        return None
+
+    def _hear(self) -> None:
+        """Take over the next snapshot if it has come, and ask for the one after it."""
+        if self._next is not None:
+            if not self._next.done():
+                return
+            self.client.publish(self._next.result(), False)
+        self._next = self._source.next(self.client.version())
+        self._next.add_done_callback(lambda _: self.client.announce())
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> LoopWatch:
         """What wakes the calls that are awaited in `loop`, which is the running one."""
@@ -150,24 +181,29 @@ def introduce(node_id: str, token: bytes) -> None:
 
 
 def _connect() -> Caller:
-    import ray
-
-    from rayserve_fast.controlplane import client
-
     with _lock:
         if _current is not None:
             return _current
         if _exiting:
             raise RuntimeError("The interpreter exits: no more calls can be made.")
         node_id, token = _identity or (ray.get_runtime_context().get_node_id(), client.cluster_token())
-        return _set(
-            Caller(
-                node_id,
-                token,
-                lambda: client.snapshot(timeout_s=SNAPSHOT_TIMEOUT_S),
-                lambda: client.cluster_token() != token,
-            )
-        )
+        return _set(Caller(node_id, token, _Controller(token)))
+
+
+class _Controller:
+    """The controller as a source."""
+
+    def __init__(self, token: bytes) -> None:
+        self._token = token
+
+    def present(self) -> bytes:
+        return client.snapshot(timeout_s=SNAPSHOT_TIMEOUT_S)
+
+    def next(self, newer_than: tuple[int, int] | None) -> Future[bytes]:
+        return client.next_snapshot(newer_than)
+
+    def moved(self) -> bool:
+        return client.cluster_token() != self._token
 
 
 def _set(caller: Caller) -> Caller:

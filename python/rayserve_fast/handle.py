@@ -305,7 +305,9 @@ class DeploymentResponse:
             raise _Unavailable(self._handle.deployment_id, f"{self._handle.deployment_id} does not exist.")
         if kind == "cancelled":
             raise RequestCancelledError(self._request_id)
-        raise RayServeException(f"{self._handle._described()}: {rest[0] if rest else kind}")
+        if kind == "closed":
+            raise RayServeException(f"{self._handle._described()} has not answered: Serve has been shut down.")
+        raise RayServeException(f"{self._handle._described()}: {rest[0]}")
 
     def _raise_fault(self, fault: int, payload: bytes) -> NoReturn:
         """Raise what an ERROR frame says; the numbers are `Fault` of the wire format."""

@@ -14,6 +14,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -162,13 +163,48 @@ class Cluster:
         self.version = 0
         self.asked = 0
         self.config = {"max_ongoing_requests": 5, "max_queued_requests": -1, **config}
+        self.down: Exception | None = None
+        self._waiting: list[tuple[int, Future[bytes]]] = []
         self.publish(*replicas)
 
     def publish(self, *replicas: ScriptedReplica) -> None:
-        self.version += 1
         self.replicas = [{"id": r.id, "node_id": "n", "unix": r.path, "tcp": None} for r in replicas]
+        self.push()
 
-    def snapshot(self) -> bytes:
+    def push(self) -> None:
+        """A new version, for whoever waits for one."""
+        self.version += 1
+        waiting, self._waiting = self._waiting, []
+        for newer_than, future in waiting:
+            self._answer(newer_than, future)
+
+    def crash(self, error: Exception) -> None:
+        """Whoever waits or asks gets `error`, until `down` is None again."""
+        self.down = error
+        waiting, self._waiting = self._waiting, []
+        for _, future in waiting:
+            future.set_exception(error)
+
+    def present(self) -> bytes:
         self.asked += 1
+        if self.down:
+            raise self.down
         deployment = {"app": "app", "name": "D", "replicas": self.replicas, **self.config}
         return json.dumps({"version": [1, self.version], "deployments": {"app#D": deployment}}).encode()
+
+    def next(self, newer_than: tuple[int, int] | None) -> Future[bytes]:
+        future: Future[bytes] = Future()
+        if self.down:
+            future.set_exception(self.down)
+        else:
+            self._answer(newer_than[1] if newer_than else 0, future)
+        return future
+
+    def _answer(self, newer_than: int, future: Future[bytes]) -> None:
+        if self.version > newer_than:
+            future.set_result(self.present())
+        else:
+            self._waiting.append((newer_than, future))
+
+    def moved(self) -> bool:
+        return False

@@ -23,7 +23,7 @@ from rayserve_fast.handle import DeploymentHandle
 
 server = ScriptedReplica(Path({tmp!r}), "r", {handler})
 cluster = Cluster(server)
-caller._set(caller.Caller("n", TOKEN, cluster.snapshot))
+caller._set(caller.Caller("n", TOKEN, cluster))
 handle = DeploymentHandle("D", "app")
 """
 
@@ -75,11 +75,12 @@ STATES = {
     """,
     "the tender in a call of the controller": """
         slow = threading.Event()
-        def fetch():
+        def next(newer_than):
             slow.set()
             time.sleep(60)
         caller.reset()
-        caller._set(caller.Caller("n", TOKEN, fetch))
+        cluster.next = next
+        caller._set(caller.Caller("n", TOKEN, cluster))
         handle.remote()
         assert slow.wait(10)
         print("end", flush=True)
@@ -203,8 +204,9 @@ def test_exit_with_a_proxy_in_the_process(state: str, tmp_path: Path) -> None:
 
 
 REPLICA = """
-import asyncio, json, os, sys, threading, time
+import asyncio, os, sys, threading, time
 sys.path.insert(0, {here!r})
+from scripted_replica import Cluster
 from worker_replica import TOKEN, ReplicaRuntime, spec_of
 from rayserve_fast import caller
 from rayserve_fast.handle import DeploymentHandle
@@ -237,11 +239,10 @@ class D:
 
 runtime = ReplicaRuntime(spec_of(D, {tmp!r}, max_ongoing_requests=10))
 address = runtime.start()
-replica = {{"id": "r1", "node_id": "n", "unix": address.unix, "tcp": None}}
-deployment = {{"app": "a", "name": "D", "max_ongoing_requests": 10, "replicas": [replica]}}
-snapshot = json.dumps({{"version": [1, 1], "deployments": {{"a#D": deployment}}}}).encode()
-caller._set(caller.Caller("n", TOKEN, lambda: snapshot))
-handle = DeploymentHandle("D", "a")
+cluster = Cluster(max_ongoing_requests=10)
+cluster.replicas = [{{"id": "r1", "node_id": "n", "unix": address.unix, "tcp": None}}]
+caller._set(caller.Caller("n", TOKEN, cluster))
+handle = DeploymentHandle("D", "app")
 """
 
 REPLICA_STATES = {

@@ -67,7 +67,7 @@ def replica(tmp_path: Path) -> Iterator[Replicas]:
 @pytest.fixture
 def connect() -> Iterator[Callable[[Cluster], DeploymentHandle]]:
     def to(cluster: Cluster) -> DeploymentHandle:
-        caller._set(caller.Caller("n", TOKEN, cluster.snapshot))
+        caller._set(caller.Caller("n", TOKEN, cluster))
         return DeploymentHandle("D", "app")
 
     yield to
@@ -493,28 +493,69 @@ def test_a_call_waits_for_the_first_replica(replica: Replicas, connect: Any) -> 
     assert response.result(timeout_s=10) == ("early",)
 
 
-def test_a_controller_that_cannot_be_asked_fails_calls_that_need_it(connect: Any) -> None:
-    class Down(Cluster):
-        def snapshot(self) -> bytes:
-            raise ConnectionError("no controller")
-
+def test_a_controller_that_cannot_be_asked_fails_new_calls_in_the_end(
+    connect: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster = Cluster()
+    cluster.crash(ConnectionError("no controller"))
     with pytest.raises(DeploymentUnavailableError, match="no controller"):
-        connect(Down()).remote().result(timeout_s=5)
+        connect(cluster).remote().result(timeout_s=20)
+
+
+def test_a_call_outwaits_a_controller_that_restarts(replica: Replicas, connect: Any) -> None:
+    cluster = Cluster(replica())
+    cluster.crash(ConnectionError("no controller"))
+    response = connect(cluster).remote(1)
+    with pytest.raises(TimeoutError):
+        response.result(timeout_s=0.5)
+    cluster.down = None
+    assert response.result(timeout_s=5) == (1,)
 
 
 def test_known_replicas_are_called_while_the_controller_is_away(replica: Replicas, connect: Any) -> None:
-    cluster = Cluster(replica())
+    first, second = replica(), replica()
+    cluster = Cluster(first)
     handle = connect(cluster)
     handle.remote().result(timeout_s=5)
-    cluster.snapshot = lambda: 1 / 0  # type: ignore[assignment]
-    began = time.monotonic()
-    while time.monotonic() - began < 2.5:  # beyond the age at which a snapshot is asked for again
-        assert handle.remote(1).result(timeout_s=5) == (1,)
+    cluster.crash(ConnectionError("no controller"))
+    for i in range(100):
+        assert handle.remote(i).result(timeout_s=5) == (i,)
+    cluster.down = None
+    cluster.publish(second)
+    deadline = time.monotonic() + 10
+    while second.calls.empty() and time.monotonic() < deadline:
+        handle.remote().result(timeout_s=5)
+    assert not second.calls.empty(), "news are heard again"
+
+
+def test_a_cluster_that_is_gone_ends_its_calls(replica: Replicas, connect: Any) -> None:
+    server = replica(silent)
+    cluster = Cluster(server)
+    response = connect(cluster).remote()
+    server.calls.get(timeout=5)
+    cluster.crash(client.NotRunningError("Serve is gone"))
+    with pytest.raises(RayServeException, match="shut down"):
+        response.result(timeout_s=5)
+    assert not caller.exists(), "the next call finds the next cluster"
+
+
+def test_new_replicas_are_used_without_being_looked_for(replica: Replicas, connect: Any) -> None:
+    first, second = replica(), replica()
+    cluster = Cluster(first)
+    handle = connect(cluster)
+    handle.remote().result(timeout_s=5)
+    asked = cluster.asked
+    cluster.publish(first, second)
+    deadline = time.monotonic() + 5
+    while second.calls.empty() and time.monotonic() < deadline:
+        handle.remote().result(timeout_s=5)
+    assert not second.calls.empty()
+    assert cluster.asked == asked + 1, "one answer, to the question that was waiting"
 
 
 def test_a_replica_with_another_token_is_not_trusted(replica: Replicas, connect: Any) -> None:
     server = replica()
-    caller._set(caller.Caller("n", b"another token", Cluster(server).snapshot))
+    caller._set(caller.Caller("n", b"another token", Cluster(server)))
     response = DeploymentHandle("D", "app").remote()
     with pytest.raises(TimeoutError):
         response.result(timeout_s=0.3)
@@ -534,7 +575,7 @@ def test_a_replica_that_has_no_path_is_reached_by_its_address(connect: Any, node
         path = server.address.unix if unix == "real" else unix
         cluster = Cluster()
         cluster.replicas = [{"id": "r1", "node_id": node_id, "unix": path, "tcp": server.address.tcp}]
-        caller._set(caller.Caller("n", WORKER_TOKEN, cluster.snapshot))
+        caller._set(caller.Caller("n", WORKER_TOKEN, cluster))
         handle = DeploymentHandle("D", "app")
         assert handle.remote(21).result(timeout_s=10) == 42
         large = np.ones(3_000_000)
@@ -547,11 +588,16 @@ def test_the_first_call_of_a_replica_asks_ray_nothing_on_its_loop(
     cluster = Cluster(replica())
     asking: list[str] = []
 
-    def snapshot(**_: Any) -> bytes:
+    def next_snapshot(newer_than: Any) -> Any:
         asking.append(threading.current_thread().name)
-        return cluster.snapshot()
+        return cluster.next(newer_than)
 
-    monkeypatch.setattr(client, "snapshot", snapshot)
+    def present(timeout_s: float) -> bytes:
+        asking.append(threading.current_thread().name)
+        return cluster.present()
+
+    monkeypatch.setattr(client, "next_snapshot", next_snapshot)
+    monkeypatch.setattr(client, "snapshot", present)
     monkeypatch.setattr(client, "cluster_token", lambda: 1 / 0)
     monkeypatch.setattr(caller, "_identity", None)
     caller.introduce("n", TOKEN)
@@ -613,7 +659,7 @@ def test_a_forked_child_has_its_own_links_and_leaves_the_parents_alone(replica: 
             with contextlib.suppress(RuntimeError):
                 pending.result(timeout_s=1)
                 os._exit(2)
-            caller._set(caller.Caller("n", TOKEN, cluster.snapshot))
+            caller._set(caller.Caller("n", TOKEN, cluster))
             os._exit(0 if handle.remote("child").result(timeout_s=10) == ("child",) else 1)
         except BaseException:
             os._exit(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import signal
 import threading
 import time
@@ -15,7 +16,7 @@ import pytest
 import ray
 from ray.exceptions import ActorDiedError, RayTaskError
 
-from rayserve_fast import serve
+from rayserve_fast import caller, serve
 from rayserve_fast.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -236,11 +237,15 @@ def test_redeploys_lose_no_call() -> None:
     with ThreadPoolExecutor(4) as pool:
         loads = [pool.submit(load) for _ in range(4)]
         for version in range(1, 4):
+            while version - 1 not in seen:
+                time.sleep(0.01)
             serve.run(Versioned.bind(version))
-            time.sleep(0.3)
+        while 3 not in seen:
+            time.sleep(0.01)
         stop.set()
         for each in loads:
             each.result(timeout=60)
+    # The loads end with an error if a call is lost, and the test with a timeout if a version never answers.
     assert set(seen) == {0, 1, 2, 3}
 
 
@@ -255,6 +260,40 @@ def test_cancelling_reaches_the_users_coroutine_and_frees_the_slot() -> None:
             response.result(timeout_s=5)
     assert queued.result(timeout_s=10) == (("next",), {})
     assert handle.cancellations.remote().result(timeout_s=10) == 2
+
+
+def test_calls_cancelled_at_random_moments_leave_nothing_in_flight() -> None:
+    handle = serve.run(Model.options(num_replicas=2, max_ongoing_requests=8).bind())
+
+    def storm(seed: int) -> tuple[int, int]:
+        dice, answered, cancelled = random.Random(seed), 0, 0
+        for _ in range(1250):
+            seconds = dice.random() * 0.003
+            response = handle.sleep.remote(seconds)
+            if dice.random() < 0.8:
+                if dice.random() < 0.5:
+                    time.sleep(dice.random() * 0.002)
+                response.cancel()
+            try:
+                assert response.result(timeout_s=30) == seconds
+                answered += 1
+            except RequestCancelledError:
+                cancelled += 1
+        return answered, cancelled
+
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(storm, range(8)))
+    assert sum(map(sum, outcomes)) == 10_000
+    assert min(min(each) for each in outcomes) > 0, "both happen"
+    assert caller.current().client.counters()["outstanding"] == 0
+    names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+    replicas = [ray.get_actor(name, namespace="rayserve_fast") for name in names if name.startswith("SERVE_REPLICA")]
+    assert len(replicas) == 2
+    for replica in replicas:
+        deadline = time.monotonic() + 5
+        while (counters := ray.get(replica.counters.remote()))["streams"] and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert counters["running"] == counters["held"] == counters["streams"] == 0
 
 
 def test_a_full_queue_is_back_pressure() -> None:
@@ -318,7 +357,7 @@ def test_handles_find_the_next_cluster_after_a_shutdown(run_script: Any) -> None
     outcome = run_script(
         """
 import ray
-from rayserve_fast import serve
+from rayserve_fast import caller, serve
 
 ray.init(address="local", num_cpus=4, include_dashboard=False)
 

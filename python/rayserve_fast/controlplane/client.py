@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future, TimeoutError as FutureTimeoutError
 from typing import Any
 
 import ray
@@ -25,6 +25,10 @@ logger = logging.getLogger("ray.serve")
 
 #: A `serve.run` that takes longer than this says where the time went.
 SLOW_RUN_S = 2.5
+
+
+class NotRunningError(RayServeException):
+    """Serve is not running."""
 
 
 def find() -> Any:
@@ -44,10 +48,10 @@ def require() -> Any:
     """The running controller.
 
     Raises:
-        RayServeException: there is none.
+        NotRunningError: there is none.
     """
     if (controller := find()) is None:
-        raise RayServeException("There is no Serve instance running on this Ray cluster; start one with `serve.run`.")
+        raise NotRunningError("There is no Serve instance running on this Ray cluster; start one with `serve.run`.")
     return controller
 
 
@@ -140,15 +144,21 @@ def stop(controller: Any) -> None:
     wait_gone(place, 5.0)
 
 
-def snapshot(newer_than: tuple[int, int] | None = None, timeout_s: float | None = None) -> bytes:
+def snapshot(timeout_s: float | None = None) -> bytes:
     """The current snapshot (ARCHITECTURE.md) as JSON bytes.
 
     Args:
-        newer_than: wait until there is one with a greater version than this.
         timeout_s: seconds to wait at most; then `TimeoutError`.
     """
-    found: bytes = _wait(require().snapshot.remote(newer_than), timeout_s)
+    found: bytes = _wait(require().snapshot.remote(), timeout_s)
     return found
+
+
+def next_snapshot(newer_than: tuple[int, int] | None) -> Future[bytes]:
+    """A snapshot with a greater version than this, once there is one."""
+    # Whoever waits asks again by himself; Ray would tell every driver about its retries.
+    coming: Future[bytes] = require().snapshot.options(max_task_retries=0).remote(newer_than).future()
+    return coming
 
 
 def cluster_token() -> bytes:

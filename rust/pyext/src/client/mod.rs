@@ -26,13 +26,12 @@ use pyo3::{
 };
 use rayserve_dataplane::{
     error::Error,
-    snapshot::Snapshot,
+    snapshot::{Snapshot, Version},
     wire::call::{CallHead, put_call_head, put_value_head},
 };
 
 use self::{
     pending::{Outcome, Pending},
-    tender::Errand,
     turns::{Caller, Wait},
 };
 
@@ -83,18 +82,27 @@ impl Client {
         Ok(Call { caller: Arc::clone(&self.caller), call })
     }
 
-    fn publish(&self, py: Python<'_>, snapshot: &[u8]) -> PyResult<bool> {
+    fn publish(&self, py: Python<'_>, snapshot: &[u8], fresh: bool) -> PyResult<()> {
         let snapshot = Snapshot::parse(snapshot).map_err(|error| PyValueError::new_err(error.to_string()))?;
-        Ok(py.detach(|| self.caller.publish(snapshot)))
+        py.detach(|| self.caller.publish(snapshot, fresh));
+        Ok(())
     }
 
     fn unpublished(&self, py: Python<'_>, why: &str) {
         py.detach(|| self.caller.unpublished(why));
     }
 
-    /// True: fetch a snapshot; false: closed.
-    fn tend(&self, py: Python<'_>) -> bool {
-        py.detach(|| self.caller.tend()) == Errand::Snapshot
+    fn announce(&self) {
+        self.caller.announce();
+    }
+
+    fn version(&self) -> Option<(u64, u64)> {
+        self.caller.version().map(|Version(epoch, n)| (epoch, n))
+    }
+
+    /// The number of an `Errand`.
+    fn tend(&self, py: Python<'_>) -> u8 {
+        py.detach(|| self.caller.tend()) as u8
     }
 
     fn fileno(&self) -> RawFd {

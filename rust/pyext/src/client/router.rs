@@ -1,7 +1,7 @@
 //! Drives the engine for handles: carries out its actions on links, and feeds it what the links bring.
 //!
 //! It holds only the deployments that this process calls. Everything here happens under the caller's lock and without a
-//! system call that waits. What is wrong with the snapshot shows in `stale`; somebody else fetches a newer one.
+//! system call that waits. A call whose deployment the snapshot does not name waits for one that was taken after it began.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -14,7 +14,7 @@ use mio::{Registry, Token};
 use rayserve_dataplane::{
     engine::{Action, Admission, Engine, Lease, Place as QueuePlace, ReplicaKey},
     error::Error,
-    snapshot::{Replica, Snapshot},
+    snapshot::{Replica, Snapshot, Version},
     wire::{Fault, Frame, Header, Kind, call::Value, flag},
 };
 use slab::Slab;
@@ -25,16 +25,9 @@ use super::{
 };
 
 const RECONNECT: Duration = Duration::from_millis(50);
+/// How long a call waits for a controller that cannot be asked whether its deployment exists.
+const UNROUTED: Duration = Duration::from_secs(10);
 const SCRATCH: usize = 64 * 1024;
-
-/// What queued calls lack, the worst last.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Hunger {
-    /// Replicas are there, and busy.
-    Room,
-    /// No replica takes calls.
-    Replica,
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -44,8 +37,8 @@ pub(super) struct Router {
     by_key: HashMap<ReplicaKey, usize>,
     /// Replicas that could not be reached, and when to try again.
     lost: Vec<(Instant, ReplicaKey, Replica)>,
-    /// Calls whose deployment no snapshot holds yet.
-    unrouted: Vec<Arc<Pending>>,
+    /// Calls whose deployment the snapshot does not hold, and since when.
+    unrouted: Vec<(Instant, Arc<Pending>)>,
     used: HashSet<String>,
     snapshot: Option<Snapshot>,
     unflushed: Vec<usize>,
@@ -53,8 +46,8 @@ pub(super) struct Router {
     registry: Registry,
     node_id: String,
     token: Arc<[u8]>,
-    /// The snapshot does not describe the world any more.
-    pub(super) stale: bool,
+    /// There are unrouted calls, and nobody has been told.
+    pub(super) doubts: bool,
     /// Calls that have not ended.
     pub(super) outstanding: usize,
     /// Those of them that somebody waits for.
@@ -78,7 +71,7 @@ impl Router {
             registry,
             node_id,
             token,
-            stale: true,
+            doubts: false,
             outstanding: 0,
             attended: 0,
             calls: 0,
@@ -104,8 +97,8 @@ impl Router {
     fn route(&mut self, call: &Arc<Pending>) {
         let Some(key) = self.engine.deployment(&call.deployment) else {
             call.move_to(Place::Unrouted);
-            self.unrouted.push(Arc::clone(call));
-            self.stale = true;
+            self.unrouted.push((Instant::now(), Arc::clone(call)));
+            self.doubts = true;
             return;
         };
         let admission = self.engine.request(key, None, |_| Arc::clone(call));
@@ -153,7 +146,7 @@ impl Router {
     pub(super) fn cancel(&mut self, call: &Arc<Pending>) -> bool {
         match call.place() {
             Place::Done => return false,
-            Place::Unrouted => self.unrouted.retain(|other| !Arc::ptr_eq(other, call)),
+            Place::Unrouted => self.unrouted.retain(|(_, other)| !Arc::ptr_eq(other, call)),
             Place::Queued(place) => drop(self.engine.cancel(place)),
             Place::Sent { link, stream } => {
                 self.links[link].send(Header::new(Kind::Cancel, stream));
@@ -165,35 +158,36 @@ impl Router {
         true
     }
 
-    /// Takes over a newer snapshot; returns whether it was newer.
-    pub(super) fn publish(&mut self, snapshot: Snapshot) -> bool {
-        let newer = self.snapshot.as_ref().is_none_or(|old| snapshot.version > old.version);
-        if newer {
+    /// Takes over a newer snapshot. One that was asked for after the unrouted calls began (`fresh`) ends those whose
+    /// deployment it does not name.
+    pub(super) fn publish(&mut self, snapshot: Snapshot, fresh: bool) {
+        if self.snapshot.as_ref().is_none_or(|old| snapshot.version > old.version) {
             self.snapshot = Some(snapshot);
             self.apply();
         }
-        for call in std::mem::take(&mut self.unrouted) {
+        for (since, call) in std::mem::take(&mut self.unrouted) {
             if self.engine.deployment(&call.deployment).is_some() {
                 self.route(&call);
-            } else {
+            } else if fresh {
                 self.finish(&call, Outcome::Unknown);
+            } else {
+                self.unrouted.push((since, call));
             }
         }
         self.settle();
-        self.stale = !self.lost.is_empty();
-        newer
     }
 
-    /// Whether calls wait for a replica: any at all, or one with room.
-    pub(super) fn starves(&self) -> Option<Hunger> {
-        let keys = self.used.iter().filter_map(|name| self.engine.deployment(name));
-        let hungry = keys.filter(|&key| self.engine.queued(key) > 0);
-        hungry.map(|key| if self.engine.serves(key) { Hunger::Room } else { Hunger::Replica }).max()
+    pub(super) fn version(&self) -> Option<Version> {
+        self.snapshot.as_ref().map(|snapshot| snapshot.version)
     }
 
-    /// No snapshot can be had: calls that wait for their deployment to be named wait no more.
-    pub(super) fn refuse_unrouted(&mut self, why: &str) {
-        for call in std::mem::take(&mut self.unrouted) {
+    /// No snapshot could be had: unrouted calls that have waited for long wait no more.
+    pub(super) fn unpublished(&mut self, why: &str) {
+        let (late, early): (Vec<_>, _) =
+            std::mem::take(&mut self.unrouted).into_iter().partition(|(since, _)| since.elapsed() > UNROUTED);
+        self.unrouted = early;
+        self.doubts = !self.unrouted.is_empty();
+        for (_, call) in late {
             self.finish(&call, Outcome::Refused(Error::Unavailable(why.to_owned())));
         }
     }
@@ -228,7 +222,7 @@ impl Router {
             if let Some(link) = self.links.get_mut(index)
                 && let Err(error) = link.flush()
             {
-                self.down(index, &error);
+                self.close(index, &error.to_string());
             }
         }
     }
@@ -247,7 +241,6 @@ impl Router {
 
     fn lose(&mut self, key: ReplicaKey, replica: Replica) {
         self.lost.push((Instant::now() + RECONNECT, key, replica));
-        self.stale = true;
     }
 
     fn leave(&mut self, key: ReplicaKey) {
@@ -257,11 +250,6 @@ impl Router {
             Some(&index) if self.links[index].streams.is_empty() => self.close(index, "the replica has left"),
             Some(&index) => self.links[index].leaving = true,
         }
-    }
-
-    fn down(&mut self, index: usize, error: &io::Error) {
-        self.stale = true;
-        self.close(index, &error.to_string());
     }
 
     /// Ends a link: calls that had not begun go elsewhere, the others fail.
@@ -303,7 +291,7 @@ impl Router {
                 Ok(Input::Empty) => return,
                 Ok(Input::Ready(limit)) => self.engine.linked(key, limit),
                 Ok(Input::Frame(frame)) => self.frame(index, key, frame),
-                Err(error) => return self.down(index, &error),
+                Err(error) => return self.close(index, &error.to_string()),
             }
         }
     }
@@ -311,10 +299,7 @@ impl Router {
     fn frame(&mut self, index: usize, key: ReplicaKey, Frame { header, payload }: Frame) {
         let link = &mut self.links[index];
         match header.kind {
-            Kind::Drain => {
-                self.engine.draining(key);
-                self.stale = true;
-            }
+            Kind::Drain => self.engine.draining(key),
             Kind::Credit => self.engine.credit(key, header.aux),
             Kind::Ping => {
                 link.send(Header::new(Kind::Pong, 0).aux(header.aux));
@@ -357,7 +342,7 @@ impl Router {
         let late: Vec<_> = self.links.iter().filter(|(_, link)| link.deadline().is_some_and(|at| at <= now)).collect();
         let late: Vec<_> = late.into_iter().map(|(index, _)| index).collect();
         for index in late {
-            self.down(index, &io::ErrorKind::TimedOut.into());
+            self.close(index, &io::Error::from(io::ErrorKind::TimedOut).to_string());
         }
         let due: Vec<_> = self.lost.extract_if(.., |(at, _, _)| *at <= now).collect();
         for (_, key, replica) in due {
@@ -386,7 +371,7 @@ impl Router {
         }
         self.by_key.clear();
         self.lost.clear();
-        for call in std::mem::take(&mut self.unrouted) {
+        for (_, call) in std::mem::take(&mut self.unrouted) {
             self.finish(&call, Outcome::Closed);
         }
         self.engine.apply(&Snapshot::default());

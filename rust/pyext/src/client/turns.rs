@@ -18,12 +18,7 @@ use std::{
 
 use mio::{Events, Poll, Token, Waker};
 
-use super::{
-    mailbox::Mailbox,
-    pending::Pending,
-    router::Router,
-    tender::{FRESH, TenderState},
-};
+use super::{mailbox::Mailbox, pending::Pending, router::Router, tender::TenderState};
 
 const WAKER: Token = Token(usize::MAX);
 /// Who has the turn.
@@ -107,12 +102,11 @@ impl Caller {
             return false;
         }
         state.router.begin(call);
-        state.router.stale |= state.tender.age() > FRESH;
+        if state.router.doubts {
+            self.relieve(&mut state);
+        }
         if std::mem::take(&mut state.tender.sleeps) {
             self.tender.notify_one();
-        }
-        if state.router.stale {
-            self.relieve(&mut state);
         }
         true
     }
