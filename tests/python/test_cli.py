@@ -5,6 +5,7 @@ None of these reaches Ray; what the commands do to a running cluster is in test_
 
 from __future__ import annotations
 
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from rayserve_fast.cli import main
+from rayserve_fast.cli.cluster import interrupts_held
 
 MODULE = """
 from pydantic import BaseModel
@@ -163,3 +165,13 @@ def test_a_builder_that_raises_shows_its_own_frames(run) -> None:
 
 def test_a_builder_that_returns_no_application(run) -> None:
     assert "must return an `Application`" in fault(run("APP:nothing"))
+
+
+def test_ctrl_c_waits_until_ray_has_started() -> None:
+    reached = False
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), interrupts_held():
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached, "what was under way went on to its end"
+    assert signal.getsignal(signal.SIGINT) is before

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 import click
@@ -29,7 +35,8 @@ def connect(address: str | None, *, may_start: bool = False, runtime_env: dict[s
         probe(address)
     target = address if may_start else address or "auto"
     try:
-        ray.init(address=target, runtime_env=runtime_env, logging_level=logging.WARNING)
+        with interrupts_held():
+            ray.init(address=target, runtime_env=runtime_env, logging_level=logging.WARNING)
     except ConnectionError as error:
         if address is None:
             hint = "no Ray cluster is running on this machine; start one with `ray start --head`, or pass --address"
@@ -38,6 +45,33 @@ def connect(address: str | None, *, may_start: bool = False, runtime_env: dict[s
         raise click.ClickException(hint) from error
     except ValueError as error:
         raise click.ClickException(str(error)) from error
+
+
+@contextlib.contextmanager
+def interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the end of the block: a process whose `ray.init` was interrupted crashes when it exits.
+
+    A second Ctrl-C ends the process at once; what `ray.init` has started on this machine then ends with it.
+    """
+    if threading.current_thread() is not threading.main_thread():  # signals do not come here
+        yield
+        return
+    held = False
+
+    def hold(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal held
+        if held:
+            os._exit(130)
+        held = True
+        click.echo("Stopping as soon as Ray has answered; press Ctrl-C again to give up at once.", err=True)
+
+    before = signal.signal(signal.SIGINT, hold)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held:
+        raise KeyboardInterrupt
 
 
 def probe(address: str) -> None:
