@@ -234,9 +234,9 @@ pub(super) fn wake(waker: &mut Option<Waker>) {
 
 fn fault(fault: Fault, text: &[u8]) -> Error {
     match fault {
-        Fault::User => Error::User,
+        // Nobody reads the answer to a CANCEL of ours: this one is the handler's own.
+        Fault::User | Fault::Cancelled => Error::User,
         Fault::Aborted => Error::Aborted,
-        Fault::Cancelled => Error::Disconnected,
         _ => Error::Internal(String::from_utf8_lossy(text).into_owned().into()),
     }
 }
