@@ -277,18 +277,16 @@ impl Worker {
     /// Looks again in a while if jobs are queued or answers unsent, as the thread that would see to them may be blocked.
     fn look_soon(slf: &Bound<'_, Self>) -> PyResult<()> {
         let (py, it) = (slf.py(), slf.get());
-        it.ring(py)?;
         let replica = &it.replica;
         let idle = replica.pool.is_empty() && replica.outgoing.since().is_none();
-        if idle || it.looking.swap(true, Ordering::Relaxed) {
-            return Ok(());
+        if !idle && !it.looking.swap(true, Ordering::Relaxed) {
+            replica.hooks.call_later.bind(py).call1((LOOK_S, slf.getattr(intern!(py, "look"))?))?;
         }
-        replica.hooks.call_later.bind(py).call1((LOOK_S, slf.getattr(intern!(py, "look"))?))?;
-        Ok(())
+        it.ring(py)
     }
 
     fn ring(&self, py: Python<'_>) -> PyResult<()> {
-        if self.replica.pool.ring() {
+        if self.replica.pool.ring(py) {
             self.replica.hooks.spawn.bind(py).call0()?;
         }
         Ok(())

@@ -63,7 +63,7 @@ impl Pool {
 
     /// Wakes a thread if it is time to; `true`: there is none to wake, and one has to be started.
     #[must_use]
-    pub(crate) fn ring(&self) -> bool {
+    pub(crate) fn ring(&self, py: Python<'_>) -> bool {
         let mut queue = lock(&self.queue);
         let Some((oldest, _)) = queue.jobs.front() else { return false };
         let since = queue.woken.map_or(*oldest, |woken| woken.max(*oldest));
@@ -75,8 +75,11 @@ impl Pool {
         if queue.waiting > 0 {
             queue.waiting -= 1;
             drop(queue);
-            *lock(&self.wakes) += 1;
-            self.bell.notify_one();
+            // Often the thread is up at once, in place of this one: it must find the GIL free.
+            py.detach(|| {
+                *lock(&self.wakes) += 1;
+                self.bell.notify_one();
+            });
             return false;
         }
         let start = queue.threads < queue.most && !queue.stopped;
