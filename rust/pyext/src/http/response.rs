@@ -28,15 +28,21 @@ pub(crate) fn put_result<'py>(
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
     let py = result.py();
     if result.is_none() {
-        put_text(py, stream, TEXT, b"");
+        put_text(stream, TEXT, b"");
     } else if let Ok(text) = result.cast_exact::<PyString>() {
-        put_text(py, stream, TEXT_UTF8, text.to_str()?.as_bytes());
+        match text.to_str()? {
+            short if short.len() <= MAX_INLINE => put_text(stream, TEXT_UTF8, short.as_bytes()),
+            _ => put_long(stream, long_head(py, TEXT_UTF8), text.encode_utf8()?.into()),
+        }
     } else if let Ok(body) = result.cast_exact::<PyBytes>() {
-        put_text(py, stream, TEXT, body.as_bytes());
+        match body.as_bytes() {
+            short if short.len() <= MAX_INLINE => put_text(stream, TEXT, short),
+            _ => put_long(stream, long_head(py, TEXT), body.clone().into()),
+        }
     } else {
         let encoded = replica.hooks.encode.bind(py).call1((result,))?;
         match encoded.cast_exact::<PyTuple>() {
-            Ok(encoded) => put_encoded(py, stream, encoded)?,
+            Ok(encoded) => put_encoded(stream, encoded)?,
             Err(_) => return Ok(Some(encoded)),
         }
     }
@@ -44,33 +50,27 @@ pub(crate) fn put_result<'py>(
 }
 
 /// Answers with (status, headers, body).
-pub(crate) fn put_encoded(py: Python<'_>, stream: &Arc<Stream>, encoded: &Bound<'_, PyTuple>) -> PyResult<()> {
+pub(crate) fn put_encoded(stream: &Arc<Stream>, encoded: &Bound<'_, PyTuple>) -> PyResult<()> {
     let (code, pairs, content) = (encoded.get_item(0)?, encoded.get_item(1)?, encoded.get_item(2)?);
-    put_complete(py, stream, Head { status: status(&code)?, headers: headers(&pairs)? }, body(&content)?);
+    put_complete(stream, Head { status: status(&code)?, headers: headers(&pairs)? }, body(&content)?);
     Ok(())
 }
 
-fn put_text(py: Python<'_>, stream: &Arc<Stream>, content_type: &[u8], body: &[u8]) {
-    let headers = [(&b"content-type"[..], content_type)];
-    if body.len() <= MAX_INLINE {
-        put_frame(stream, 200, headers.iter().copied(), body);
-    } else {
-        let owned = |part: &[u8]| PyBackedBytes::from(PyBytes::new(py, part));
-        let headers = headers.map(|(name, value)| (owned(name), owned(value))).into();
-        put_complete(py, stream, Head { status: 200, headers }, owned(body));
-    }
+fn put_text(stream: &Stream, content_type: &[u8], body: &[u8]) {
+    put_frame(stream, 200, [(&b"content-type"[..], content_type)].into_iter(), body);
 }
 
-fn put_complete(py: Python<'_>, stream: &Arc<Stream>, mut head: Head, body: PyBackedBytes) {
-    if body.len() <= MAX_INLINE {
-        return put_whole(stream, &head, &body);
-    }
-    // Nobody downstream sees that the body is whole already; of a short one the proxy does.
-    let sized = head.headers.iter().any(|(name, _)| name.eq_ignore_ascii_case(b"content-length"));
-    if !sized && !matches!(head.status, 100..200 | 204 | 304) {
-        let owned = |part: &[u8]| PyBackedBytes::from(PyBytes::new(py, part));
-        head.headers.push((owned(b"content-length"), owned(body.len().to_string().as_bytes())));
-    }
+fn long_head(py: Python<'_>, content_type: &[u8]) -> Head {
+    let owned = |part: &[u8]| PyBackedBytes::from(PyBytes::new(py, part));
+    Head { status: 200, headers: vec![(owned(b"content-type"), owned(content_type))] }
+}
+
+fn put_complete(stream: &Arc<Stream>, head: Head, body: PyBackedBytes) {
+    if body.len() <= MAX_INLINE { put_whole(stream, &head, &body) } else { put_long(stream, head, body) }
+}
+
+/// Answers with a body that goes out in chunks, straight from Python's memory.
+fn put_long(stream: &Arc<Stream>, head: Head, body: PyBackedBytes) {
     let mut state = stream.state();
     state.outbox.head = Some(head);
     state.answer = Answer::Complete;
@@ -79,7 +79,7 @@ fn put_complete(py: Python<'_>, stream: &Arc<Stream>, mut head: Head, body: PyBa
     if wants_turn {
         let mut woken = Woken::new();
         stream.link.enqueue(stream, &mut woken);
-        debug_assert!(woken.is_empty() && py.version_info().major == 3, "nobody waits to send");
+        debug_assert!(woken.is_empty(), "nobody waits to send");
     }
 }
 

@@ -306,7 +306,7 @@ impl Replica {
                     state.answer
                 };
                 match answer {
-                    Answer::Nothing => response::put_encoded(py, stream, encoded.cast()?)?,
+                    Answer::Nothing => response::put_encoded(stream, encoded.cast()?)?,
                     Answer::Headed => self.end_with(stream, Fault::Aborted, b""),
                     Answer::Complete => {}
                 }
