@@ -35,7 +35,7 @@ pub(super) struct Body {
 
 enum Content {
     Whole(Bytes),
-    Streamed { first: Bytes, stream: StreamRef, deadline: Option<Pin<Box<Sleep>>> },
+    Streamed { first: Bytes, stream: StreamRef, deadline: Option<Pin<Box<Sleep>>>, broken: Option<Error> },
 }
 
 impl Body {
@@ -44,7 +44,7 @@ impl Body {
     }
 
     pub(super) fn streamed(first: Bytes, stream: StreamRef, deadline: Option<Pin<Box<Sleep>>>, open: Open) -> Self {
-        Self { content: Content::Streamed { first, stream, deadline }, _open: open }
+        Self { content: Content::Streamed { first, stream, deadline, broken: None }, _open: open }
     }
 }
 
@@ -60,18 +60,24 @@ impl http_body::Body for Body {
                 stream.consumed(first.len());
                 Poll::Ready(Some(Ok(Frame::data(std::mem::take(first)))))
             }
-            Content::Streamed { stream, deadline, .. } => {
-                if let Poll::Ready(chunk) = stream.poll_chunk(cx) {
-                    return Poll::Ready(chunk.map(|chunk| chunk.map(Frame::data)));
+            Content::Streamed { stream, deadline, broken, .. } => {
+                if let Some(error) = broken.take() {
+                    return Poll::Ready(Some(Err(error)));
                 }
-                match deadline {
-                    Some(deadline) => {
+                let error = match (stream.poll_chunk(cx), deadline) {
+                    (Poll::Ready(Some(Err(error))), _) => error,
+                    (Poll::Ready(chunk), _) => return Poll::Ready(chunk.map(|chunk| chunk.map(Frame::data))),
+                    (Poll::Pending, None) => return Poll::Pending,
+                    (Poll::Pending, Some(deadline)) => {
                         ready!(deadline.as_mut().poll(cx));
                         stream.sender().cancel();
-                        Poll::Ready(Some(Err(Error::Aborted)))
+                        Error::Aborted
                     }
-                    None => Poll::Pending,
-                }
+                };
+                // hyper drops what it has not flushed when it meets an error; now it flushes first.
+                *broken = Some(error);
+                cx.waker().wake_by_ref();
+                Poll::Pending
             }
         }
     }
