@@ -235,3 +235,20 @@ def test_links_come_and_go_without_a_trace() -> None:
         counters = replica.runtime.counters()
         assert (counters["links"], counters["streams"], counters["running"]) == (1, 0, 0)
         assert wire.PING
+
+
+def test_stopping_cancels_what_runs_without_calling_it_a_failure(caplog: pytest.LogCaptureFixture) -> None:
+    import logging
+
+    async def handler() -> None:
+        await asyncio.sleep(60)
+
+    logging.getLogger("ray").propagate = True
+    with serving(handler) as replica:
+        link = replica.link()
+        link.request(1)
+        assert link.silent(0.05)
+        replica.runtime.stop()
+        with pytest.raises(wire.Refused):
+            link.frame()
+    assert "failed" not in caplog.text

@@ -243,6 +243,10 @@ impl Worker {
     /// Sends what is unsent and closes every socket; on the loop's thread, after it has stopped watching.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         self.replica.flush(py)?;
+        let links: Vec<_> = lock(&self.replica.links).values().cloned().collect();
+        for link in links {
+            self.replica.lost(py, &link)?;
+        }
         self.close_descriptors();
         let callbacks = lock(&self.replica.callbacks).take();
         drop(callbacks);

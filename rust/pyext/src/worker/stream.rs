@@ -19,8 +19,8 @@ use super::step::Started;
 /// Futures to resolve once no lock is held.
 pub(crate) type Woken = Vec<Py<PyAny>>;
 
-/// Consumed body bytes are credited to the sender in steps of a quarter of the window.
-const CREDIT_STEP: u32 = WINDOW / 4;
+/// Consumed body bytes are credited to the sender in steps of half the window: it can send the other half meanwhile.
+const CREDIT_STEP: u32 = WINDOW / 2;
 
 /// How far the answer is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
