@@ -32,12 +32,12 @@ pub(crate) fn put_result<'py>(
     } else if let Ok(text) = result.cast_exact::<PyString>() {
         match text.to_str()? {
             short if short.len() <= MAX_INLINE => put_text(stream, TEXT_UTF8, short.as_bytes()),
-            _ => put_long(stream, long_head(py, TEXT_UTF8), text.encode_utf8()?.into()),
+            _ => put_long(py, stream, long_head(py, TEXT_UTF8), text.encode_utf8()?.into()),
         }
     } else if let Ok(body) = result.cast_exact::<PyBytes>() {
         match body.as_bytes() {
             short if short.len() <= MAX_INLINE => put_text(stream, TEXT, short),
-            _ => put_long(stream, long_head(py, TEXT), body.clone().into()),
+            _ => put_long(py, stream, long_head(py, TEXT), body.clone().into()),
         }
     } else {
         let encoded = replica.hooks.encode.bind(py).call1((result,))?;
@@ -52,7 +52,12 @@ pub(crate) fn put_result<'py>(
 /// Answers with (status, headers, body).
 pub(crate) fn put_encoded(stream: &Arc<Stream>, encoded: &Bound<'_, PyTuple>) -> PyResult<()> {
     let (code, pairs, content) = (encoded.get_item(0)?, encoded.get_item(1)?, encoded.get_item(2)?);
-    put_complete(stream, Head { status: status(&code)?, headers: headers(&pairs)? }, body(&content)?);
+    let (head, body) = (Head { status: status(&code)?, headers: headers(&pairs)? }, body(&content)?);
+    if body.len() <= MAX_INLINE {
+        put_whole(stream, &head, &body);
+    } else {
+        put_long(encoded.py(), stream, head, body);
+    }
     Ok(())
 }
 
@@ -61,16 +66,20 @@ fn put_text(stream: &Stream, content_type: &[u8], body: &[u8]) {
 }
 
 fn long_head(py: Python<'_>, content_type: &[u8]) -> Head {
-    let owned = |part: &[u8]| PyBackedBytes::from(PyBytes::new(py, part));
-    Head { status: 200, headers: vec![(owned(b"content-type"), owned(content_type))] }
+    Head { status: 200, headers: vec![(owned(py, b"content-type"), owned(py, content_type))] }
 }
 
-fn put_complete(stream: &Arc<Stream>, head: Head, body: PyBackedBytes) {
-    if body.len() <= MAX_INLINE { put_whole(stream, &head, &body) } else { put_long(stream, head, body) }
+fn owned(py: Python<'_>, part: &[u8]) -> PyBackedBytes {
+    PyBytes::new(py, part).into()
 }
 
 /// Answers with a body that goes out in chunks, straight from Python's memory.
-fn put_long(stream: &Arc<Stream>, head: Head, body: PyBackedBytes) {
+fn put_long(py: Python<'_>, stream: &Arc<Stream>, mut head: Head, body: PyBackedBytes) {
+    // Only here is it known that nothing follows, and how long it is.
+    let sized = head.headers.iter().any(|(name, _)| name.eq_ignore_ascii_case(b"content-length"));
+    if !sized && !matches!(head.status, 100..200 | 204 | 304) {
+        head.headers.push((owned(py, b"content-length"), owned(py, body.len().to_string().as_bytes())));
+    }
     let mut state = stream.state();
     state.outbox.head = Some(head);
     state.answer = Answer::Complete;
