@@ -86,15 +86,24 @@ class RequestCancelledError(RayServeException, TaskCancelledError):  # type: ign
 
 
 class DeploymentUnavailableError(RayServeException):
-    """The deployment failed to deploy, or was deleted, and nothing serves its requests."""
+    """The deployment failed to deploy, was deleted or never was, and nothing serves its requests."""
+
+    _why: str | None = None
 
     def __init__(self, deployment_id: DeploymentID) -> None:
         super().__init__(deployment_id)
 
+    @classmethod
+    def _because(cls, deployment_id: DeploymentID, why: str) -> DeploymentUnavailableError:
+        """With a sentence that says which it is; the reference has one for all cases."""
+        error = cls(deployment_id)
+        error._why = why
+        return error
+
     @property
     def message(self) -> str:
         """The text that the client reads."""
-        return f"{self.args[0]} is unavailable because it failed to deploy."
+        return self._why or f"{self.args[0]} is unavailable because it failed to deploy."
 
     def __str__(self) -> str:
         return self.message

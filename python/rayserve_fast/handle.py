@@ -300,9 +300,11 @@ class DeploymentResponse:
         if kind == "backpressure":
             raise BackPressureError(*rest)
         if kind == "unavailable":
-            raise _Unavailable(self._handle.deployment_id, rest[0])
+            raise DeploymentUnavailableError._because(self._handle.deployment_id, rest[0])
         if kind == "unknown":
-            raise _Unavailable(self._handle.deployment_id, f"{self._handle.deployment_id} does not exist.")
+            raise DeploymentUnavailableError._because(
+                self._handle.deployment_id, f"{self._handle.deployment_id} does not exist."
+            )
         if kind == "cancelled":
             raise RequestCancelledError(self._request_id)
         if kind == "closed":
@@ -342,15 +344,3 @@ class DeploymentResponse:
 
 #: Kinds of arguments that get here with composition; the reference resolves them.
 _NOT_YET = (DeploymentResponse, ray.ObjectRef)
-
-
-class _Unavailable(DeploymentUnavailableError):
-    """Says why, where the reference has one sentence for all cases."""
-
-    def __init__(self, deployment_id: DeploymentID, why: str) -> None:
-        super().__init__(deployment_id)
-        self.args = (deployment_id, why)
-
-    @property
-    def message(self) -> str:
-        return str(self.args[1])

@@ -39,6 +39,7 @@ from worker_replica import TOKEN as WORKER_TOKEN, serving
 
 from rayserve_fast import caller, values
 from rayserve_fast.controlplane import client
+from rayserve_fast.controlplane.spec import DeploymentID
 from rayserve_fast.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
@@ -476,6 +477,12 @@ def test_a_deployment_that_does_not_exist_says_so(replica: Replicas, connect: An
     connect(Cluster(replica()))
     with pytest.raises(DeploymentUnavailableError, match=r"Missing.*does not exist"):
         DeploymentHandle("Missing", "app").remote().result(timeout_s=5)
+
+
+def test_why_a_deployment_is_unavailable_survives_pickling() -> None:
+    error = DeploymentUnavailableError._because(DeploymentID("D", "app"), "it was deleted")
+    assert str(pickle.loads(pickle.dumps(error))) == "it was deleted"
+    assert "failed to deploy" in str(DeploymentUnavailableError(DeploymentID("D", "app")))
 
 
 def test_a_deployment_that_failed_to_deploy_says_so(connect: Any) -> None:

@@ -92,8 +92,10 @@ class ReplicaActor:
 
         become(spec.deployment.driver, spec.deployment.config.ray_actor_options.get("runtime_env") or {})
         self._lock = sockets.prepare(spec.socket_dir)
+        from rayserve_fast import caller
         from rayserve_fast.replica.runtime import ReplicaRuntime
 
+        caller.introduce(ray.get_runtime_context().get_node_id(), spec.token)  # the constructor may call others
         self._runtime = ReplicaRuntime(spec)
         address: ReplicaAddress = self._runtime.start()
         self._runtime.check_health()

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 
 from ray import cloudpickle
 
-from rayserve_fast import caller
 from rayserve_fast._core import Worker
 from rayserve_fast.context import ReplicaContext, _serve_request_context, _set_replica_context
 from rayserve_fast.controlplane.spec import Definition, DeploymentConfig, ReplicaAddress, ReplicaSpec
@@ -214,7 +213,6 @@ class ReplicaRuntime:
         )
         self._worker = self._pool.worker = worker
         host, node_id = _node()
-        caller.introduce(node_id, spec.token)
         self._unix = os.path.join(spec.socket_dir, f"r-{spec.replica_id}.sock")
         worker.listen_unix(self._unix)
         tcp = f"{host}:{worker.listen_tcp(host)}" if spec.listen_tcp else None
