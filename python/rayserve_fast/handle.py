@@ -57,10 +57,8 @@ class DeploymentHandle:
     >>> handle = DeploymentHandle("Model", "default")
     >>> handle.predict
     DeploymentHandle(deployment='Model')
-    >>> handle.predict.options(session_id="a").method_name
-    Traceback (most recent call last):
-    ...
-    AttributeError: 'DeploymentHandle' has no attribute 'method_name'
+    >>> handle.options(method_name="predict").deployment_name
+    'Model'
     """
 
     def __init__(
