@@ -288,3 +288,26 @@ def test_pings_are_answered_with_their_number() -> None:
         link.send(wire.PING, aux=77)
         pong = link.frame()
         assert (pong.kind, pong.aux) == (wire.PONG, 77)
+
+
+def test_an_error_outside_the_users_code_ends_one_request_and_gives_its_slot_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from rayserve_fast.replica import responses
+
+    async def handler(request: Any) -> str:
+        if request.query_params:
+            raise ValueError("of the user")
+        return "fine"
+
+    def broken(error: BaseException) -> Any:
+        raise RuntimeError("no answer for this")
+
+    monkeypatch.setattr(responses, "failure", broken)
+    monkeypatch.setattr("sys.unraisablehook", lambda info: None)
+    with serving(handler, max_ongoing_requests=1) as replica:
+        link = replica.link()
+        for _ in range(3):
+            last = link.get(1, query="a=1").last
+            assert (last.kind, last.aux) == (wire.ERROR, 1)
+        assert link.get(2).body == b"fine"

@@ -37,7 +37,7 @@ logger = logging.getLogger("ray.serve")
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the worker calls: see ``rust/pyext/src/worker/replica.rs``."""
+    """What the worker calls: see ``rust/pyext/src/worker/hooks.rs``."""
 
     context: Any  # the context variable that holds the head of the current request
     encode: Callable[[Any], Any]

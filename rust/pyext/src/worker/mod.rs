@@ -3,6 +3,7 @@
 //! `replica/runtime.py` makes one on the user's event loop and has the loop watch [`Worker::fileno`]; everything else
 //! happens in [`Worker::tick`] and in callbacks of the loop, or in the pool's threads when they take and finish jobs.
 
+pub(crate) mod hooks;
 pub(crate) mod link;
 pub(crate) mod poll;
 pub(crate) mod pool;
@@ -26,10 +27,11 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
+use self::hooks::Hooks;
 use self::link::lock;
-use self::poll::{After, Listener, Poller, WAKER};
+use self::poll::{After, Listener, Poller, Taken, WAKER};
 use self::pool::Pool;
-use self::replica::{Callbacks, Hooks, Posted, Replica};
+use self::replica::{Callbacks, Posted, Replica};
 use self::run::{Http, HttpKind, Running};
 use self::step::Stepper;
 
@@ -117,14 +119,15 @@ impl Worker {
 
     fn tick(slf: &Bound<'_, Self>) -> PyResult<()> {
         let (py, it) = (slf.py(), slf.get());
-        // None: a handler runs the loop from within a tick, or the worker is closed.
-        let Some(mut poller) = lock(&it.poller).take() else { return Ok(()) };
-        let after = poll::run(py, &it.replica, &mut poller);
-        *lock(&it.poller) = Some(poller);
-        if after? == After::Again {
+        let Some(mut taken) = Taken::take(&it.poller, &it.replica) else { return Ok(()) };
+        let after = poll::run(py, &it.replica, taken.poller());
+        drop(taken);
+        // After an error too: what it has left over would not be reported again.
+        if !matches!(after, Ok(After::Nothing)) {
             it.replica.hooks.call_soon.bind(py).call1((slf.getattr(intern!(py, "tick"))?,))?;
         }
-        Self::look_soon(slf)
+        Self::look_soon(slf)?;
+        after.map(drop)
     }
 
     /// Sends what callbacks have put since the last time.
@@ -141,10 +144,10 @@ impl Worker {
     }
 
     fn expire(&self, py: Python<'_>) -> PyResult<()> {
-        let Some(mut poller) = lock(&self.poller).take() else { return Ok(()) };
-        let expired = poller.expire(py, &self.replica);
-        *lock(&self.poller) = Some(poller);
-        expired
+        match Taken::take(&self.poller, &self.replica) {
+            Some(mut taken) => taken.poller().expire(py, &self.replica),
+            None => Ok(()),
+        }
     }
 
     /// The next job, after a wait if there is none; None: the thread may go home.
@@ -159,8 +162,8 @@ impl Worker {
                     state.cancelled
                 };
                 if cancelled {
-                    replica.finish(py, &running, false, None, Ok(py.None().into_bound(py)))?;
-                    replica.sort_ready(py)?;
+                    replica.finish(py, &running, false, None, Ok(py.None().into_bound(py)));
+                    replica.sort_ready(py);
                     continue;
                 }
                 self.ring(py)?;
@@ -179,7 +182,7 @@ impl Worker {
     fn done(&self, head: &Bound<'_, PyAny>, result: Bound<'_, PyAny>, context: Py<PyAny>) -> PyResult<()> {
         let (py, running) = (head.py(), head.extract::<Running>()?);
         self.replica.leave_child(py)?;
-        self.replica.finish_sync(py, running, result, context)?;
+        self.replica.finish_sync(py, running, result, context);
         self.after(py)
     }
 
@@ -187,7 +190,7 @@ impl Worker {
     fn fail(&self, head: &Bound<'_, PyAny>, error: Bound<'_, PyAny>) -> PyResult<()> {
         let (py, running) = (head.py(), head.extract::<Running>()?);
         self.replica.leave_child(py)?;
-        self.replica.finish(py, &running, false, None, Err(PyErr::from_value(error)))?;
+        self.replica.finish(py, &running, false, None, Err(PyErr::from_value(error)));
         self.after(py)
     }
 
@@ -315,7 +318,7 @@ impl Worker {
     /// A job is over and its thread may go into the next.
     fn after(&self, py: Python<'_>) -> PyResult<()> {
         let replica = &self.replica;
-        replica.sort_ready(py)?;
+        replica.sort_ready(py);
         let stale = replica.outgoing.since().is_some_and(|since| since.elapsed() >= replica::STALE);
         // With slow handlers the next one would hold this answer up; and so it might if the loop does not look.
         if stale || !replica.outgoing.is_fast() || !self.looking.load(Ordering::Relaxed) {
@@ -327,13 +330,7 @@ impl Worker {
 
 impl Replica {
     /// Answers with a sync handler's result; what only the loop can finish goes there.
-    fn finish_sync(
-        self: &Arc<Self>,
-        py: Python<'_>,
-        running: Running,
-        result: Bound<'_, PyAny>,
-        context: Py<PyAny>,
-    ) -> PyResult<()> {
+    fn finish_sync(self: &Arc<Self>, py: Python<'_>, running: Running, result: Bound<'_, PyAny>, context: Py<PyAny>) {
         if running.stream().state().cancelled {
             return self.finish(py, &running, false, None, Ok(result));
         }
@@ -343,11 +340,12 @@ impl Replica {
             self.answer(&running, result)
         };
         match outcome {
-            Ok(None) => self.release(py, running.stream()),
-            Ok(Some(result)) => {
-                self.post([Posted::Finish { head: running, result: result.unbind(), context }]);
-                Ok(())
+            Ok(None) => {
+                if let Err(error) = self.release(py, running.stream()) {
+                    self.give_up(py, running.stream(), error);
+                }
             }
+            Ok(Some(result)) => self.post([Posted::Finish { head: running, result: result.unbind(), context }]),
             Err(error) => self.finish(py, &running, false, None, Err(error)),
         }
     }

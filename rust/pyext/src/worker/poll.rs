@@ -4,9 +4,10 @@
 //! the loop calls it again, also for bytes that are read already and that the kernel will not report again.
 //! The poller is taken out of its lock for the length of a tick: a handler that runs the loop itself finds none.
 
+use std::collections::VecDeque;
 use std::io::{self, ErrorKind};
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
@@ -38,8 +39,8 @@ pub(crate) struct Poller {
     pub(crate) poll: Poll,
     events: Events,
     listeners: Vec<(Token, Listener)>,
-    /// Links with bytes that are read and not yet decoded.
-    backlog: Vec<Arc<Link>>,
+    /// Links to read or with bytes that are read and not yet decoded; also what an error or a panic leaves of a tick.
+    backlog: VecDeque<Arc<Link>>,
     /// Links whose handshake is not through, oldest first.
     greeting: Vec<(Instant, Arc<Link>)>,
     next: usize,
@@ -90,7 +91,7 @@ impl Poller {
             poll: Poll::new()?,
             events: Events::with_capacity(256),
             listeners: Vec::new(),
-            backlog: Vec::new(),
+            backlog: VecDeque::new(),
             greeting: Vec::new(),
             next: WAKER.0 + 1,
             token,
@@ -122,7 +123,6 @@ impl Poller {
         {
             return Err(error.into());
         }
-        let mut readable = std::mem::take(&mut self.backlog);
         let events: Vec<_> = self.events.iter().map(|event| (event.token(), event.is_writable())).collect();
         for (token, writable) in events {
             let link = lock(&replica.links).get(&token).cloned();
@@ -130,8 +130,8 @@ impl Poller {
                 if writable {
                     replica.flush_link(py, &link)?;
                 }
-                if !readable.iter().any(|known| Arc::ptr_eq(known, &link)) {
-                    readable.push(link);
+                if !self.backlog.iter().any(|known| Arc::ptr_eq(known, &link)) {
+                    self.backlog.push_back(link);
                 }
             } else if token != WAKER {
                 self.accept(py, replica, token)?;
@@ -139,10 +139,11 @@ impl Poller {
         }
         replica.run_posted(py)?;
         replica.run_ready(py)?;
-        for link in readable {
+        for _ in 0..self.backlog.len() {
             if budget.is_spent() {
-                self.backlog.push(link);
-            } else {
+                break;
+            }
+            if let Some(link) = self.backlog.pop_front() {
                 self.serve(py, replica, &link, &mut budget)?;
             }
         }
@@ -178,7 +179,7 @@ impl Poller {
             lock(&replica.links).insert(token, link.clone());
             self.greeting.push((Instant::now(), link.clone()));
             // What came before the registration is not reported.
-            self.backlog.push(link);
+            self.backlog.push_back(link);
             if let Some(expire) = replica.callback(py, |callbacks| &callbacks.expire) {
                 replica.hooks.call_later.bind(py).call1((HELLO.as_secs_f64(), expire))?;
             }
@@ -211,7 +212,7 @@ impl Poller {
             (Ok(true), Ok(false)) => Ok(()),
             // Not everything is decoded, or the socket may hold more than was read.
             _ => {
-                self.backlog.push(link.clone());
+                self.backlog.push_back(link.clone());
                 Ok(())
             }
         }
@@ -338,12 +339,37 @@ fn is_own(_: &mio::net::UnixStream) -> bool {
     true
 }
 
+/// The poller for the length of a tick; a panic does not lose it.
+pub(crate) struct Taken<'w> {
+    home: &'w Mutex<Option<Poller>>,
+    replica: &'w Replica,
+    poller: Option<Poller>,
+}
+
+impl<'w> Taken<'w> {
+    /// None: a handler runs the loop from within a tick, or the worker is closed.
+    pub(crate) fn take(home: &'w Mutex<Option<Poller>>, replica: &'w Replica) -> Option<Self> {
+        let poller = Some(lock(home).take()?);
+        replica.ticking.store(true, Ordering::Relaxed);
+        Some(Self { home, replica, poller })
+    }
+
+    pub(crate) fn poller(&mut self) -> &mut Poller {
+        self.poller.as_mut().expect("only drop takes it out")
+    }
+}
+
+impl Drop for Taken<'_> {
+    fn drop(&mut self) {
+        self.replica.ticking.store(false, Ordering::Relaxed);
+        *lock(self.home) = self.poller.take();
+    }
+}
+
 /// Runs a tick and what belongs after it.
 pub(crate) fn run(py: Python<'_>, replica: &Arc<Replica>, poller: &mut Poller) -> PyResult<After> {
     count(&replica.counters.wakes);
-    replica.ticking.store(true, Ordering::Relaxed);
     let after = poller.tick(py, replica);
-    replica.ticking.store(false, Ordering::Relaxed);
     // The last request's head would live as long as the loop's own context.
     replica.hooks.context.bind(py).call_method1(intern!(py, "set"), (py.None(),))?;
     replica.flush_turn(py)?;

@@ -81,7 +81,7 @@ impl Watch {
         self.replica.leave_child(py)?;
         let started = self.running.stream().state().task.take();
         let outcome = task.call_method0(intern!(py, "result"));
-        self.replica.finish(py, &self.running, self.asgi, started.as_ref(), outcome)?;
+        self.replica.finish(py, &self.running, self.asgi, started.as_ref(), outcome);
         self.replica.run_ready(py)?;
         self.replica.settle(py)
     }
@@ -92,27 +92,33 @@ impl Replica {
     pub(crate) fn run_ready(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
         loop {
             let Some(request) = lock(&self.ready).pop_front() else { return Ok(()) };
-            self.start(py, request)?;
+            self.start(py, request);
             self.leave_child(py)?;
         }
     }
 
     /// What a pool thread may do of the same: sync handlers join the pool's queue, the rest waits for the loop.
-    pub(crate) fn sort_ready(self: &Arc<Self>, py: Python<'_>) -> PyResult<()> {
+    pub(crate) fn sort_ready(self: &Arc<Self>, py: Python<'_>) {
         let ready = std::mem::take(&mut *lock(&self.ready));
         for request in ready {
             match &request.work {
-                Work::Http(_) if self.http.kind == HttpKind::Sync => self.start(py, request)?,
+                Work::Http(_) if self.http.kind == HttpKind::Sync => self.start(py, request),
                 _ => {
                     lock(&self.ready).push_back(request);
                     self.wake();
                 }
             }
         }
-        Ok(())
     }
 
-    fn start(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<()> {
+    fn start(self: &Arc<Self>, py: Python<'_>, request: Request) {
+        let stream = request.stream.clone();
+        if let Err(error) = self.try_start(py, request) {
+            self.give_up(py, &stream, error);
+        }
+    }
+
+    fn try_start(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<()> {
         let Request { stream, work } = request;
         let cancelled = {
             let mut state = stream.state();
@@ -130,12 +136,16 @@ impl Replica {
                 let head = Running::Call(Py::new(py, head)?);
                 match sync {
                     Ok(sync) => (head, sync.is_truthy()?),
-                    Err(error) => return self.finish(py, &head, false, None, Err(error)),
+                    Err(error) => {
+                        self.finish(py, &head, false, None, Err(error));
+                        return Ok(());
+                    }
                 }
             }
         };
         if cancelled {
-            return self.finish(py, &running, false, None, Ok(py.None().into_bound(py)));
+            self.finish(py, &running, false, None, Ok(py.None().into_bound(py)));
+            return Ok(());
         }
         if sync {
             self.pool.push(running);
@@ -146,7 +156,10 @@ impl Replica {
         let asgi = matches!(running, Running::Http(_)) && self.http.kind == HttpKind::Asgi;
         match self.coroutine(&running, &object).and_then(|coroutine| self.stepper.start(&coroutine)) {
             Ok(started) => self.follow(py, running, asgi, started),
-            Err(error) => self.finish(py, &running, asgi, None, Err(error)),
+            Err(error) => {
+                self.finish(py, &running, asgi, None, Err(error));
+                Ok(())
+            }
         }
     }
 
@@ -168,7 +181,8 @@ impl Replica {
         let task = started.task.bind(py).clone();
         if task.call_method0(intern!(py, "done"))?.is_truthy()? {
             let outcome = task.call_method0(intern!(py, "result"));
-            return self.finish(py, &running, asgi, Some(&started), outcome);
+            self.finish(py, &running, asgi, Some(&started), outcome);
+            return Ok(());
         }
         let mut state = running.stream().state();
         state.task = Some(started);
@@ -184,6 +198,30 @@ impl Replica {
 
     /// Answers with what the user's code did and gives the slot back, unless a response remains to be run.
     pub(crate) fn finish(
+        self: &Arc<Self>,
+        py: Python<'_>,
+        running: &Running,
+        asgi: bool,
+        started: Option<&Started>,
+        outcome: PyResult<Bound<'_, PyAny>>,
+    ) {
+        if let Err(error) = self.try_finish(py, running, asgi, started, outcome) {
+            self.give_up(py, running.stream(), error);
+        }
+    }
+
+    /// A request that Python failed outside the user's code, such as a broken log handler: nobody waits for ever.
+    pub(super) fn give_up(&self, py: Python<'_>, stream: &Stream, error: PyErr) {
+        error.write_unraisable(py, None);
+        if stream.state().answer != Answer::Complete {
+            self.end_with(stream, Fault::Internal, b"");
+        }
+        if let Err(error) = self.release(py, stream) {
+            error.write_unraisable(py, None);
+        }
+    }
+
+    fn try_finish(
         self: &Arc<Self>,
         py: Python<'_>,
         running: &Running,
@@ -277,7 +315,7 @@ impl Replica {
                         self.respond_within(py, &head, context, result)
                     };
                     if let Err(error) = outcome {
-                        self.finish(py, &head, false, None, Err(error))?;
+                        self.finish(py, &head, false, None, Err(error));
                     }
                 }
             }

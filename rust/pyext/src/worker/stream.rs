@@ -56,6 +56,8 @@ pub(crate) struct State {
     /// The caller has lost interest: CANCEL, or the link is gone.
     pub(crate) cancelled: bool,
     pub(crate) began: Option<Instant>,
+    /// The slot is given back.
+    pub(crate) released: bool,
     /// The only strong reference to the task while it is suspended: the loop keeps a weak one.
     pub(crate) task: Option<Started>,
 }
@@ -119,6 +121,7 @@ impl Stream {
             answer: Answer::Nothing,
             cancelled: false,
             began: None,
+            released: false,
             task: None,
         };
         Self { link, id, state: Mutex::new(state) }
