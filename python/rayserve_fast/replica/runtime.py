@@ -132,7 +132,6 @@ class ReplicaRuntime:
             self._pool.stop()
             self._loop.stop()
             _set_replica_context(None)
-            caller.withdraw()
 
     def counters(self) -> dict[str, int]:
         """What the worker counts: requests, running, held, links, streams, errors and others."""
