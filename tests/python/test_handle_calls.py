@@ -305,6 +305,23 @@ def test_a_begun_call_whose_replica_dies_raises_and_the_next_goes_elsewhere(repl
     assert handle.remote("next").result(timeout_s=5) == ("next",)
 
 
+def test_a_death_right_behind_an_answer_is_noticed(replica: Replicas, connect: Any) -> None:
+    dying, spare = replica(silent), replica()
+    cluster = Cluster(dying)
+    handle = connect(cluster)
+    first = handle.remote("warm")
+    dying.calls.get(timeout=5).reply("up")
+    assert first.result(timeout_s=5) == "up"
+    answered, lost = handle.remote(1), handle.remote(2)
+    cluster.publish(spare)
+    calls = [dying.calls.get(timeout=5) for _ in range(2)]
+    calls[0].reply("last word")
+    dying.die()  # before anybody has read it
+    with pytest.raises(ActorDiedError):
+        lost.result(timeout_s=5)
+    assert answered.result(timeout_s=5) == "last word"
+
+
 def test_queued_calls_move_to_another_replica_when_theirs_dies(replica: Replicas, connect: Any) -> None:
     dying, spare = replica(silent, max_ongoing=1), replica()
     cluster = Cluster(dying, max_ongoing_requests=1)

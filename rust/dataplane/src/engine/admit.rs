@@ -1,7 +1,7 @@
-//! The queue in front of a deployment: who waits, in order of arrival, and until when.
+//! The queue in front of a deployment: who waits, in order of arrival.
 //!
-//! Waiting here is cheap to cancel, to expire, to bound and to send elsewhere; nothing waits at a replica but its short
-//! backlog. A request that comes back unbegun takes its old place again, ahead of everything that arrived later.
+//! Waiting here is cheap to cancel, to bound and to send elsewhere; nothing waits at a replica but its short backlog. A
+//! deadline is the driver's, which cancels. A request that comes back unbegun takes its old place again, ahead of everything that arrived later.
 
 use std::collections::VecDeque;
 
@@ -19,8 +19,6 @@ pub(super) struct Queue<W> {
 #[derive(Debug)]
 struct Waiting<W> {
     seq: Seq,
-    /// In the driver's clock.
-    deadline: Option<u64>,
     waiter: W,
 }
 
@@ -47,9 +45,9 @@ impl<W> Queue<W> {
     }
 
     /// Waits at the place that the order of arrival gives.
-    pub(super) fn push(&mut self, seq: Seq, deadline: Option<u64>, waiter: W) {
+    pub(super) fn push(&mut self, seq: Seq, waiter: W) {
         let at = self.waiting.partition_point(|other| other.seq < seq);
-        self.waiting.insert(at, Waiting { seq, deadline, waiter });
+        self.waiting.insert(at, Waiting { seq, waiter });
     }
 
     /// The first in order.
@@ -61,18 +59,6 @@ impl<W> Queue<W> {
     pub(super) fn cancel(&mut self, seq: Seq) -> Option<W> {
         let at = self.waiting.binary_search_by_key(&seq, |other| other.seq).ok()?;
         self.waiting.remove(at).map(|found| found.waiter)
-    }
-
-    /// Takes out all whose deadline is not after `now`.
-    pub(super) fn expire(&mut self, now: u64) -> Vec<W> {
-        let late = |waiting: &Waiting<W>| waiting.deadline.is_some_and(|deadline| deadline <= now);
-        if !self.waiting.iter().any(late) {
-            return Vec::new();
-        }
-        let (out, stay) = std::mem::take(&mut self.waiting).into_iter().partition(late);
-        self.waiting = stay;
-        let out: VecDeque<_> = out;
-        out.into_iter().map(|waiting| waiting.waiter).collect()
     }
 
     /// Takes out everybody.
@@ -89,7 +75,7 @@ mod tests {
         let mut queue = Queue::default();
         for _ in 0..n {
             let seq = queue.arrive();
-            queue.push(seq, Some(seq * 10), seq);
+            queue.push(seq, seq);
         }
         queue
     }
@@ -103,8 +89,8 @@ mod tests {
         let mut queue = queue(4);
         let (first, _) = queue.pop().expect("four");
         let (second, _) = queue.pop().expect("three");
-        queue.push(second, None, second);
-        queue.push(first, None, first);
+        queue.push(second, second);
+        queue.push(first, first);
         assert_eq!(drain(&mut queue), [1, 2, 3, 4]);
     }
 
@@ -114,14 +100,5 @@ mod tests {
         assert_eq!(queue.cancel(2), Some(2));
         assert_eq!(queue.cancel(2), None);
         assert_eq!(drain(&mut queue), [1, 3]);
-    }
-
-    #[test]
-    fn deadlines_take_out_the_late_and_leave_the_order() {
-        let mut queue = queue(4);
-        queue.push(9, None, 9);
-        assert_eq!(queue.expire(9), [0; 0]);
-        assert_eq!(queue.expire(20), [1, 2]);
-        assert_eq!(drain(&mut queue), [3, 4, 9]);
     }
 }

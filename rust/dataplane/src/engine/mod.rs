@@ -3,7 +3,7 @@
 //! Pure state: no socket, no clock, no thread. A driver (the proxy's shard, a handle in an asyncio loop, a blocked thread)
 //! tells what happened and carries out the [`Action`]s; `W` is its own word for somebody who waits. A [`Lease`] is the right
 //! to one slot of one replica; the driver gives every lease back through exactly one of [`Engine::answered`],
-//! [`Engine::busy`] and [`Engine::returned`], and one of a link that has closed frees nothing.
+//! [`Engine::busy`], [`Engine::returned`] and [`Engine::unsent`], and one of a link that has closed frees nothing.
 
 mod admit;
 pub mod limit;
@@ -224,12 +224,7 @@ impl<W> Engine<W> {
     ///
     /// # Errors
     /// [`Error::Unavailable`] and [`Error::Backpressure`].
-    pub fn request(
-        &mut self,
-        key: DeploymentKey,
-        deadline: Option<u64>,
-        waiter: impl FnOnce(Place) -> W,
-    ) -> Result<Admission, Error> {
+    pub fn request(&mut self, key: DeploymentKey, waiter: impl FnOnce(Place) -> W) -> Result<Admission, Error> {
         let deployment = &mut self.deployments[key.0 as usize];
         if let Some(error) = &deployment.gone {
             return Err(error.clone());
@@ -246,7 +241,7 @@ impl<W> Engine<W> {
                 Err(Error::Backpressure { queued: queue.len(), limit, policy: config.backpressure })
             }
             _ => {
-                queue.push(place.seq, deadline, waiter(place));
+                queue.push(place.seq, waiter(place));
                 Ok(Admission::Wait(place))
             }
         }
@@ -256,12 +251,7 @@ impl<W> Engine<W> {
     ///
     /// # Errors
     /// [`Error::Unavailable`].
-    pub fn again(
-        &mut self,
-        place: Place,
-        deadline: Option<u64>,
-        waiter: impl FnOnce(Place) -> W,
-    ) -> Result<Admission, Error> {
+    pub fn again(&mut self, place: Place, waiter: impl FnOnce(Place) -> W) -> Result<Admission, Error> {
         let deployment = &mut self.deployments[place.deployment.0 as usize];
         if let Some(error) = &deployment.gone {
             return Err(error.clone());
@@ -271,18 +261,13 @@ impl<W> Engine<W> {
         {
             return Ok(Admission::Go(lease));
         }
-        self.deployments[place.deployment.0 as usize].queue.push(place.seq, deadline, waiter(place));
+        self.deployments[place.deployment.0 as usize].queue.push(place.seq, waiter(place));
         Ok(Admission::Wait(place))
     }
 
     /// Somebody waits no more; `None` if an action has already named the waiter.
     pub fn cancel(&mut self, place: Place) -> Option<W> {
         self.deployments[place.deployment.0 as usize].queue.cancel(place.seq)
-    }
-
-    /// Takes out everybody whose deadline is not after `now`, in the clock of the deadlines that were given.
-    pub fn expire(&mut self, now: u64) -> Vec<W> {
-        self.deployments.iter_mut().flat_map(|deployment| deployment.queue.expire(now)).collect()
     }
 
     fn lease(&mut self, place: Place) -> Option<Lease> {
@@ -314,7 +299,15 @@ impl<W> Engine<W> {
         self.replicas.get(lease.replica.0).is_some_and(|replica| replica.session == Some(lease.session))
     }
 
-    /// The replica's final frame came (or the request was never sent): the slot is free.
+    /// The request was never sent: its slot is free, and so is the credit that it would have used.
+    pub fn unsent(&mut self, lease: Lease) {
+        if let Some(replica) = self.holder(&lease) {
+            replica.untake(lease.granted);
+            self.spend(lease.replica);
+        }
+    }
+
+    /// The replica's final frame came: the slot is free.
     pub fn answered(&mut self, lease: Lease, report: Option<(u16, bool)>) {
         if let Some(replica) = self.holder(&lease) {
             replica.give();
@@ -384,10 +377,15 @@ impl<W> Engine<W> {
 
     /// CREDIT: slots reserved for this caller; what nobody waits for goes back at once.
     pub fn credit(&mut self, key: ReplicaKey, count: u32) {
-        let Some(replica) = self.replicas.get_mut(key.0) else { return };
-        replica.credit(count);
-        let deployment = replica.deployment;
-        self.dispatch(deployment);
+        if let Some(replica) = self.replicas.get_mut(key.0) {
+            replica.credit(count);
+            self.spend(key);
+        }
+    }
+
+    /// Whoever waits takes the room that there is; credits that are left go back.
+    fn spend(&mut self, key: ReplicaKey) {
+        self.dispatch(self.replicas[key.0].deployment);
         let unused = self.replicas[key.0].unused();
         if unused > 0 {
             self.actions.push_back(Action::Unused(key, unused));

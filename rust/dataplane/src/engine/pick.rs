@@ -75,6 +75,12 @@ impl Replica {
         granted
     }
 
+    /// Undoes [`Replica::take`].
+    pub(super) fn untake(&mut self, granted: bool) {
+        self.give();
+        self.credits += u32::from(granted);
+    }
+
     /// Gives a slot back.
     pub(super) fn give(&mut self) {
         self.in_flight = self.in_flight.saturating_sub(1);

@@ -76,7 +76,7 @@ impl Driver {
     }
 
     fn request(&mut self, waiter: u32) -> Result<Option<Place>, Error> {
-        Ok(match self.engine.request(self.key, None, |_| waiter)? {
+        Ok(match self.engine.request(self.key, |_| waiter)? {
             Admission::Go(lease) => {
                 self.started.push((waiter, lease));
                 None
@@ -86,7 +86,7 @@ impl Driver {
     }
 
     fn again(&mut self, place: Place, waiter: u32) {
-        if let Admission::Go(lease) = self.engine.again(place, None, |_| waiter).expect("declared") {
+        if let Admission::Go(lease) = self.engine.again(place, |_| waiter).expect("declared") {
             self.started.push((waiter, lease));
         }
         self.settle();
@@ -247,12 +247,32 @@ fn a_silent_replica_gets_nothing_until_it_answers() {
 }
 
 #[test]
-fn deadlines_and_cancellation_empty_the_queue() {
+fn a_lease_that_is_not_used_gives_its_credit_back() {
+    let mut driver = Driver::linked(&snapshot(1, 1, -1, &["r"]));
+    driver.request(0).expect("room");
+    let (waiter, lease) = driver.started.remove(0);
+    let place = driver.engine.busy(lease, 5);
+    driver.again(place, waiter);
+    driver.request(1).expect("waits");
+    driver.engine.credit(driver.keys["r"], 1);
+    driver.settle();
+    let (_, lease) = driver.started.remove(0);
+    driver.engine.unsent(lease);
+    driver.settle();
+    assert!(driver.started[0].1.granted, "the next one uses the credit");
+    let (waiter, lease) = driver.started.remove(0);
+    assert_eq!((waiter, driver.unused), (1, 0));
+    driver.engine.unsent(lease);
+    driver.settle();
+    assert_eq!(driver.unused, 1, "nobody is left to use it: the replica must have it back");
+}
+
+#[test]
+fn whoever_cancels_leaves_the_queue() {
     let mut driver = Driver::new(&snapshot(1, 1, -1, &[]));
-    driver.engine.request(driver.key, Some(10), |_| 0).expect("waits");
     let place = driver.request(1).expect("waits").expect("waits");
-    assert_eq!(driver.engine.expire(10), [0]);
     assert_eq!(driver.engine.cancel(place), Some(1));
+    assert_eq!(driver.engine.cancel(place), None);
     assert_eq!(driver.engine.queued(driver.key), 0);
 }
 

@@ -151,7 +151,7 @@ impl Shard {
     /// A lease for a new request, as soon as there is one.
     pub(super) async fn admit(self: &Rc<Self>, deployment: DeploymentKey) -> Result<Lease, Error> {
         let mut waiting = None;
-        let admission = self.engine.borrow_mut().request(deployment, None, |place| self.wait(place, &mut waiting))?;
+        let admission = self.engine.borrow_mut().request(deployment, |place| self.wait(place, &mut waiting))?;
         match (admission, waiting) {
             (Admission::Go(lease), _) => Ok(lease),
             (Admission::Wait(_), Some(waiting)) => {
@@ -165,7 +165,7 @@ impl Shard {
     /// A request that came back takes its old place at once, so that a credit on the heels of its BUSY finds it.
     pub(super) fn again(self: &Rc<Self>, place: Place) -> Result<Waiting, Error> {
         let mut waiting = None;
-        let admission = self.engine.borrow_mut().again(place, None, |place| self.wait(place, &mut waiting))?;
+        let admission = self.engine.borrow_mut().again(place, |place| self.wait(place, &mut waiting))?;
         if let Admission::Go(lease) = admission {
             let key = self.wait(place, &mut waiting);
             self.waiters.borrow_mut()[key].result = Some(Ok(lease));
@@ -181,7 +181,7 @@ impl Shard {
 
     /// Gives a lease back that was not used for sending.
     pub(super) fn release(self: &Rc<Self>, lease: Lease) {
-        self.engine.borrow_mut().answered(lease, None);
+        self.engine.borrow_mut().unsent(lease);
         self.settle();
     }
 }

@@ -110,6 +110,8 @@ pub(super) struct Link {
     decoder: Decoder,
     input: BytesMut,
     readable: bool,
+    /// The peer has ended, which the poller tells only once.
+    ended: bool,
     segments: VecDeque<Bytes>,
     tail: BytesMut,
     appended: u64,
@@ -140,6 +142,7 @@ impl Link {
             decoder: Decoder::new(hello::MAX_HELLO),
             input: BytesMut::new(),
             readable: false,
+            ended: false,
             segments: VecDeque::new(),
             appended: tail.len() as u64,
             flushed: 0,
@@ -224,9 +227,10 @@ impl Link {
         self.tail.advance(count);
     }
 
-    /// Notes that the poller has reported bytes (or the end).
-    pub(super) fn mark_readable(&mut self) {
+    /// Notes that the poller has reported bytes or the end.
+    pub(super) fn mark_readable(&mut self, ended: bool) {
         self.readable = true;
+        self.ended |= ended;
     }
 
     /// The next frame, from what was read before or from the socket.
@@ -247,7 +251,7 @@ impl Link {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(count) => {
                     // The poller reports edges; a short read says that the socket is empty and saves asking again.
-                    self.readable = count == scratch.len();
+                    self.readable = self.ended || count == scratch.len();
                     self.input.extend_from_slice(&scratch[..count]);
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.readable = false,

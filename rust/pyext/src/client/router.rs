@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use mio::{Registry, Token};
+use mio::{Registry, Token, event::Event};
 use rayserve_dataplane::{
     engine::{Action, Admission, Engine, Lease, Place as QueuePlace, ReplicaKey},
     error::Error,
@@ -101,7 +101,7 @@ impl Router {
             self.doubts = true;
             return;
         };
-        let admission = self.engine.request(key, None, |_| Arc::clone(call));
+        let admission = self.engine.request(key, |_| Arc::clone(call));
         self.admitted(call, admission);
     }
 
@@ -110,7 +110,7 @@ impl Router {
         if call.place() == Place::Done {
             return; // cancelled meanwhile
         }
-        let admission = self.engine.again(place, None, |_| Arc::clone(call));
+        let admission = self.engine.again(place, |_| Arc::clone(call));
         self.admitted(call, admission);
     }
 
@@ -129,7 +129,7 @@ impl Router {
         };
         self.unflushed.push(index);
         if let Err(lease) = self.links[index].send_call(call, lease, index) {
-            self.engine.answered(lease, None);
+            self.engine.unsent(lease);
             self.finish(call, Outcome::Refused(Error::Internal("a million calls are open on one link".into())));
         }
     }
@@ -273,12 +273,14 @@ impl Router {
     }
 
     /// The poller reported a link.
-    pub(super) fn ready(&mut self, index: usize, readable: bool, writable: bool) {
-        if writable {
+    pub(super) fn ready(&mut self, event: &Event) {
+        let ended = event.is_read_closed() || event.is_error();
+        let (index, readable) = (event.token().0, event.is_readable() || ended);
+        if event.is_writable() {
             self.unflushed.push(index);
         }
         if readable && let Some(link) = self.links.get_mut(index) {
-            link.mark_readable();
+            link.mark_readable(ended);
             self.drain(index);
         }
         self.settle();
@@ -339,9 +341,8 @@ impl Router {
 
     /// Links again where it is time; returns when to come back.
     pub(super) fn tick(&mut self, now: Instant) -> Option<Instant> {
-        let late: Vec<_> = self.links.iter().filter(|(_, link)| link.deadline().is_some_and(|at| at <= now)).collect();
-        let late: Vec<_> = late.into_iter().map(|(index, _)| index).collect();
-        for index in late {
+        let late = |(index, link): (usize, &Link)| link.deadline().is_some_and(|at| at <= now).then_some(index);
+        for index in self.links.iter().filter_map(late).collect::<Vec<_>>() {
             self.close(index, &io::Error::from(io::ErrorKind::TimedOut).to_string());
         }
         let due: Vec<_> = self.lost.extract_if(.., |(at, _, _)| *at <= now).collect();

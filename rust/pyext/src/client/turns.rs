@@ -196,8 +196,7 @@ impl Caller {
                 break true;
             }
             for event in events.iter().filter(|event| event.token() != WAKER) {
-                let readable = event.is_readable() || event.is_read_closed() || event.is_error();
-                state.router.ready(event.token().0, readable, event.is_writable());
+                state.router.ready(event);
             }
             if enough(&state) || state.closed || until.is_some_and(|until| until <= Instant::now()) {
                 break false;
