@@ -146,6 +146,48 @@ def test_drain_returns_held_requests_and_finishes_begun_ones() -> None:
         assert link.silent(0.05), "a draining replica grants nothing"
 
 
+def test_a_drained_replica_is_idle_when_its_callers_have_every_byte() -> None:
+    window, size = 256 * 1024, 1024 * 1024
+
+    async def handler() -> bytes:
+        return b"z" * size
+
+    with serving(handler) as replica:
+        link = replica.link()
+        link.request(1)
+        assert link.frame().kind == wire.RESPONSE
+        got = 0
+        while got < window:
+            got += len(link.frame().payload)
+        replica.runtime.drain()
+        assert not replica.runtime.wait_idle(0.2), "the handler has returned, but its answer waits for the window"
+        link.send(wire.WINDOW, 1, aux=window)
+        assert got + len(link.answer(1).body) == size
+        assert replica.runtime.wait_idle(5)
+
+
+def test_a_link_that_ends_right_behind_its_last_bytes_is_noticed() -> None:
+    async def handler(request: Any) -> bytes:
+        if request.query_params:
+            time.sleep(0.3)  # the bytes and the end of the other link come meanwhile, as one event
+        return await request.body()  # type: ignore[no-any-return]
+
+    with serving(handler, max_ongoing_requests=2) as replica:
+        first, second = replica.link(), replica.link()
+        first.request(1, fin=False)
+        while replica.runtime.counters()["running"] < 1:
+            time.sleep(0.01)
+        second.request(1, query="block=1")
+        time.sleep(0.1)
+        first.send(wire.BODY, 1, payload=b"half")
+        first.close()
+        assert second.answer(1).status == 200
+        deadline = time.monotonic() + 5
+        while replica.runtime.counters()["running"] or replica.runtime.counters()["links"] > 1:
+            assert time.monotonic() < deadline, replica.runtime.counters()
+            time.sleep(0.01)
+
+
 def test_the_limit_holds_at_every_moment_for_sync_handlers_too() -> None:
     class Sync:
         def __init__(self) -> None:

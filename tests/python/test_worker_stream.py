@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import wire_client as wire
+from starlette.requests import Request as StarletteRequest
 from starlette.responses import StreamingResponse
 from worker_replica import serving
 
@@ -240,6 +241,16 @@ class RawAsgi:
             await send({"type": "http.response.body", "body": first["body"]})
             self.log.append((await receive())["type"])
             await self.show()
+        elif what == "listen":
+            await receive()
+            listener = asyncio.ensure_future(receive())
+            await asyncio.sleep(0)
+            request = StarletteRequest(scope, receive)
+            await send(start)
+            await send({"type": "http.response.body", "body": b"1", "more_body": True})
+            self.log.append(str([await request.is_disconnected() for _ in range(3)]))
+            await send({"type": "http.response.body", "body": b"2"})
+            self.log.append((await listener)["type"])
         elif what == "disconnect":
             await receive()
             try:
@@ -315,6 +326,13 @@ def test_receive_waits_after_the_body_until_the_response_is_complete(asgi: Any) 
     link = asgi.link()
     assert link.get(1, b"hello", query="receive").body == b"hello"
     assert json.loads(link.get(2, query="log").body) == ["waits", "http.disconnect"]
+
+
+def test_a_listener_for_the_disconnect_is_in_nobodys_way(asgi: Any) -> None:
+    """What Server-Sent Events do: one task listens, another asks now and then."""
+    link = asgi.link()
+    assert link.get(1, query="listen").body == b"12"
+    assert json.loads(link.get(2, query="log").body) == ["[False, False, False]", "http.disconnect"]
 
 
 def test_after_a_disconnect_send_raises_oserror(asgi: Any) -> None:

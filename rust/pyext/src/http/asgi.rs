@@ -133,26 +133,33 @@ pub(super) fn receive<'py>(py: Python<'py>, head: &RequestHead) -> PyResult<Boun
         return Ok(Bound::new(py, Ready { value: Some(message.into_any().unbind()), pause: false })?.into_any());
     }
     let future = head.replica.hooks.create_future.bind(py).call0()?;
-    let replaced = stream.state().inbox.reader.replace(future.clone().unbind());
-    match replaced {
-        Some(other) if !is_done(other.bind(py))? => {
-            Err(PyRuntimeError::new_err("receive() of this request is being awaited already"))
+    let waiting = std::mem::take(&mut stream.state().inbox.readers);
+    let mut readers = vec![future.clone().unbind()];
+    for other in waiting {
+        // One that was cancelled is forgotten: `is_disconnected()` leaves one behind each time.
+        if !is_done(other.bind(py))? {
+            readers.push(other);
         }
-        _ => Ok(future),
     }
+    stream.state().inbox.readers = readers;
+    Ok(future)
 }
 
-/// Resolves the future of a `receive()` that waits, if there is something for it now.
-pub(crate) fn wake_reader(py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
-    let Some(reader) = stream.state().inbox.reader.take() else { return Ok(()) };
-    let reader = reader.into_bound(py);
-    if is_done(&reader)? {
-        return Ok(());
+/// Resolves the futures of those `receive()` that wait, as far as there is something for them now.
+pub(crate) fn wake_readers(py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
+    let mut waiting = std::mem::take(&mut stream.state().inbox.readers);
+    while let Some(reader) = waiting.pop() {
+        let future = reader.bind(py);
+        if is_done(future)? {
+            continue;
+        }
+        let Some(message) = message(py, stream)? else {
+            waiting.push(reader);
+            break;
+        };
+        future.call_method1(intern!(py, "set_result"), (message,))?;
     }
-    match message(py, stream)? {
-        Some(message) => drop(reader.call_method1(intern!(py, "set_result"), (message,))?),
-        None => stream.state().inbox.reader = Some(reader.unbind()),
-    }
+    stream.state().inbox.readers = waiting;
     Ok(())
 }
 
@@ -272,7 +279,7 @@ fn body<'py>(head: &RequestHead, message: &Bound<'py, PyDict>) -> PyResult<Bound
         {
             drop(state);
             response::put_whole(stream, &start, &piece);
-            wake_reader(py, stream)?;
+            wake_readers(py, stream)?;
             replica.settle(py)?;
             return done(py);
         }
@@ -285,7 +292,7 @@ fn body<'py>(head: &RequestHead, message: &Bound<'py, PyDict>) -> PyResult<Bound
         resolve(py, woken)?;
     }
     if !more {
-        wake_reader(py, stream)?;
+        wake_readers(py, stream)?;
     }
     replica.settle(py)?;
     wait_for_room(head, py, len)

@@ -58,6 +58,8 @@ pub(crate) struct Input {
     pub(crate) decoder: Decoder,
     /// Until the handshake is through.
     pub(crate) callee: Option<Callee>,
+    /// The peer has ended: nothing but that is left once what it has sent is read.
+    pub(crate) ended: bool,
 }
 
 struct Output {
@@ -130,6 +132,7 @@ impl Link {
             buf: BytesMut::with_capacity(READ),
             decoder: Decoder::new(MAX_HELLO),
             callee: Some(Callee::default()),
+            ended: false,
         };
         let output =
             Output { socket: Some(socket), buf: BytesMut::new(), dirty: false, blocked: false, turns: VecDeque::new() };
@@ -153,7 +156,8 @@ impl Link {
                 unsafe { buf.set_len(buf.len() + len) };
                 Ok(len == full)
             }
-            Err(Errno::AGAIN | Errno::INTR) => Ok(false),
+            Err(Errno::AGAIN) => Ok(false),
+            Err(Errno::INTR) => Ok(true),
             Err(error) => Err(error.into()),
         }
     }
@@ -252,6 +256,11 @@ impl Link {
 
     pub(crate) fn is_open(&self) -> bool {
         lock(&self.output).socket.is_some()
+    }
+
+    /// Whether the kernel has every byte of every answer.
+    pub(crate) fn is_quiet(&self) -> bool {
+        lock(&self.output).buf.is_empty() && self.open_streams() == 0
     }
 
     pub(crate) fn open_streams(&self) -> usize {

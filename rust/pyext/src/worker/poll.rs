@@ -123,20 +123,23 @@ impl Poller {
         {
             return Err(error.into());
         }
-        let events: Vec<_> = self.events.iter().map(|event| (event.token(), event.is_writable())).collect();
-        for (token, writable) in events {
+        let events = self.events.iter().map(|event| (event.token(), event.is_writable(), event.is_read_closed()));
+        let mut outcome = Ok(());
+        for (token, writable, ended) in events.collect::<Vec<_>>() {
             let link = lock(&replica.links).get(&token).cloned();
             if let Some(link) = link {
                 if writable {
-                    replica.flush_link(py, &link)?;
+                    outcome = outcome.and(replica.flush_link(py, &link));
                 }
+                lock(&link.input).ended |= ended;
                 if !self.backlog.iter().any(|known| Arc::ptr_eq(known, &link)) {
                     self.backlog.push_back(link);
                 }
             } else if token != WAKER {
-                self.accept(py, replica, token)?;
+                outcome = outcome.and(self.accept(py, replica, token));
             }
         }
+        outcome?;
         replica.run_posted(py)?;
         replica.run_ready(py)?;
         for _ in 0..self.backlog.len() {
@@ -202,15 +205,21 @@ impl Poller {
 
     /// Reads a link and handles its frames; what the budget leaves goes to the backlog.
     fn serve(&mut self, py: Python<'_>, replica: &Arc<Replica>, link: &Arc<Link>, budget: &mut Budget) -> PyResult<()> {
-        let mut buf = std::mem::take(&mut lock(&link.input).buf);
+        let (mut buf, ended) = {
+            let mut input = lock(&link.input);
+            (std::mem::take(&mut input.buf), input.ended)
+        };
         let read = link.read(&mut buf);
         let decoded = self.decode(py, replica, link, &mut buf, budget);
         lock(&link.input).buf = buf;
         match (decoded, read) {
-            (Err(Broken::Python(error)), _) => Err(error),
+            (Err(Broken::Python(error)), _) => {
+                self.backlog.push_back(link.clone());
+                Err(error)
+            }
             (Err(Broken::Peer), _) | (_, Err(_)) => replica.lost(py, link),
-            (Ok(true), Ok(false)) => Ok(()),
-            // Not everything is decoded, or the socket may hold more than was read.
+            (Ok(true), Ok(false)) if !ended => Ok(()),
+            // Not everything is decoded, or the socket holds more than was read; of the end the kernel tells only once.
             _ => {
                 self.backlog.push_back(link.clone());
                 Ok(())
@@ -297,7 +306,7 @@ fn handle(py: Python<'_>, replica: &Arc<Replica>, link: &Arc<Link>, frame: Frame
                 if !stream.body(payload, header.has(flag::FIN)) {
                     return Err(Broken::Peer);
                 }
-                asgi::wake_reader(py, &stream)?;
+                asgi::wake_readers(py, &stream)?;
             }
         }
         Kind::Cancel => {

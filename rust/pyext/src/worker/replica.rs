@@ -160,7 +160,13 @@ impl Replica {
         let service = began.map_or(Duration::ZERO, |began| began.elapsed());
         self.with_limit(|limit| limit.finished(service));
         self.give_slots();
-        if self.draining.load(Ordering::Relaxed) && lock(&self.limit).load() == 0 {
+        self.tell_if_idle(py)
+    }
+
+    /// A draining replica may leave when everything that was begun is answered, down to the last byte.
+    fn tell_if_idle(&self, py: Python<'_>) -> PyResult<()> {
+        if self.is_draining() && lock(&self.limit).load() == 0 && lock(&self.links).values().all(|link| link.is_quiet())
+        {
             self.hooks.idle.bind(py).call0()?;
         }
         Ok(())
@@ -223,7 +229,7 @@ impl Replica {
             self.turn_away(stream, Kind::Error, Fault::Cancelled as u32);
         }
         // Both futures and the task belong to the loop, on whose thread this runs.
-        asgi::wake_reader(py, stream)?;
+        asgi::wake_readers(py, stream)?;
         asgi::fail_writer(py, stream)?;
         if let Some(task) = task {
             task.bind(py).call_method0(pyo3::intern!(py, "cancel"))?;
@@ -239,7 +245,9 @@ impl Replica {
         }
         self.with_limit(|limit| limit.forget(link.token.0));
         self.give_slots();
-        Ok(())
+        // A failed write finds this out between two ticks, and nobody else would start who may start now.
+        self.wake();
+        self.tell_if_idle(py)
     }
 
     /// Takes no more work: says so on every link and gives held requests back.
@@ -256,10 +264,7 @@ impl Replica {
             link.put(Header::new(Kind::Drain, 0), &[]);
         }
         self.flush(py)?;
-        if lock(&self.limit).load() == 0 {
-            self.hooks.idle.bind(py).call0()?;
-        }
-        Ok(())
+        self.tell_if_idle(py)
     }
 
     pub(crate) fn is_draining(&self) -> bool {
@@ -319,10 +324,12 @@ impl Replica {
 
     /// Sends what all links have to send.
     pub(crate) fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        let mut outcome = Ok(());
         for link in self.outgoing.take_dirty() {
-            self.flush_link(py, &link)?;
+            // An error of one link must not leave the others marked as being flushed.
+            outcome = outcome.and(self.flush_link(py, &link));
         }
-        Ok(())
+        outcome
     }
 
     pub(crate) fn flush_link(&self, py: Python<'_>, link: &Arc<Link>) -> PyResult<()> {
@@ -331,7 +338,7 @@ impl Replica {
         let flushed = link.flush(&self.registry, &mut woken);
         self.resolve(py, woken)?;
         // Another thread leaves it to the poller, which hears of a dead socket too.
-        if flushed.is_err() && self.on_loop() { self.lost(py, link) } else { Ok(()) }
+        if flushed.is_err() && self.on_loop() { self.lost(py, link) } else { self.tell_if_idle(py) }
     }
 
     /// Whether this is the loop's thread; futures and tasks are touched nowhere else.

@@ -73,8 +73,8 @@ pub(crate) struct Inbox {
     pub(crate) taken: bool,
     unread: u32,
     uncredited: u32,
-    /// The future of a `receive()` that waits.
-    pub(crate) reader: Option<Py<PyAny>>,
+    /// The futures of those `receive()` that wait, the first one last.
+    pub(crate) readers: Vec<Py<PyAny>>,
 }
 
 /// The response's head until it is sent, and body bytes that wait for the window or their turn.
