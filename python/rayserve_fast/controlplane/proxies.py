@@ -81,9 +81,9 @@ class Fleet:
         proxies = list(self._proxies.values())
         await within(SETTLE_WAIT_S, (p.settled.wait() for p in proxies))
         refs = [p.handle.wait_linked.remote([replica_id], LINK_WAIT_S) for p in proxies if p.status == "HEALTHY"]
-        for missing in await asyncio.gather(*refs, return_exceptions=True):
-            if missing:
-                logger.warning(f"A proxy has no link to replica {replica_id} after {LINK_WAIT_S} s: {missing}")
+        # A proxy that does not answer at all, on a node that is cut off, must not hold up the others' deployments.
+        if not await within(LINK_WAIT_S + 1, (_told(ref, replica_id) for ref in refs)):
+            logger.warning(f"A proxy does not say whether it has a link to replica {replica_id}.")
 
     async def ready(self) -> tuple[str, int] | None:
         """The address of the head node's proxy, None without proxies. Raises OSError if it cannot listen."""
@@ -153,9 +153,9 @@ class Fleet:
                 p.status, p.error = "UNHEALTHY", str(e.cause)
                 logger.error(f"The proxy of node {p.node_id} cannot start: {p.error}")
                 self._settle(p)
-                if p.address is None:
-                    return
-                await asyncio.sleep(RESTART_S)  # it ran before: somebody else may leave its port again
+                if p.address is None and p.node_id == self._head:
+                    return  # the start of Serve fails with it
+                await asyncio.sleep(RESTART_S)  # somebody else may leave its port
             except ActorUnavailableError:
                 logger.warning(f"The proxy of node {p.node_id} crashed and is being restarted.")
                 p.status = "STARTING"
@@ -172,6 +172,11 @@ class Fleet:
     def _settle(self, p: _Proxy) -> None:
         p.settled.set()
         self._changed()
+
+
+async def _told(missing: Awaitable[list[str]], replica_id: str) -> None:
+    if await missing:
+        logger.warning(f"A proxy has no link to replica {replica_id} after {LINK_WAIT_S} s.")
 
 
 async def within(timeout_s: float, awaitables: Iterable[Awaitable[Any]]) -> bool:

@@ -114,8 +114,8 @@ class Replicas:
             r.address = found
             app.mark("constructed")
             await self._serve(app, d, r)
-        except RayError as e:
-            await self._lost(d, r, str(e))
+        except Exception as e:  # whatever it is, no replica stays in the books with nobody to follow it
+            await self._lost(d, r, str(e) or repr(e))
 
     async def _recover(self, app: Application, d: Deployment, r: Replica, known: asyncio.Event) -> None:
         leaving = r.state == "STOPPING"
@@ -129,9 +129,9 @@ class Replicas:
                 await handle.watch.remote()
             else:
                 await self._serve(app, d, r)
-        except (ValueError, RayError) as e:
+        except Exception as e:
             known.set()
-            await self._lost(d, r, str(e))
+            await self._lost(d, r, str(e) or repr(e))
 
     async def _serve(self, app: Application, d: Deployment, r: Replica) -> None:
         """Publish the address, wait for the links, be ready, watch until the process dies."""
