@@ -643,7 +643,7 @@ def test_ten_thousand_calls_leave_nothing_behind(replica: Replicas, connect: Any
         descriptors = descriptors or len(os.listdir("/proc/self/fd"))
     counters = caller.current().client.counters()
     assert counters["outstanding"] == counters["attended"] == 0
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert len(os.listdir("/proc/self/fd")) <= descriptors, "what earlier tests left may go meanwhile"
 
 
 def test_a_storm_of_cancels_ends_clean(replica: Replicas, connect: Any) -> None:
