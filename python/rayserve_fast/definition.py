@@ -34,8 +34,9 @@ def dumps(deployment: Deployment, replace: Callable[[Application], DeploymentHan
     """
     code, args = deployment.func_or_class, (deployment.init_args, deployment.init_kwargs)
     # The code goes first, by itself: an application that it merely refers to is none of its arguments.
-    code_bytes = _dump(code, None, f"the deployment {deployment.name}")
-    return _dump(_Packed(code_bytes, *args), replace, f"the arguments bound to the deployment {deployment.name}")
+    code_bytes = dump_code(code, None, f"Could not serialize the deployment {deployment.name}")
+    problem = f"Could not serialize the arguments bound to the deployment {deployment.name}"
+    return dump_code(_Packed(code_bytes, *args), replace, problem)
 
 
 class _Packed:
@@ -48,7 +49,9 @@ class _Packed:
         return unpack_definition, self._parts
 
 
-class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+class CodePickler(cloudpickle.CloudPickler):  # type: ignore[misc]
+    """Ray's cloudpickle with the habits that the module's text names."""
+
     def __init__(self, out: io.BytesIO, replace: Callable[[Application], DeploymentHandle] | None) -> None:
         super().__init__(out)
         self._replace = replace
@@ -73,13 +76,19 @@ class _Pickler(cloudpickle.CloudPickler):  # type: ignore[misc]
             self.by_value.append(module)
 
 
-def _dump(value: Any, replace: Callable[[Application], DeploymentHandle] | None, what: str) -> bytes:
+def dump_code(
+    value: Any,
+    replace: Callable[[Application], DeploymentHandle] | None,
+    problem: str,
+    kind: type[CodePickler] = CodePickler,
+) -> bytes:
+    """Pickle code for a replica; `problem` begins the text of the TypeError if it cannot be."""
     out = io.BytesIO()
-    pickler = _Pickler(out, replace)
+    pickler = kind(out, replace)
     try:
         pickler.dump(value)
     except (TypeError, AttributeError, RecursionError, pickle.PicklingError) as error:
-        raise TypeError(f"Could not serialize {what}: {error}") from error
+        raise TypeError(f"{problem}: {error}") from error
     finally:
         for module in pickler.by_value:
             cloudpickle.unregister_pickle_by_value(module)

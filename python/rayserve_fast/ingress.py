@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import io
 import sys
 import threading
 import weakref
@@ -196,14 +195,14 @@ def _require_self(method: Callable[..., Any]) -> None:
 
 
 def freeze(value: Any) -> bytes:
-    """Pickle by Ray's cloudpickle, making new locks of locks (FastAPI >= 0.137 keeps some in its routes).
+    """Pickle an application as definitions are, making new locks of locks (FastAPI >= 0.137 keeps some in its routes).
 
     Raises:
         TypeError: something in it cannot be pickled; the text names what the pickler says.
     """
-    from ray.cloudpickle import CloudPickler
+    from rayserve_fast.definition import CodePickler, dump_code
 
-    class Freezer(CloudPickler):  # type: ignore[misc]
+    class Freezer(CodePickler):
         def reducer_override(self, obj: Any) -> Any:
             if type(obj) in _LOCKS:
                 return _LOCKS[type(obj)], ()
@@ -222,12 +221,7 @@ def freeze(value: Any) -> bytes:
                     state["__globals__"].update((n, func.__globals__[n]) for n in names if n in func.__globals__)
             return reduced
 
-    out = io.BytesIO()
-    try:
-        Freezer(out, protocol=5).dump(value)
-    except Exception as error:
-        raise TypeError(f"Failed to serialize the ASGI app: {error}") from error
-    return out.getvalue()
+    return dump_code(value, None, "Failed to serialize the ASGI app", Freezer)
 
 
 # Which class an endpoint was found to be a method of, over all decorations in this process.

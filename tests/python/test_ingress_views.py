@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -304,9 +306,6 @@ def test_dependencies_background_tasks_middleware_and_streams(serve: Serve) -> N
 
 def test_frozen_class_serves_in_another_process(tmp_path: Any) -> None:
     """Classes and models of a driver's __main__, with locks and super(), in a process that has none of them."""
-    import subprocess
-    import sys
-
     (tmp_path / "driver.py").write_text(DRIVER)
     (tmp_path / "replica.py").write_text(REPLICA)
     subprocess.run([sys.executable, "driver.py"], cwd=tmp_path, check=True)
@@ -314,10 +313,26 @@ def test_frozen_class_serves_in_another_process(tmp_path: Any) -> None:
     assert done.stdout.split() == ["200", '{"name":"x-base","size":3}']
 
 
+def test_module_that_the_replica_cannot_import_travels_with_the_application(tmp_path: Any) -> None:
+    (tmp_path / "driver.py").write_text(LOADER)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "driver_module.py").write_text(DRIVER.replace("class.pkl", "../class.pkl"))
+    (tmp_path / "replica.py").write_text(REPLICA)
+    subprocess.run([sys.executable, "../driver.py"], cwd=tmp_path / "elsewhere", check=True)
+    done = subprocess.run([sys.executable, "replica.py"], cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["200", '{"name":"x-base","size":3}']
+
+
+LOADER = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("driver_module", "driver_module.py")
+sys.modules["driver_module"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+"""
 DRIVER = """
 import pydantic
 from fastapi import APIRouter, FastAPI
-from ray import cloudpickle
+from rayserve_fast.definition import dump_code
 from rayserve_fast.ingress import ingress
 
 class Item(pydantic.BaseModel):
@@ -342,7 +357,7 @@ class View(Base):
         self.more = more
 
 app.include_router(router, prefix="/v1")
-open("class.pkl", "wb").write(cloudpickle.dumps(ingress(app)(View)))
+open("class.pkl", "wb").write(dump_code(ingress(app)(View), None, ""))
 """
 REPLICA = """
 import asyncio, httpx
