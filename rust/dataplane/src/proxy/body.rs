@@ -23,8 +23,8 @@ use crate::{
     wire::{MAX_CHUNK, MAX_INLINE},
 };
 
-/// A body that nobody wants is read no longer than this.
-const LINGER: Duration = Duration::from_secs(30);
+/// A body that nobody wants, of a request or an answer, is read no longer than this.
+pub(super) const LINGER: Duration = Duration::from_secs(30);
 
 /// A response's body.
 pub(super) struct Body {

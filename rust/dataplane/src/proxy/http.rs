@@ -1,6 +1,6 @@
 //! One HTTP request: its id, its route, its body and deadline, and the answer that it gets in every case.
 
-use std::{borrow::Cow, convert::Infallible, rc::Rc, time::Duration};
+use std::{borrow::Cow, convert::Infallible, future::poll_fn, rc::Rc, time::Duration};
 
 use bytes::Bytes;
 use http::{
@@ -12,10 +12,11 @@ use hyper::body::Incoming;
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
-    body::{Body, Inbound, Source},
+    body::{Body, Inbound, LINGER, Source},
     builtin,
     listen::{Conn, Open},
     relay::{Call, X_REQUEST_ID, relay},
+    sender::Sender,
     stream::{Head, StreamRef},
 };
 use crate::{engine::route::decoded, error::Error, wire::ResponseHeadView};
@@ -98,6 +99,11 @@ async fn handle(
                 drop(stream);
                 Body::whole(body, open)
             } else {
+                if bodiless && !keep {
+                    let limit = Instant::now() + LINGER;
+                    let until = deadline.map_or(limit, |(instant, _)| instant.min(limit));
+                    tokio::task::spawn_local(see_out(stream.sender(), until));
+                }
                 streamed(stream, body, deadline, keep || bodiless, open)
             };
             response.map(|()| body)
@@ -109,6 +115,13 @@ async fn handle(
 /// hyper reads no body then, which is no reason to cancel the handler.
 fn bodiless(parts: &Parts, status: StatusCode) -> bool {
     parts.method == http::Method::HEAD || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED
+}
+
+/// A handler whose answer nobody reads may come to its end; an endless one would keep its slot for ever.
+async fn see_out(stream: Sender, until: Instant) {
+    if timeout_at(until, poll_fn(|cx| stream.poll_over(cx))).await.is_err() {
+        stream.cancel();
+    }
 }
 
 fn streamed(mut stream: StreamRef, first: Bytes, deadline: Deadline, keep: bool, open: Open) -> Body {

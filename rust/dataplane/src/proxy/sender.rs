@@ -31,6 +31,15 @@ impl Sender {
         self.link.with(self.id, |stream| stream.end.is_some() || stream.fate == Fate::Cancelled).unwrap_or(true)
     }
 
+    /// Ready when there is no use in sending more.
+    pub(super) fn poll_over(&self, cx: &Context<'_>) -> Poll<()> {
+        if self.is_over() {
+            return Poll::Ready(());
+        }
+        self.watch(cx);
+        Poll::Pending
+    }
+
     pub(super) fn is_accepted(&self) -> bool {
         self.link.with(self.id, |stream| stream.accepted).unwrap_or(true)
     }
