@@ -180,12 +180,6 @@ def introduce(node_id: str, token: bytes) -> None:
     _identity = node_id, token
 
 
-def withdraw() -> None:
-    """Take back what `introduce` said: this process is a replica no longer."""
-    global _identity
-    _identity = None
-
-
 def _connect() -> Caller:
     with _lock:
         if _current is not None:

@@ -1,11 +1,13 @@
 """Waiting for the end of processes of this node that are not our children.
 
 Ray tells that an actor is dead some milliseconds before its process is: who must leave nothing behind waits here as
-well. On other nodes, and without `pidfd_open` (before Linux 5.3, macOS), Ray's word is taken.
+well. And Ray does not tell at all while a child that user code has forked holds the actor's sockets open. On other
+nodes, and without `pidfd_open` (before Linux 5.3, macOS), Ray's word is taken.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import select
 from dataclasses import dataclass
@@ -28,13 +30,36 @@ class Place:
 
 def wait_gone(place: Place | None, timeout_s: float) -> bool:
     """Block until the process has ended; False if it has not after `timeout_s`."""
-    if place is None or not hasattr(os, "pidfd_open") or place.node_id != ray.get_runtime_context().get_node_id():
-        return True
-    try:
-        fd = os.pidfd_open(place.pid)
-    except OSError:
+    fd = _open(place)
+    if fd is None:
         return True
     try:
         return bool(select.select([fd], [], [], timeout_s)[0])
     finally:
         os.close(fd)
+
+
+async def gone(place: Place | None) -> None:
+    """Return when the process has ended; where that cannot be seen from here, never."""
+    ended = asyncio.Event()
+    fd = _open(place)
+    if fd is None:
+        await ended.wait()
+        return
+    loop = asyncio.get_running_loop()
+    loop.add_reader(fd, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+
+
+def _open(place: Place | None) -> int | None:
+    """A descriptor that is readable once the process has ended; None if it has, or cannot be seen from here."""
+    if place is None or not hasattr(os, "pidfd_open") or place.node_id != ray.get_runtime_context().get_node_id():
+        return None
+    try:
+        return os.pidfd_open(place.pid)
+    except OSError:
+        return None

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from rayserve_fast.controlplane import reconcile
 from rayserve_fast.controlplane.options import NAMESPACE
-from rayserve_fast.controlplane.process import Place, wait_gone
+from rayserve_fast.controlplane.process import Place, gone, wait_gone
 from rayserve_fast.controlplane.proxies import Fleet, within
 from rayserve_fast.controlplane.spec import ReplicaID, ReplicaRank, ReplicaSpec
 from rayserve_fast.controlplane.state import Application, Deployment, Replica
@@ -126,7 +126,7 @@ class Replicas:
             known.set()
             if leaving or r.address is None:  # it was to go, or had not finished starting
                 self.stop(d, r, graceful=r.address is not None)
-                await handle.watch.remote()
+                await _ended(handle, r.place)
             else:
                 await self._serve(app, d, r)
         except Exception as e:
@@ -140,7 +140,7 @@ class Replicas:
         app.mark("linked")
         reconcile.ready(d, r, time.time())
         self._controller.changed()
-        await self._handles[r.id].watch.remote()
+        await _ended(self._handles[r.id], r.place)
 
     async def _retire(self, d: Deployment, r: Replica) -> None:
         """Drain, leave the snapshot, stop, die: in this order, so that no request is sent to a closed door."""
@@ -253,6 +253,17 @@ def _needs(d: Deployment) -> str:
 def _plain(resources: dict[str, Any]) -> str:
     shown = {k: v for k, v in resources.items() if not k.startswith("node:") and k != "object_store_memory"}
     return ", ".join(f"{v:g} {k}" for k, v in sorted(shown.items())) or "nothing"
+
+
+async def _ended(handle: Any, place: Place | None) -> None:
+    """Raises when the replica's process has ended, by Ray's word or by the kernel's."""
+    watches = [asyncio.ensure_future(_resolve(handle.watch.remote())), asyncio.ensure_future(gone(place))]
+    try:
+        await (await asyncio.wait(watches, return_when=asyncio.FIRST_COMPLETED))[0].pop()
+    finally:
+        for watch in watches:
+            watch.cancel()
+    raise RuntimeError("Its process has ended.")
 
 
 async def _resolve(ref: Any) -> Any:
