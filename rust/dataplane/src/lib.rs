@@ -7,4 +7,5 @@ pub mod error;
 pub mod metrics;
 pub mod proxy;
 pub mod snapshot;
+pub mod tcp;
 pub mod wire;

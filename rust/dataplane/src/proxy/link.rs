@@ -16,7 +16,6 @@ use std::{
 };
 
 use bytes::{Buf, BytesMut};
-use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpStream, UnixStream},
@@ -30,7 +29,7 @@ use super::{
 };
 use crate::{
     engine::{Lease, ReplicaKey, Streams},
-    snapshot,
+    snapshot, tcp,
     wire::{
         Decoder, Header, Kind, MAX_PAYLOAD, WireError, flag,
         hello::{Caller, HelloError, MAX_HELLO, Role, Step},
@@ -39,8 +38,6 @@ use crate::{
 };
 
 const PING_PERIOD: Duration = Duration::from_secs(2);
-const KEEPALIVE: TcpKeepalive =
-    TcpKeepalive::new().with_time(Duration::from_secs(5)).with_interval(Duration::from_secs(2)).with_retries(3);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const LAST_BACKOFF: Duration = Duration::from_secs(1);
@@ -271,9 +268,7 @@ impl Link {
             }
             (_, Some(address)) => {
                 let socket = TcpStream::connect(address).await?;
-                socket.set_nodelay(true)?;
-                // A node that vanished sends no end of file.
-                SockRef::from(&socket).set_tcp_keepalive(&KEEPALIVE)?;
+                tcp::prepare(&socket)?;
                 let (reader, writer) = socket.into_split();
                 (Box::new(reader), Box::new(writer))
             }

@@ -20,6 +20,7 @@ use mio::{
 use rayserve_dataplane::{
     engine::{Lease, ReplicaKey, Streams},
     snapshot::Replica,
+    tcp,
     wire::{Decoder, Frame, HEADER_LEN, Header, Kind, MAX_PAYLOAD, WireError, flag, hello, put},
 };
 
@@ -49,7 +50,7 @@ impl Socket {
         };
         let address: SocketAddr = address.parse().map_err(|_| io::Error::from(ErrorKind::InvalidInput))?;
         let stream = TcpStream::connect(address)?;
-        stream.set_nodelay(true)?;
+        tcp::prepare(&stream)?;
         Ok(Self::Tcp(stream))
     }
 

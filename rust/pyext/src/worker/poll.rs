@@ -15,6 +15,7 @@ use mio::net::{TcpListener, UnixListener};
 use mio::{Events, Interest, Poll, Token};
 use pyo3::intern;
 use pyo3::prelude::*;
+use rayserve_dataplane::tcp;
 use rayserve_dataplane::wire::hello::{HelloError, Step};
 use rayserve_dataplane::wire::{CallView, Decoder, Frame, Header, Kind, MAX_PAYLOAD, RequestHeadView, WireError, flag};
 
@@ -161,11 +162,9 @@ impl Poller {
             };
             let accepted = match listener {
                 Listener::Unix(it) => it.accept().map(|(socket, _)| is_own(&socket).then_some(Socket::Unix(socket))),
-                Listener::Tcp(it) => it.accept().map(|(socket, _)| {
-                    // Frames are coalesced here already; Nagle would only delay them.
-                    let _ = socket.set_nodelay(true);
-                    Some(Socket::Tcp(socket))
-                }),
+                Listener::Tcp(it) => {
+                    it.accept().map(|(socket, _)| tcp::prepare(&socket).is_ok().then_some(Socket::Tcp(socket)))
+                }
             };
             let mut socket = match accepted {
                 Ok(Some(socket)) => socket,
