@@ -283,7 +283,7 @@ def deployment(
         max_replicas_per_node: 1 to 100; not together with bundles or gangs.
         user_config: JSON values for the class's `reconfigure(user_config)`, called after the constructor.
         max_ongoing_requests: requests that a replica works on at once; default 5.
-        max_queued_requests: requests that may wait at one proxy or handle; default -1: any number.
+        max_queued_requests: requests that may wait at one proxy shard or one process's handles; default -1: any number.
         backpressure_config: what a request beyond that is answered; default 503.
         autoscaling_config: bounds and pace of autoscaling; not together with a number of replicas.
         graceful_shutdown_wait_loop_s: seconds between looks at the requests of a draining replica; default 2.
