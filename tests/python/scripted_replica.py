@@ -5,6 +5,7 @@ It speaks the wire format of ARCHITECTURE.md over a Unix socket, in one thread p
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
@@ -13,12 +14,15 @@ import queue
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from rayserve_fast import values
+import pytest
+
+from rayserve_fast import caller, values
+from rayserve_fast.handle import DeploymentHandle
 
 HELLO, CHALLENGE, PROOF, WELCOME = 1, 2, 3, 4
 CALL, RESULT, ERROR, CANCEL = 30, 31, 32, 40
@@ -208,3 +212,34 @@ class Cluster:
 
     def moved(self) -> bool:
         return False
+
+
+Replicas = Callable[..., ScriptedReplica]
+
+
+@pytest.fixture(name="replica")
+def replicas(tmp_path: Path) -> Iterator[Replicas]:
+    made: list[ScriptedReplica] = []
+
+    def make(handler: Callable[[Call], None] | None = None, **options: Any) -> ScriptedReplica:
+        made.append(ScriptedReplica(tmp_path, f"r{len(made)}", handler, **options))
+        return made[-1]
+
+    yield make
+    for each in made:
+        with contextlib.suppress(OSError):
+            each.die()
+
+
+@pytest.fixture(name="connect")
+def connecting() -> Iterator[Callable[[Cluster], DeploymentHandle]]:
+    def to(cluster: Cluster) -> DeploymentHandle:
+        caller._set(caller.Caller("n", TOKEN, cluster))
+        return DeploymentHandle("D", "app")
+
+    yield to
+    caller.reset()
+
+
+def silent(call: Call) -> None:
+    """Takes a call and never answers."""
