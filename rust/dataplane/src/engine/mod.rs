@@ -132,20 +132,9 @@ impl<W> Engine<W> {
         &self.deployments[key.0 as usize].config
     }
 
-    /// The replica's id, if it has not been closed.
-    pub fn replica_id(&self, key: ReplicaKey) -> Option<&str> {
-        self.replicas.get(key.0).map(|replica| replica.id.as_str())
-    }
-
     /// Requests that wait at a deployment.
-    pub fn queued(&self, key: DeploymentKey) -> usize {
+    fn queued(&self, key: DeploymentKey) -> usize {
         self.deployments[key.0 as usize].queue.len()
-    }
-
-    /// Whether a deployment has a replica that takes requests.
-    pub fn serves(&self, key: DeploymentKey) -> bool {
-        let members = &self.deployments[key.0 as usize].members;
-        members.iter().any(|key| self.replicas[key.0].open())
     }
 
     /// Makes `snapshot` the truth: what it does not hold is gone.

@@ -59,15 +59,6 @@ pub fn put_value_head(out: &mut BytesMut, pickle: usize, buffers: impl ExactSize
     }
 }
 
-/// Appends a whole value.
-pub fn put_value(out: &mut BytesMut, pickle: &[u8], buffers: &[&[u8]]) {
-    put_value_head(out, pickle.len(), buffers.iter().map(|buffer| buffer.len()));
-    out.put_slice(pickle);
-    for buffer in buffers {
-        out.put_slice(buffer);
-    }
-}
-
 /// A pickle and its buffers, slices of the payload.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Value {
@@ -158,6 +149,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    fn put_value(out: &mut BytesMut, pickle: &[u8], buffers: &[&[u8]]) {
+        put_value_head(out, pickle.len(), buffers.iter().map(|buffer| buffer.len()));
+        out.put_slice(pickle);
+        for buffer in buffers {
+            out.put_slice(buffer);
+        }
+    }
 
     proptest! {
         #[test]

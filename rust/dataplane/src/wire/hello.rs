@@ -18,7 +18,7 @@ const MAGIC: [u8; 4] = *b"RSF1";
 const NONCE: usize = 32;
 const MAC: usize = 32;
 
-/// What a caller is; a replica counts and logs by it.
+/// What a caller is; covered by the macs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Role {
@@ -184,11 +184,6 @@ impl Callee {
         put(out, Header::new(Kind::Welcome, 0), &[&max_ongoing_requests.to_le_bytes()]);
         Ok(Step::Done(max_ongoing_requests))
     }
-
-    /// The caller's role once its HELLO was read.
-    pub fn role(&self) -> Option<Role> {
-        self.caller.map(|(role, _)| role)
-    }
 }
 
 #[cfg(test)]
@@ -208,7 +203,6 @@ mod tests {
         let mut callee = Callee::default();
         let hello = one_frame(&mut to_replica);
         callee.feed(&hello, callee_token, "r1", 7, &mut to_caller)?;
-        assert_eq!(callee.role(), Some(Role::Proxy));
         assert_eq!(caller.feed(&one_frame(&mut to_caller), &mut to_replica)?, Step::Continue);
         let served = callee.feed(&one_frame(&mut to_replica), callee_token, "r1", 7, &mut to_caller)?;
         Ok((caller.feed(&one_frame(&mut to_caller), &mut to_replica)?, served))
