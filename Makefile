@@ -1,7 +1,7 @@
 # Builds, tests and shows rayserve-fast on a machine that has Python >= 3.10, a Rust toolchain and make.
 #
 # Everything goes into .venv and target/. Each step leaves a stamp in .venv, so that a second run does only what changed.
-# The stamps form one chain (python, extension, test, lint): `make -j` never has two installers in one environment.
+# Targets run one after the other, also with -j: they share one environment, and Cargo uses all cores by itself.
 # Variables: PYTHON (the interpreter that .venv is made from, default python3), PYTEST_ARGS (passed on to pytest).
 
 PYTHON ?= python3
@@ -18,6 +18,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:
 .PHONY: help demo test test-rust test-python lint format bench readme clean
 
 help: ## show this list
@@ -32,7 +33,7 @@ test: test-rust test-python ## every Rust and Python test
 test-rust: .venv/extension
 	@if cargo nextest --version >/dev/null 2>&1; then cargo nextest run -p rayserve-dataplane; else cargo test -p rayserve-dataplane; fi
 
-test-python: .venv/test test-rust
+test-python: .venv/test
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/lint ## formatting, clippy, ruff, mypy, and the type stubs against the extension

@@ -84,7 +84,7 @@ def test_help_of_every_command(command: list[str]) -> None:
 
 @pytest.mark.parametrize("path", ["main", ":app", "main:", "a:b:c"])
 def test_not_an_import_path(run, path: str) -> None:
-    assert fault(run(path)) == f"{path!r} is not an import path: write it as module:attribute, such as main:app"
+    assert fault(run(path)).startswith(f'Got invalid import path "{path}"')
 
 
 def test_a_configuration_file_is_refused_by_name(run) -> None:

@@ -17,6 +17,7 @@ import click
 import pydantic
 
 import rayserve_fast
+from rayserve_fast.importing import split
 
 if TYPE_CHECKING:
     from rayserve_fast.deployment import Application
@@ -59,11 +60,10 @@ def find(import_path: str, app_dir: str) -> Any:
     """The object that `module:attribute` (or `module.attribute`) names."""
     if import_path.endswith((".yaml", ".yml")):
         raise click.ClickException(f"{import_path!r}: configuration files are not supported yet, only module:attribute")
-    name, _, attribute = import_path.rpartition(":" if ":" in import_path else ".")
-    if not name or not attribute or ":" in name:
-        raise click.ClickException(
-            f"{import_path!r} is not an import path: write it as module:attribute, such as main:app"
-        )
+    try:
+        name, attribute = split(import_path)
+    except ValueError as error:
+        raise click.ClickException(f"{error} For example: main:app") from error
     module = import_user_module(name, app_dir)
     value: Any = module
     for part in attribute.split("."):
