@@ -16,7 +16,7 @@ from typing import Any
 
 from rayserve_fast.controlplane import sockets
 from rayserve_fast.controlplane.options import ClusterOptions
-from rayserve_fast.controlplane.process import Place
+from rayserve_fast.controlplane.process import Place, serve_at_normal_priority
 
 
 class ProxyActor:
@@ -78,6 +78,7 @@ class ProxyActor:
     def _start(self) -> tuple[str, int]:
         from rayserve_fast import _core
 
+        serve_at_normal_priority()
         self._lock = sockets.prepare(self._dir)
         sockets.sweep(os.path.dirname(self._dir))
         config = asdict(self._options)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from rayserve_fast.controlplane.process import Place
+from rayserve_fast.controlplane.process import Place, serve_at_normal_priority
 
 if TYPE_CHECKING:
     from rayserve_fast.controlplane.spec import DeploymentConfig, DriverEnv, ReplicaAddress, ReplicaSpec
@@ -91,6 +91,7 @@ class ReplicaActor:
         from rayserve_fast.controlplane import sockets
 
         become(spec.deployment.driver, spec.deployment.config.ray_actor_options.get("runtime_env") or {})
+        serve_at_normal_priority()
         self._lock = sockets.prepare(spec.socket_dir)
         from rayserve_fast import caller
         from rayserve_fast.replica.runtime import ReplicaRuntime
