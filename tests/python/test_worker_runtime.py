@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_a_blocked_loop_does_not_answer_health_checks_until_it_turns_again() -> 
 
 
 SCRIPT = """
-import asyncio, os, sys, threading, time, tempfile, signal
+import asyncio, os, sys, threading, time, signal
 sys.path.insert(0, {tests!r})
 from worker_replica import TOKEN, spec_of
 from wire_client import Link
@@ -106,7 +107,7 @@ from rayserve_fast.replica.runtime import ReplicaRuntime
 
 {body}
 
-runtime = ReplicaRuntime(spec_of(handler, tempfile.mkdtemp(prefix="rsf"), max_ongoing_requests=5))
+runtime = ReplicaRuntime(spec_of(handler, {sockets!r}, max_ongoing_requests=5))
 address = runtime.start()
 link = Link(address.unix, "r1", TOKEN)
 {end}
@@ -115,8 +116,10 @@ link = Link(address.unix, "r1", TOKEN)
 
 def run_script(body: str, end: str, timeout: float = 20) -> subprocess.CompletedProcess[str]:
     tests = str(Path(__file__).parent)
-    script = SCRIPT.format(tests=tests, body=textwrap.dedent(body), end=textwrap.dedent(end))
-    return subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=timeout, check=False)
+    with tempfile.TemporaryDirectory(prefix="rsf", dir="/tmp") as sockets:
+        script = SCRIPT.format(tests=tests, sockets=sockets, body=textwrap.dedent(body), end=textwrap.dedent(end))
+        command = [sys.executable, "-c", script]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
 
 ASYNC_WAITS = "async def handler(): await asyncio.sleep(60)"
