@@ -42,7 +42,10 @@ def serve_at_normal_priority() -> None:
 
 def wait_gone(place: Place | None, timeout_s: float) -> bool:
     """Block until the process has ended; False if it has not after `timeout_s`."""
-    fd = _open(place)
+    try:
+        fd = _open(place)
+    except ProcessLookupError:
+        return True
     if fd is None:
         return True
     try:
@@ -54,7 +57,10 @@ def wait_gone(place: Place | None, timeout_s: float) -> bool:
 async def gone(place: Place | None) -> None:
     """Return when the process has ended; where that cannot be seen from here, never."""
     ended = asyncio.Event()
-    fd = _open(place)
+    try:
+        fd = _open(place)
+    except ProcessLookupError:
+        return
     if fd is None:
         await ended.wait()
         return
@@ -68,10 +74,16 @@ async def gone(place: Place | None) -> None:
 
 
 def _open(place: Place | None) -> int | None:
-    """A descriptor that is readable once the process has ended; None if it has, or cannot be seen from here."""
+    """A descriptor that is readable once the process has ended; None where its end cannot be seen from here.
+
+    Raises:
+        ProcessLookupError: it has ended.
+    """
     if place is None or not hasattr(os, "pidfd_open") or place.node_id != ray.get_runtime_context().get_node_id():
         return None
     try:
         return os.pidfd_open(place.pid)
-    except OSError:
+    except ProcessLookupError:
+        raise
+    except OSError:  # no descriptor to be had: Ray's word is taken here too, or a living replica would count as dead
         return None
