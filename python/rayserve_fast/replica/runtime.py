@@ -1,9 +1,7 @@
 """A replica without its Ray actor: the user's object on its loop, and the worker that serves it over frames.
 
 Starting resolves once what kind of callable answers HTTP (a coroutine function, a sync function, an ASGI application),
-so that a request meets no branch in Python. Everything of the user's that is not a handler (constructor,
-``reconfigure``, ``check_health``, ``__del__``) runs on the user's loop; of these, sync health checks and
-reconfigurations get a thread, as they may block.
+so that a request meets no branch in Python. What is called on the user's object besides its handlers: ``servable.py``.
 """
 
 from __future__ import annotations
@@ -26,11 +24,11 @@ from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.replica import responses
 from rayserve_fast.replica.calls import Calls, is_async
 from rayserve_fast.replica.loop import UserLoop
+from rayserve_fast.replica.servable import Servable
 from rayserve_fast.replica.sync_pool import SyncPool
 
 if TYPE_CHECKING:
     from rayserve_fast._core import RequestHead
-    from rayserve_fast.replica.asgi import AsgiApp
 
 logger = logging.getLogger("ray.serve")
 
@@ -72,9 +70,7 @@ class ReplicaRuntime:
         self._config = spec.deployment.config
         self._loop = UserLoop(f"serve-{spec.deployment.name}")
         self._pool = SyncPool(f"serve-{spec.deployment.name}-sync")
-        self._target: Any = None
-        self._is_function = False
-        self._asgi: AsgiApp | None = None
+        self._user: Servable | None = None
         self._worker: Worker | None = None
         self._idle = threading.Event()
         self._stopping = threading.Lock()
@@ -85,8 +81,7 @@ class ReplicaRuntime:
         """Construct the user's object and listen; raises what the user's code raises."""
         self._loop.start()
         try:
-            self._construct()
-            address: ReplicaAddress = self._loop.run(self._listen)
+            address: ReplicaAddress = self._loop.run(self._listen, self._construct())
             return address
         except BaseException:
             self._loop.stop()
@@ -94,16 +89,16 @@ class ReplicaRuntime:
 
     def reconfigure(self, config: DeploymentConfig) -> None:
         """Apply a new configuration: the limit, and `user_config` if it has changed."""
-        old, self._config = self._config, config
-        if config.user_config is not None and config.user_config != old.user_config:
-            self._call_reconfigure()
+        self._config = config
+        if self._user is not None:
+            self._user.reconfigure(config)
         if self._worker is not None:
             self._worker.resize(config.max_ongoing_requests)
 
     def check_health(self) -> None:
         """Raises what the user's `check_health` raises; without one it tells whether the loop still turns."""
-        check = None if self._is_function else getattr(self._target, "check_health", None)
-        self._loop.run(check or _nothing, in_thread=check is not None)
+        if self._user is not None:
+            self._user.check_health()
 
     def drain(self) -> None:
         """Take no more requests: callers are told, held requests go back to them."""
@@ -123,9 +118,8 @@ class ReplicaRuntime:
 
     def _stop(self) -> None:
         try:
-            if self._asgi is not None:
-                self._loop.run(self._asgi.stop)
-            self._destroy()
+            if self._user is not None:
+                self._user.destroy()
         finally:
             if self._worker is not None:
                 self._loop.run(self._close)
@@ -137,9 +131,8 @@ class ReplicaRuntime:
         """What the worker counts: requests, running, held, links, streams, errors and others."""
         return {} if self._worker is None else self._worker.counters()
 
-    def _construct(self) -> None:
+    def _construct(self) -> Servable:
         definition: Definition = cloudpickle.loads(self._spec.deployment.definition)
-        self._is_function = inspect.isfunction(definition.func_or_class)
         context = ReplicaContext(
             replica_id=self._spec.id,
             servable_object=None,
@@ -149,44 +142,14 @@ class ReplicaRuntime:
             code_version=self._spec.deployment.code_version,
         )
         _set_replica_context(context)
-        if self._is_function:
-            self._target = definition.func_or_class
-        else:
-            self._target = self._loop.run(_construct, definition)
-        context.servable_object = self._target
-        if self._spec.deployment.is_asgi:
-            from rayserve_fast.ingress import asgi_app_of
-            from rayserve_fast.replica.asgi import AsgiApp
+        self._user = Servable(self._loop, context)
+        self._user.construct(definition)
+        return self._user
 
-            ingress = asgi_app_of(definition.func_or_class)
-            if ingress is None:
-                raise TypeError(f"{definition.func_or_class!r} is no ASGI ingress")
-            self._asgi = AsgiApp(ingress, self._target)
-            self._loop.run(self._asgi.start)
-        self._call_reconfigure()
-
-    def _call_reconfigure(self) -> None:
-        config, target = self._config.user_config, self._target
-        reconfigure = None if self._is_function else getattr(target, "reconfigure", None)
-        takes_rank = reconfigure is not None and "rank" in inspect.signature(reconfigure).parameters
-        if config is None and not takes_rank:
-            return
-        if self._is_function:
-            raise ValueError("deployment_def must be a class to use user_config or rank")
-        if reconfigure is None:
-            raise RayServeException(
-                f"user_config or rank specified but deployment {self._spec.deployment.id} missing reconfigure method"
-            )
-
-        def call() -> Any:
-            return reconfigure(config, rank=self._spec.rank) if takes_rank else reconfigure(config)
-
-        self._loop.run(call, in_thread=not is_async(reconfigure))
-
-    def _listen(self) -> ReplicaAddress:
+    def _listen(self, user: Servable) -> ReplicaAddress:
         """On the loop's thread: everything is ready before the first link can come."""
-        spec, http = self._spec, self._http_handler()
-        calls = Calls(self._target, self._is_function)
+        spec, http = self._spec, self._http_handler(user)
+        calls = Calls(user.target, user.is_function)
         hooks = Hooks(
             context=_serve_request_context,
             encode=responses.encode,
@@ -221,10 +184,10 @@ class ReplicaRuntime:
         _abandon_in_child(worker)
         return ReplicaAddress(spec.replica_id, node_id, self._unix, tcp)
 
-    def _http_handler(self) -> HttpHandler:
-        if self._asgi is not None:
-            return HttpHandler("asgi", self._asgi, None)
-        handler = self._target if self._is_function else getattr(self._target, "__call__", None)  # noqa: B004
+    def _http_handler(self, user: Servable) -> HttpHandler:
+        if user.asgi is not None:
+            return HttpHandler("asgi", user.asgi, None)
+        handler = user.target if user.is_function else getattr(user.target, "__call__", None)  # noqa: B004
         if handler is None:
             return HttpHandler("async", self._no_call, None)
         from rayserve_fast.replica.request import Request
@@ -249,19 +212,6 @@ class ReplicaRuntime:
         )
         return responses.failure(error)
 
-    def _destroy(self) -> None:
-        """Calls the user's ``__del__`` now, once."""
-        target, self._target = self._target, None
-        if target is None or self._is_function or not hasattr(type(target), "__del__"):
-            return
-        try:
-            self._loop.run(target.__del__)
-        except BaseException:
-            logger.exception("__del__ of %s raised.", self._spec.id)
-        finally:
-            # The interpreter calls it again when the object goes.
-            type(target).__del__ = _forget
-
     def _close(self) -> None:
         """On the loop's thread."""
         worker = self._worker
@@ -272,24 +222,6 @@ class ReplicaRuntime:
             os.unlink(self._unix)
             self._unix = None
         self._worker = None
-
-
-async def _construct(definition: Definition) -> Any:
-    """The user's object; its constructor runs on the loop's thread and may be ``async def``."""
-    kind: Any = definition.func_or_class
-    target = kind.__new__(kind)
-    result = target.__init__(*definition.init_args, **definition.init_kwargs)
-    if inspect.isawaitable(result):
-        await result
-    return target
-
-
-def _nothing() -> None:
-    pass
-
-
-def _forget(_self: Any) -> None:
-    pass
 
 
 def _node() -> tuple[str, str]:
