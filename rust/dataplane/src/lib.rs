@@ -8,4 +8,5 @@ pub mod metrics;
 pub mod proxy;
 pub mod snapshot;
 pub mod tcp;
+pub mod vigil;
 pub mod wire;

@@ -254,6 +254,7 @@ impl Link {
 
     /// Bytes came.
     fn hear(&self, shard: &Rc<Shard>) {
+        shard.events.up();
         if !self.heard.replace(true) {
             shard.engine.borrow_mut().silent(self.key, false);
         }

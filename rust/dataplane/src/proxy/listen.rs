@@ -268,6 +268,7 @@ impl Read for Watched {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: ReadBufCursor<'_>) -> Poll<io::Result<()>> {
         let result = Pin::new(&mut self.inner).poll_read(cx, buf);
         if result.is_ready() {
+            self.conn.shard.events.up();
             self.note(true);
         }
         result

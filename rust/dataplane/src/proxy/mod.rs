@@ -13,6 +13,7 @@ mod relay;
 mod sender;
 mod shard;
 mod stream;
+mod vigil;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -222,6 +223,7 @@ async fn serve(shard: Rc<Shard>, listener: TcpListener, mut orders: watch::Recei
     let listener = tokio::net::TcpListener::from_std(listener).expect("the listener is non-blocking");
     let accepting = tokio::task::spawn_local(listen::accept(Rc::clone(&shard), listener));
     tokio::task::spawn_local(listen::sweep(Rc::clone(&shard)));
+    tokio::task::spawn_local(vigil::keep(Rc::clone(&shard)));
     let mut applied = None;
     let stop = loop {
         let (snapshot, stop) = {

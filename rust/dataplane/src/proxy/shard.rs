@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use slab::Slab;
 
-use super::{Shared, link::Link, listen::Conn};
+use super::{Shared, link::Link, listen::Conn, vigil::Events};
 use crate::{
     engine::{Action, Admission, DeploymentKey, Engine, Lease, Place, ReplicaKey, RouteTable},
     error::Error,
@@ -52,6 +52,7 @@ pub(super) struct Shard {
     /// Goes up with every sweep; the only clock that connections read.
     pub(super) tick: Cell<u64>,
     pub(super) random: RefCell<fastrand::Rng>,
+    pub(super) events: Events,
 }
 
 impl Shard {
@@ -69,6 +70,7 @@ impl Shard {
             waiters: RefCell::default(),
             conns: RefCell::default(),
             tick: Cell::new(0),
+            events: Events::default(),
             random: RefCell::new(fastrand::Rng::with_seed(u64::from_ne_bytes(seed))),
         })
     }

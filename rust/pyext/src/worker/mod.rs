@@ -11,6 +11,7 @@ pub(crate) mod replica;
 pub(crate) mod run;
 pub(crate) mod step;
 pub(crate) mod stream;
+mod vigil;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -120,7 +121,10 @@ impl Worker {
     fn tick(slf: &Bound<'_, Self>) -> PyResult<()> {
         let (py, it) = (slf.py(), slf.get());
         let Some(mut taken) = Taken::take(&it.poller, &it.replica) else { return Ok(()) };
-        let after = poll::run(py, &it.replica, taken.poller());
+        let mut after = poll::run(py, &it.replica, taken.poller());
+        if matches!(after, Ok(After::Nothing)) && vigil::stay_up(py, &it.replica, taken.poller()) {
+            after = Ok(After::Again);
+        }
         drop(taken);
         // After an error too: what it has left over would not be reported again.
         if !matches!(after, Ok(After::Nothing)) {

@@ -16,6 +16,7 @@ use mio::{Events, Interest, Poll, Token};
 use pyo3::intern;
 use pyo3::prelude::*;
 use rayserve_dataplane::tcp;
+use rayserve_dataplane::vigil::Vigil;
 use rayserve_dataplane::wire::hello::{HelloError, Step};
 use rayserve_dataplane::wire::{CallView, Decoder, Frame, Header, Kind, MAX_PAYLOAD, RequestHeadView, WireError, flag};
 
@@ -38,13 +39,14 @@ pub(crate) enum Listener {
 
 pub(crate) struct Poller {
     pub(crate) poll: Poll,
-    events: Events,
+    pub(super) events: Events,
     listeners: Vec<(Token, Listener)>,
     /// Links to read or with bytes that are read and not yet decoded; also what an error or a panic leaves of a tick.
     backlog: VecDeque<Arc<Link>>,
     /// Links whose handshake is not through, oldest first.
     greeting: Vec<(Instant, Arc<Link>)>,
     next: usize,
+    pub(super) vigil: Vigil,
     pub(crate) token: Vec<u8>,
     pub(crate) replica_id: String,
 }
@@ -95,6 +97,7 @@ impl Poller {
             backlog: VecDeque::new(),
             greeting: Vec::new(),
             next: WAKER.0 + 1,
+            vigil: Vigil::default(),
             token,
             replica_id,
         })
@@ -116,17 +119,25 @@ impl Poller {
         Token(self.next)
     }
 
+    /// Asks the kernel what there is to do.
+    pub(super) fn look(&mut self) -> io::Result<()> {
+        match self.poll.poll(&mut self.events, Some(Duration::ZERO)) {
+            Err(error) if error.kind() != ErrorKind::Interrupted => Err(error),
+            _ => Ok(()),
+        }
+    }
+
     /// Handles what the kernel reports and what was left over.
     pub(crate) fn tick(&mut self, py: Python<'_>, replica: &Arc<Replica>) -> PyResult<After> {
         let mut budget = Budget { frames: 0, start: Instant::now() };
-        if let Err(error) = self.poll.poll(&mut self.events, Some(Duration::ZERO))
-            && error.kind() != ErrorKind::Interrupted
-        {
-            return Err(error.into());
+        if self.events.is_empty() {
+            self.look()?;
         }
         let events = self.events.iter().map(|event| (event.token(), event.is_writable(), event.is_read_closed()));
         let mut outcome = Ok(());
-        for (token, writable, ended) in events.collect::<Vec<_>>() {
+        let events = events.collect::<Vec<_>>();
+        self.events.clear();
+        for (token, writable, ended) in events {
             let link = lock(&replica.links).get(&token).cloned();
             if let Some(link) = link {
                 if writable {
