@@ -49,6 +49,9 @@ pub enum Error {
     /// Nothing serves and nothing will.
     #[error("{0}")]
     Unavailable(String),
+    /// The deployment was deleted before the request began.
+    #[error("{0}")]
+    Deleted(String),
     /// The replica has not begun the request.
     #[error("replica did not begin the request")]
     NotBegun,
@@ -87,15 +90,16 @@ pub enum Retry {
     Never,
     /// Yes, anywhere: nothing has run.
     Elsewhere,
+    /// Yes, at the deployment to which its route leads by now.
+    Reroute,
     /// Once, if the method is idempotent, the deployment allows it and the client has seen nothing.
     Idempotent,
 }
 
 impl Error {
-    /// The deployment failed or was deleted, and `how` says which.
-    pub fn unavailable(deployment: &Deployment, how: &str) -> Self {
-        let Deployment { name, app, .. } = deployment;
-        Self::Unavailable(format!("Deployment(name='{name}', app='{app}') is unavailable because it {how}."))
+    /// The refusal of those who wait at a deployment that the newest snapshot does not hold.
+    pub fn deleted(Deployment { name, app, .. }: &Deployment) -> Self {
+        Self::Deleted(format!("Deployment(name='{name}', app='{app}') is unavailable because it was deleted."))
     }
 
     /// Whose fault it is.
@@ -106,7 +110,7 @@ impl Error {
             | Self::BodyTooLarge { .. }
             | Self::Disconnected
             | Self::WebSocket => Blame::Client,
-            Self::Unavailable(_) | Self::User | Self::Aborted => Blame::User,
+            Self::Unavailable(_) | Self::Deleted(_) | Self::User | Self::Aborted => Blame::User,
             Self::Deadline { .. } | Self::Backpressure { .. } | Self::NotBegun | Self::Died | Self::Internal(_) => {
                 Blame::Service
             }
@@ -117,6 +121,7 @@ impl Error {
     pub fn retry(&self) -> Retry {
         match self {
             Self::NotBegun => Retry::Elsewhere,
+            Self::Deleted(_) => Retry::Reroute,
             Self::Died => Retry::Idempotent,
             _ => Retry::Never,
         }
@@ -132,7 +137,7 @@ impl Error {
             Self::Disconnected => 499,
             Self::NotBegun | Self::Died | Self::User | Self::Aborted | Self::Internal(_) => 500,
             Self::WebSocket => 501,
-            Self::Unavailable(_) => 503,
+            Self::Unavailable(_) | Self::Deleted(_) => 503,
             Self::Backpressure { policy, .. } => policy.status_code,
         }
     }
@@ -147,6 +152,7 @@ impl Error {
             Self::Disconnected => "disconnected",
             Self::Backpressure { .. } => "backpressure",
             Self::Unavailable(_) => "unavailable",
+            Self::Deleted(_) => "deleted",
             Self::NotBegun => "not_begun",
             Self::Died => "replica_died",
             Self::User => "user",
@@ -172,7 +178,7 @@ impl Error {
                 "Request dropped due to backpressure (num_queued_requests={queued}, max_queued_requests={limit})."
             )
             .into(),
-            Self::Unavailable(sentence) => sentence.clone().into(),
+            Self::Unavailable(sentence) | Self::Deleted(sentence) => sentence.clone().into(),
             Self::NotBegun | Self::Died | Self::User | Self::Aborted | Self::Internal(_) => {
                 "Internal Server Error".into()
             }
@@ -212,12 +218,12 @@ mod tests {
     #[test]
     fn every_failure_follows_the_documented_table() {
         use Blame::{Client, Service, User};
-        use Retry::{Elsewhere, Idempotent, Never};
+        use Retry::{Elsewhere, Idempotent, Never, Reroute};
         let path = "/a b".to_owned();
         let deadline = Error::Deadline { request_id: "r".into(), seconds: 2.0 };
         let dropped = "Request dropped due to backpressure (num_queued_requests=7, max_queued_requests=5).";
         let ise = "Internal Server Error";
-        let table: [(Error, u16, &str, Blame, Retry, &str); 14] = [
+        let table: [(Error, u16, &str, Blame, Retry, &str); 15] = [
             (Error::Malformed, 400, "malformed", Client, Never, "Invalid HTTP request received."),
             (
                 Error::NotFound { path },
@@ -240,6 +246,7 @@ mod tests {
             (backpressure(503, None), 503, "backpressure", Service, Never, dropped),
             (backpressure(429, Some(1.2)), 429, "backpressure", Service, Never, dropped),
             (Error::Unavailable("It failed.".into()), 503, "unavailable", User, Never, "It failed."),
+            (Error::Deleted("It was deleted.".into()), 503, "deleted", User, Reroute, "It was deleted."),
             (Error::NotBegun, 500, "not_begun", Service, Elsewhere, ise),
             (Error::Died, 500, "replica_died", Service, Idempotent, ise),
             (Error::User, 500, "user", User, Never, ise),
@@ -278,12 +285,12 @@ mod tests {
     }
 
     #[test]
-    fn an_unavailable_deployment_is_named() {
+    fn a_deleted_deployment_is_named() {
         let deployment: Deployment =
             serde_json::from_str(r#"{"app": "a", "name": "D", "max_ongoing_requests": 1}"#).expect("valid");
         assert_eq!(
-            Error::unavailable(&deployment, "failed to deploy").text(),
-            "Deployment(name='D', app='a') is unavailable because it failed to deploy."
+            Error::deleted(&deployment).text(),
+            "Deployment(name='D', app='a') is unavailable because it was deleted."
         );
     }
 }

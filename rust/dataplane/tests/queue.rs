@@ -50,6 +50,77 @@ fn a_request_waits_for_a_replica_that_is_still_starting() {
     assert_eq!(client.response().text(), "here");
 }
 
+fn route_to(deployment: &str) -> serde_json::Value {
+    json!([{"prefix": "/", "app": "default", "deployment": format!("default#{deployment}")}])
+}
+
+#[test]
+fn those_who_wait_at_an_ingress_that_is_renamed_go_to_the_new_one() {
+    let one = json!({"max_ongoing_requests": 1});
+    let (served, replicas) = Served::with(json!({}), one.clone(), 1);
+    let (mut runs, mut waits, mut later) = (served.client(), served.client(), served.client());
+    runs.get("/1");
+    let old = replicas[0].request();
+    waits.send("POST /2 HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\n\r\nbody");
+    served.settles("queued", 1);
+    served.publish_all(&route_to("E"), [("D", one.clone(), &[&replicas[0]]), ("E", one.clone(), &[])]);
+    later.get("/3");
+    served.settles("queued", 2);
+    let renamed = Replica::start(served.dir.path(), "e0", 1);
+    served.publish_all(&route_to("E"), [("E", one, &[&renamed])]);
+    let mut paths = Vec::new();
+    for _ in 0..2 {
+        let got = renamed.request();
+        paths.push(String::from_utf8_lossy(got.head.path()).into_owned());
+        if got.head.path() == b"/2" {
+            assert_eq!(&got.head.body()[..], b"body");
+        }
+        renamed.answer(&got, "new");
+    }
+    replicas[0].answer(&old, "old");
+    paths.sort_unstable();
+    assert_eq!(paths, ["/2", "/3"]);
+    assert_eq!([runs, waits, later].map(|mut client| client.response().text()), ["old", "new", "new"]);
+}
+
+#[test]
+fn a_request_that_comes_back_from_a_deployment_that_is_gone_follows_its_route() {
+    let (served, replicas) = Served::with(json!({}), json!({}), 1);
+    let mut client = served.client();
+    client.get("/");
+    let got = replicas[0].request();
+    let renamed = Replica::start(served.dir.path(), "e0", 1);
+    served.publish_all(&route_to("E"), [("E", json!({}), &[&renamed])]);
+    served.linked(&[&renamed]);
+    replicas[0].send(&got, Kind::Returned, flag::FIN, 0, b"");
+    let got = renamed.request();
+    renamed.answer(&got, "moved");
+    assert_eq!(client.response().text(), "moved");
+}
+
+#[test]
+fn whoever_moves_to_a_new_ingress_keeps_the_deadline() {
+    let (served, _) = Served::with(json!({"request_timeout_s": 0.3}), json!({}), 0);
+    let mut client = served.client();
+    client.get("/");
+    served.settles("queued", 1);
+    served.publish_all(&route_to("E"), [("E", json!({}), &[])]);
+    served.settles("queued", 2);
+    assert_eq!(client.response().status, 408);
+}
+
+#[test]
+fn those_who_wait_at_an_application_that_is_deleted_are_told_so() {
+    let (served, _) = Served::with(json!({}), json!({}), 0);
+    let mut client = served.client();
+    client.get("/");
+    served.settles("queued", 1);
+    served.publish_all(&json!([]), []);
+    let response = client.response();
+    let sentence = "Deployment(name='D', app='default') is unavailable because it was deleted.";
+    assert_eq!((response.status, response.text().as_str()), (503, sentence));
+}
+
 #[test]
 fn a_busy_replica_gets_the_request_again_with_its_credit() {
     let (served, replica) = Served::one();

@@ -19,9 +19,13 @@ use self::{admit::Queue, pick::Replica};
 pub use self::{admit::Seq, route::RouteTable, streams::Streams};
 use crate::{error::Error, snapshot, snapshot::Snapshot};
 
-/// A deployment, for the life of the engine.
+/// A deployment, until a snapshot does not hold it; a request that outlives it meets no other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct DeploymentKey(u32);
+pub struct DeploymentKey {
+    index: u32,
+    /// No two deployments of an engine have the same.
+    life: u32,
+}
 
 /// A replica, until [`Engine::closed`] after its [`Action::Close`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -82,6 +86,7 @@ pub enum Action<W> {
 
 #[derive(Debug)]
 struct Deployment<W> {
+    life: u32,
     config: snapshot::Deployment,
     /// Why every request is refused.
     gone: Option<Error>,
@@ -93,22 +98,43 @@ struct Deployment<W> {
 /// See the module.
 #[derive(Debug)]
 pub struct Engine<W> {
-    /// A key is an index and is never used again, so that a request which outlives its deployment meets no other.
-    deployments: Vec<Deployment<W>>,
+    deployments: Deployments<W>,
     by_name: HashMap<String, DeploymentKey>,
     replicas: Slab<Replica>,
     by_id: HashMap<String, ReplicaKey>,
+    lives: u32,
     sessions: u64,
     actions: VecDeque<Action<W>>,
+}
+
+/// By the index of their keys.
+#[derive(Debug)]
+struct Deployments<W>(Slab<Deployment<W>>);
+
+impl<W> Deployments<W> {
+    /// The deployment of this key, if it has not been deleted.
+    fn at(&mut self, key: DeploymentKey) -> Option<&mut Deployment<W>> {
+        self.0.get_mut(key.index as usize).filter(|deployment| deployment.life == key.life)
+    }
+
+    /// The same for a request, which is refused where nobody will serve it.
+    fn open(&mut self, key: DeploymentKey) -> Result<&mut Deployment<W>, Error> {
+        let deployment = self.at(key).ok_or_else(|| Error::Deleted("The deployment was deleted.".into()))?;
+        if let Some(error) = &deployment.gone {
+            return Err(error.clone());
+        }
+        Ok(deployment)
+    }
 }
 
 impl<W> Default for Engine<W> {
     fn default() -> Self {
         Self {
-            deployments: Vec::new(),
+            deployments: Deployments(Slab::new()),
             by_name: HashMap::new(),
             replicas: Slab::new(),
             by_id: HashMap::new(),
+            lives: 0,
             sessions: 0,
             actions: VecDeque::new(),
         }
@@ -128,13 +154,13 @@ impl<W> Engine<W> {
     }
 
     /// What the newest snapshot says of a deployment.
-    pub fn config(&self, key: DeploymentKey) -> &snapshot::Deployment {
-        &self.deployments[key.0 as usize].config
+    pub fn config(&mut self, key: DeploymentKey) -> Option<&snapshot::Deployment> {
+        self.deployments.at(key).map(|deployment| &deployment.config)
     }
 
     /// Requests that wait at a deployment.
-    fn queued(&self, key: DeploymentKey) -> usize {
-        self.deployments[key.0 as usize].queue.len()
+    fn queued(&mut self, key: DeploymentKey) -> usize {
+        self.deployments.at(key).map_or(0, |deployment| deployment.queue.len())
     }
 
     /// Makes `snapshot` the truth: what it does not hold is gone.
@@ -147,10 +173,12 @@ impl<W> Engine<W> {
             .collect();
         for (name, key) in absent {
             self.by_name.remove(&name);
-            let deployment = &mut self.deployments[key.0 as usize];
-            deployment.gone = Some(Error::unavailable(&deployment.config, "was deleted"));
             self.list(key, &[]);
-            self.refuse_all(key);
+            if let Some(deployment) = self.deployments.at(key) {
+                deployment.gone = Some(Error::deleted(&deployment.config));
+                self.refuse_all(key);
+                self.deployments.0.remove(key.index as usize);
+            }
         }
         for (name, config) in &snapshot.deployments {
             let key = self.declare(name, config);
@@ -164,22 +192,25 @@ impl<W> Engine<W> {
     }
 
     fn declare(&mut self, name: &str, config: &snapshot::Deployment) -> DeploymentKey {
-        let next = DeploymentKey(self.deployments.len() as u32);
-        let key = *self.by_name.entry(name.to_owned()).or_insert(next);
-        if key == next {
-            let config = config.clone();
-            let queue = Queue::default();
-            self.deployments.push(Deployment { config, gone: None, members: Vec::new(), rotor: 0, queue });
+        let gone = config.unavailable.clone().map(Error::Unavailable);
+        let known = self.by_name.get(name).copied();
+        if let Some(key) = known
+            && let Some(deployment) = self.deployments.at(key)
+        {
+            (deployment.config, deployment.gone) = (config.clone(), gone);
+            return key;
         }
-        let deployment = &mut self.deployments[key.0 as usize];
-        deployment.config = config.clone();
-        deployment.gone = config.unavailable.clone().map(Error::Unavailable);
+        let (life, config) = (self.lives, config.clone());
+        self.lives = self.lives.wrapping_add(1);
+        let deployment = Deployment { life, config, gone, members: Vec::new(), rotor: 0, queue: Queue::default() };
+        let key = DeploymentKey { index: self.deployments.0.insert(deployment) as u32, life };
+        self.by_name.insert(name.to_owned(), key);
         key
     }
 
     /// Makes `listed` the replicas of a deployment.
     fn list(&mut self, key: DeploymentKey, listed: &[snapshot::Replica]) {
-        let deployment = &mut self.deployments[key.0 as usize];
+        let Some(deployment) = self.deployments.at(key) else { return };
         let max_ongoing = deployment.config.max_ongoing_requests;
         for &member in &deployment.members {
             let replica = &mut self.replicas[member.0];
@@ -203,8 +234,9 @@ impl<W> Engine<W> {
     }
 
     fn refuse_all(&mut self, key: DeploymentKey) {
-        let deployment = &mut self.deployments[key.0 as usize];
-        if let Some(error) = &deployment.gone {
+        if let Some(deployment) = self.deployments.at(key)
+            && let Some(error) = &deployment.gone
+        {
             self.actions.extend(deployment.queue.clear().map(|waiter| Action::Refuse(waiter, error.clone())));
         }
     }
@@ -212,19 +244,16 @@ impl<W> Engine<W> {
     /// A new request: goes, waits (`waiter` is then asked for), or is refused.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] and [`Error::Backpressure`].
+    /// [`Error::Unavailable`], [`Error::Deleted`] and [`Error::Backpressure`].
     pub fn request(&mut self, key: DeploymentKey, waiter: impl FnOnce(Place) -> W) -> Result<Admission, Error> {
-        let deployment = &mut self.deployments[key.0 as usize];
-        if let Some(error) = &deployment.gone {
-            return Err(error.clone());
-        }
+        let deployment = self.deployments.open(key)?;
         let place = Place { deployment: key, seq: deployment.queue.arrive() };
         if deployment.queue.len() == 0
             && let Some(lease) = self.lease(place)
         {
             return Ok(Admission::Go(lease));
         }
-        let Deployment { queue, config, .. } = &mut self.deployments[key.0 as usize];
+        let Deployment { queue, config, .. } = self.deployments.open(key)?;
         match usize::try_from(config.max_queued_requests) {
             Ok(limit) if queue.len() >= limit => {
                 Err(Error::Backpressure { queued: queue.len(), limit, policy: config.backpressure })
@@ -239,28 +268,25 @@ impl<W> Engine<W> {
     /// A request that came back unbegun, or is tried once more, takes its old place again; limits do not refuse it.
     ///
     /// # Errors
-    /// [`Error::Unavailable`].
+    /// [`Error::Unavailable`] and [`Error::Deleted`].
     pub fn again(&mut self, place: Place, waiter: impl FnOnce(Place) -> W) -> Result<Admission, Error> {
-        let deployment = &mut self.deployments[place.deployment.0 as usize];
-        if let Some(error) = &deployment.gone {
-            return Err(error.clone());
-        }
+        let deployment = self.deployments.open(place.deployment)?;
         if !deployment.queue.has_before(place.seq)
             && let Some(lease) = self.lease(place)
         {
             return Ok(Admission::Go(lease));
         }
-        self.deployments[place.deployment.0 as usize].queue.push(place.seq, waiter(place));
+        self.deployments.open(place.deployment)?.queue.push(place.seq, waiter(place));
         Ok(Admission::Wait(place))
     }
 
     /// Somebody waits no more; `None` if an action has already named the waiter.
     pub fn cancel(&mut self, place: Place) -> Option<W> {
-        self.deployments[place.deployment.0 as usize].queue.cancel(place.seq)
+        self.deployments.at(place.deployment)?.queue.cancel(place.seq)
     }
 
     fn lease(&mut self, place: Place) -> Option<Lease> {
-        let Deployment { members, rotor, .. } = &mut self.deployments[place.deployment.0 as usize];
+        let Deployment { members, rotor, .. } = self.deployments.at(place.deployment)?;
         let key = pick::pick(&self.replicas, members, rotor)?;
         let replica = &mut self.replicas[key.0];
         let session = replica.session?;
@@ -271,7 +297,7 @@ impl<W> Engine<W> {
     fn dispatch(&mut self, deployment: DeploymentKey) {
         while self.queued(deployment) > 0 {
             let Some(mut lease) = self.lease(Place { deployment, seq: 0 }) else { return };
-            if let Some((seq, waiter)) = self.deployments[deployment.0 as usize].queue.pop() {
+            if let Some((seq, waiter)) = self.deployments.at(deployment).and_then(|it| it.queue.pop()) {
                 lease.place.seq = seq;
                 self.actions.push_back(Action::Start(waiter, lease));
             }

@@ -134,7 +134,7 @@ mod tests {
         let mut replicas = Slab::new();
         let members = (0..n)
             .map(|i| {
-                let mut replica = Replica::new(i.to_string(), DeploymentKey(0), max_ongoing);
+                let mut replica = Replica::new(i.to_string(), DeploymentKey { index: 0, life: 0 }, max_ongoing);
                 replica.session = Some(i as u64);
                 ReplicaKey(replicas.insert(replica))
             })

@@ -43,7 +43,7 @@ impl Driver {
     fn new(snapshot: &Snapshot) -> Self {
         let mut engine = Engine::default();
         engine.apply(snapshot);
-        let key = engine.deployment("a#D").expect("declared");
+        let key = engine.deployment("a#D").unwrap_or(DeploymentKey { index: 0, life: 0 });
         let (keys, started, refused, closing) = Default::default();
         let mut driver = Self { engine, key, keys, started, refused, closing, unused: 0 };
         driver.settle();
@@ -216,9 +216,50 @@ fn a_deleted_deployment_refuses_those_who_wait() {
     driver.request(0).expect("waits");
     driver.engine.apply(&Snapshot { version: Version(1, 2), ..Snapshot::default() });
     driver.settle();
-    assert!(matches!(&driver.refused[..], [(0, Error::Unavailable(_))]));
-    assert!(matches!(driver.request(1), Err(Error::Unavailable(_))));
+    assert!(matches!(&driver.refused[..], [(0, Error::Deleted(_))]));
+    assert!(matches!(driver.request(1), Err(Error::Deleted(_))));
     assert_eq!(driver.engine.deployment("a#D"), None);
+}
+
+#[test]
+fn deployments_that_come_and_go_leave_nothing_behind() {
+    let mut driver = Driver::new(&Snapshot::default());
+    for n in 0..1000 {
+        let mut next = snapshot(n, 1, -1, &["r"]);
+        let deployment = next.deployments.remove("a#D").expect("there");
+        next.deployments.insert(format!("a{n}#D"), deployment);
+        driver.engine.apply(&next);
+        driver.settle();
+        driver.key = driver.engine.deployment(&format!("a{n}#D")).expect("declared");
+        driver.link("r", 1);
+        driver.request(0).expect("runs");
+        driver.request(1).expect("waits");
+        driver.engine.apply(&Snapshot::default());
+        driver.settle();
+        assert!(driver.engine.config(driver.key).is_none());
+        assert!(driver.started.len() == 1 && driver.refused.len() == 1);
+        driver.finish_first();
+        driver.refused.clear();
+        assert!(!driver.engine.closed(driver.closing.remove(0)));
+    }
+    let Engine { deployments, by_name, replicas, by_id, actions, .. } = &driver.engine;
+    assert!(deployments.0.is_empty() && by_name.is_empty() && replicas.is_empty() && by_id.is_empty());
+    assert!(actions.is_empty() && deployments.0.capacity() < 16 && replicas.capacity() < 16);
+}
+
+#[test]
+fn a_request_that_outlives_its_deployment_meets_no_other() {
+    let mut driver = Driver::new(&snapshot(1, 1, -1, &[]));
+    let place = driver.request(0).expect("waits").expect("waits");
+    let old = driver.key;
+    driver.engine.apply(&Snapshot::default());
+    driver.engine.apply(&snapshot(2, 1, -1, &[]));
+    driver.key = driver.engine.deployment("a#D").expect("declared again");
+    driver.request(1).expect("waits");
+    assert_eq!(driver.engine.cancel(place), None, "neither the old request nor the new one at its place");
+    assert!(matches!(driver.engine.again(place, |_| 0), Err(Error::Deleted(_))));
+    assert!(matches!(driver.engine.request(old, |_| 2), Err(Error::Deleted(_))));
+    assert_eq!((driver.engine.queued(old), driver.engine.queued(driver.key)), (0, 1));
 }
 
 #[test]

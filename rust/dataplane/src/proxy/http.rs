@@ -146,7 +146,7 @@ async fn dispatch(
     };
     let body = Inbound::read(source, config.max_body_bytes).await?;
     let deadline = deadline.map(|(instant, _)| instant);
-    relay(&Call { shard, conn, route: &route, parts, request_id, made_id, deadline }, body).await
+    relay(Call { shard, conn, route, path: &path, parts, request_id, made_id, deadline }, body).await
 }
 
 /// What a client's headers ask of the proxy, found in one pass.

@@ -1,7 +1,8 @@
 //! One request to a replica and its answer back: admission, the REQUEST frame, and what a failure leads to.
 //!
-//! Not begun is sent elsewhere, at its old place in the order of arrival. Begun and dead is tried once more if the method
-//! is idempotent, the deployment allows it, nothing was answered and the body is still whole.
+//! Not begun is sent elsewhere, at its old place in the order of arrival; if its deployment is gone, to where the route
+//! leads by now. Begun and dead is tried once more if the method is idempotent, the deployment allows it, nothing was
+//! answered and the body is still whole.
 
 use std::{future::poll_fn, rc::Rc, task::Poll};
 
@@ -17,7 +18,7 @@ use super::{
     stream::{Head, Outcome, StreamRef},
 };
 use crate::{
-    engine::Lease,
+    engine::{Lease, Place},
     error::{Error, Retry},
     wire::{
         Header, Kind, flag,
@@ -32,7 +33,9 @@ pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-i
 pub(super) struct Call<'c> {
     pub(super) shard: &'c Rc<Shard>,
     pub(super) conn: &'c Conn,
-    pub(super) route: &'c Route,
+    pub(super) route: Rc<Route>,
+    /// What the route was found by.
+    pub(super) path: &'c [u8],
     pub(super) parts: &'c Parts,
     pub(super) request_id: &'c HeaderValue,
     /// The id was made here and is added to the headers.
@@ -44,14 +47,15 @@ pub(super) struct Call<'c> {
 ///
 /// # Errors
 /// See [`Error`]; nothing has been sent to the client then.
-pub(super) async fn relay(call: &Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
+pub(super) async fn relay(mut call: Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
-    let mut lease = call.shard.admit(call.route.deployment).await?;
+    let first = call.shard.admit(call.route.deployment).await;
+    let mut lease = call.leased(first).await?;
     loop {
         let place = lease.place;
         let Some(stream) = call.send(lease, &body) else {
             tokio::task::yield_now().await;
-            lease = call.shard.again(place)?.lease().await?;
+            lease = call.again(place).await?;
             continue;
         };
         let outcome = match &mut body {
@@ -71,14 +75,15 @@ pub(super) async fn relay(call: &Call<'_>, mut body: Inbound) -> Result<(StreamR
                 if !body.rewind() {
                     return Err(Error::NotBegun);
                 }
-                lease = waiting.lease().await?;
+                let came = waiting.lease().await;
+                lease = call.leased(came).await?;
                 continue;
             }
             Outcome::Failed(error) => error,
         };
         let again = match error.retry() {
             Retry::Never => false,
-            Retry::Elsewhere => true,
+            Retry::Elsewhere | Retry::Reroute => true,
             Retry::Idempotent => {
                 let again = !retried && call.route.retry_idempotent && call.parts.method.is_idempotent();
                 retried = true;
@@ -89,7 +94,7 @@ pub(super) async fn relay(call: &Call<'_>, mut body: Inbound) -> Result<(StreamR
             return Err(error);
         }
         call.shard.metrics.retried.up();
-        lease = call.shard.again(place)?.lease().await?;
+        lease = call.again(place).await?;
     }
 }
 
@@ -114,6 +119,30 @@ async fn go_on(mut upload: Upload, sender: Sender) {
 }
 
 impl Call<'_> {
+    /// The next lease for a request that came back.
+    async fn again(&mut self, place: Place) -> Result<Lease, Error> {
+        let came = match self.shard.again(place) {
+            Ok(waiting) => waiting.lease().await,
+            Err(error) => Err(error),
+        };
+        self.leased(came).await
+    }
+
+    /// Takes a request whose deployment is gone to where its route leads by now. It may go on for as long as redeploys
+    /// rename the ingress: only the request's deadline ends that.
+    async fn leased(&mut self, mut came: Result<Lease, Error>) -> Result<Lease, Error> {
+        loop {
+            match came {
+                Err(error) if error.retry() == Retry::Reroute => match self.shard.route(self.path) {
+                    Some(route) if route.deployment != self.route.deployment => self.route = route,
+                    _ => return Err(error),
+                },
+                came => return came,
+            }
+            came = self.shard.admit(self.route.deployment).await;
+        }
+    }
+
     /// Writes the REQUEST; `None` if the lease's link has gone since.
     fn send(&self, lease: Lease, body: &Inbound) -> Option<StreamRef> {
         if !self.shard.engine.borrow().holds(&lease) {

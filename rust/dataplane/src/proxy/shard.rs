@@ -84,7 +84,7 @@ impl Shard {
             let deployment = engine.deployment(&route.deployment)?;
             let prefix = route.prefix.as_bytes();
             let root_path = [root_path, route.prefix.trim_end_matches('/').as_bytes()].concat();
-            let retry_idempotent = engine.config(deployment).retry_idempotent;
+            let retry_idempotent = engine.config(deployment)?.retry_idempotent;
             Some((
                 route.prefix.clone(),
                 Rc::new(Route { deployment, prefix: prefix.to_vec(), root_path, retry_idempotent }),

@@ -97,12 +97,28 @@ impl Served {
     }
 
     pub fn publish_routes(&self, routes: &Value, changes: Value, replicas: &[&Replica]) -> bool {
-        let addresses: Vec<_> = replicas.iter().map(|replica| replica.address()).collect();
-        let mut deployment = json!({"app": "default", "name": "D", "max_ongoing_requests": 5, "replicas": addresses});
-        let Value::Object(changes) = changes else { panic!("changes are an object") };
-        deployment.as_object_mut().expect("an object").extend(changes);
+        self.publish_all(routes, [("D", changes, replicas)])
+    }
+
+    /// These deployments of one application and no others.
+    pub fn publish_all<'r, const N: usize>(
+        &self,
+        routes: &Value,
+        deployments: [(&str, Value, &'r [&'r Replica]); N],
+    ) -> bool {
+        let deployments: serde_json::Map<_, _> = deployments
+            .into_iter()
+            .map(|(name, changes, replicas)| {
+                let addresses: Vec<_> = replicas.iter().map(|replica| replica.address()).collect();
+                let mut deployment =
+                    json!({"app": "default", "name": name, "max_ongoing_requests": 5, "replicas": addresses});
+                let Value::Object(changes) = changes else { panic!("changes are an object") };
+                deployment.as_object_mut().expect("an object").extend(changes);
+                (format!("default#{name}"), deployment)
+            })
+            .collect();
         let version = self.version.fetch_add(1, Ordering::Relaxed) + 1;
-        let snapshot = json!({"version": [1, version], "routes": routes, "deployments": {"default#D": deployment}});
+        let snapshot = json!({"version": [1, version], "routes": routes, "deployments": deployments});
         self.proxy.publish(snapshot.to_string().as_bytes()).expect("a valid snapshot")
     }
 

@@ -210,7 +210,9 @@ impl Call {
             Outcome::Refused(Error::Backpressure { queued, limit, policy }) => {
                 ("backpressure", queued, limit, policy.status_code, policy.retry_after_s).into_pyobject(py)?.into_any()
             }
-            Outcome::Refused(Error::Unavailable(why)) => ("unavailable", why).into_pyobject(py)?.into_any(),
+            Outcome::Refused(Error::Unavailable(why) | Error::Deleted(why)) => {
+                ("unavailable", why).into_pyobject(py)?.into_any()
+            }
             Outcome::Refused(error) => ("internal", error.to_string()).into_pyobject(py)?.into_any(),
             Outcome::Unknown => ("unknown",).into_pyobject(py)?.into_any(),
             Outcome::Cancelled => ("cancelled",).into_pyobject(py)?.into_any(),
