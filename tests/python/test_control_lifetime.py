@@ -130,10 +130,13 @@ serve.run(f.options(ray_actor_options={"num_cpus": 3}).bind(), name="small", rou
 threading.Timer(4, lambda: serve.delete("small")).start()
 serve.run(f.options(ray_actor_options={"num_cpus": 4}).bind(), name="big", route_prefix="/big")
 print(serve.status().applications["big"].status)
+serve.run(f.options(name="renamed", ray_actor_options={"num_cpus": 4}).bind(), name="big", route_prefix="/big")
+print(list(serve.status().applications["big"].deployments))
 serve.shutdown()
 """
         )
     )
+    assert "['renamed']" in out, "the one that it replaces makes room"
     assert "Each needs 4 CPU" in out
     assert "free in the cluster: 1 CPU" in out
     assert "RUNNING" in out

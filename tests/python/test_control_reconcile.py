@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from rayserve_fast.controlplane import reconcile, transitions
+from rayserve_fast.controlplane import reconcile, snapshot, transitions
 from rayserve_fast.controlplane.reconcile import Reconfigure, Start, Stop
 from rayserve_fast.controlplane.spec import (
     ApplicationSpec,
@@ -267,8 +268,29 @@ def test_a_deployment_that_a_redeploy_drops_stops_after_its_callers_were_replace
     reconcile.delete(dropped)
     w.act()
     assert list(reconcile.active(w.app)) == [w.d]
+    w.d.cramped = True
+    assert list(reconcile.active(w.app)) == [w.d, dropped], "or when they find no room while it is there"
+    w.d.cramped = False
     w.run()
     assert list(reconcile.active(w.app)) == [w.d, dropped]
+
+
+def test_a_renamed_ingress_takes_the_route_over_as_the_old_one_stops() -> None:
+    def routes() -> tuple[str, list[str]]:
+        built = json.loads(snapshot.build((1, 1), [w.app]))
+        return built["routes"][0]["deployment"], list(built["deployments"])
+
+    w = World()
+    w.run()
+    old = w.app.deployments["Old"] = reconcile.deployed(None, spec(name="Old"))
+    old.replicas["r"] = Replica("r", old.version, old.config, 0, "RUNNING")
+    old.replicas["r"].address = ReplicaAddress("r", "n", "/s", None)
+    w.app.former = "Old"
+    assert routes()[0] == "app#D", "it is not dropped, and may be another thing now"
+    reconcile.delete(old)
+    assert routes() == ("app#Old", ["app#D", "app#Old"])
+    old.replicas["r"].state = "STOPPING"
+    assert routes() == ("app#D", ["app#D"]), "what waits for it moves, and it finishes what it has"
 
 
 def test_a_deploy_under_the_name_of_an_application_that_leaves_starts_anew() -> None:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,10 @@ def get(url: str, **kwargs: Any) -> tuple[int, str]:
     return response.status_code, response.text
 
 
-def code(version: str, **options: Any) -> Any:
+def code(version: str, name: str = "Code", **options: Any) -> Any:
     """An application that answers its version and its process."""
 
-    @serve.deployment(name="Code", **options)
+    @serve.deployment(name=name, **options)
     async def code(request: Any) -> str:
         return f"{version} {os.getpid()}"
 
@@ -46,6 +48,20 @@ def actor_pid(name: str) -> int:
     actor = ray.get_actor(name, namespace="rayserve_fast")
     pid: int = ray.get(actor.__ray_call__.remote(lambda self: __import__("os").getpid()))
     return pid
+
+
+def proxy_counters() -> dict[str, int]:
+    (node,) = serve.status().proxies
+    proxy = ray.get_actor(f"SERVE_PROXY_ACTOR-{node}", namespace="rayserve_fast")
+    counters: dict[str, int] = ray.get(proxy.counters.remote())
+    return counters
+
+
+def wait_for(holds: Callable[[], bool], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to hold"
+        time.sleep(0.02)  # no event tells
 
 
 def test_run_returns_when_the_application_answers(serve_instance: str) -> None:
@@ -79,6 +95,50 @@ def test_five_redeploys_under_500_requests_a_second_lose_none(serve_instance: st
             serve.run(code(f"v{n}", **strict))
     assert load.failures == {}
     assert {body.split()[0] for _, body in load.answers} == {f"v{n}" for n in range(6)}
+
+
+def test_redeploys_that_rename_the_ingress_lose_none_of_500_requests_a_second(serve_instance: str) -> None:
+    strict = {"max_ongoing_requests": 1, "retry_idempotent": False}  # most requests queue at the proxy
+    serve.run(code("v0", "Code0", **strict))
+    with Load(serve_instance, rate=500) as load:
+        for n in range(1, 6):
+            serve.run(code(f"v{n}", f"Code{n}", **strict))
+    assert load.failures == {}
+    assert {body.split()[0] for _, body in load.answers} == {f"v{n}" for n in range(6)}
+    assert list(serve.status().applications["default"].deployments) == ["Code5"]
+
+
+def test_what_queues_behind_a_long_request_of_a_renamed_ingress_does_not_wait_for_it(serve_instance: str) -> None:
+    @serve.deployment(name="Old", max_ongoing_requests=1)
+    async def old(request: Any) -> str:
+        await asyncio.sleep(5)
+        return "old"
+
+    serve.run(old.bind())
+    order: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        for _ in range(3):
+            pool.submit(lambda: order.append(get(serve_instance)[1].split()[0]))
+        wait_for(lambda: proxy_counters()["requests_open"] == 3)
+        serve.run(code("new", "New"))
+    assert order == ["new", "new", "old"]
+
+
+def test_a_failed_redeploy_that_renames_the_ingress_leaves_the_old_one_serving(serve_instance: str) -> None:
+    @serve.deployment(name="New", max_constructor_retry_count=1)
+    class Broken:
+        def __init__(self) -> None:
+            raise ValueError("broken")
+
+    serve.run(code("old", "Old"))
+    with Load(serve_instance, rate=100) as load:
+        with pytest.raises(RuntimeError, match="broken"):
+            serve.run(Broken.bind())
+        serve.run(code("third", "Third"))
+        before = load.total
+        wait_for(lambda: load.total > before + 20)
+    assert load.failures == {}
+    assert {body.split()[0] for _, body in load.answers} == {"old", "third"}
 
 
 def test_a_request_in_flight_finishes_on_the_old_code(serve_instance: str) -> None:

@@ -87,6 +87,48 @@ def test_a_granted_slot_dies_with_its_link() -> None:
         assert third.frame().kind == wire.CREDIT
 
 
+def test_a_granted_slot_that_a_frozen_caller_keeps_goes_to_the_next() -> None:
+    with serving(Gate, max_ongoing_requests=1) as replica:
+        first, frozen, third = replica.link(), replica.link(), replica.link()
+        first.request(1)
+        for stream in (1, 2):
+            frozen.request(stream)
+            assert frozen.frame().kind == wire.BUSY
+        third.request(1)
+        assert third.frame().kind == wire.BUSY
+        first.send(wire.CANCEL, 1)
+        first.answer(1)
+        assert frozen.frame().kind == wire.CREDIT
+        assert third.silent(0.3), "it is given some time"
+        assert third.frame().kind == wire.CREDIT
+        third.request(2, flags=wire.GRANTED)
+        # It wakes: its late request is one without a grant, and it is still owed for the other.
+        frozen.request(3, flags=wire.GRANTED)
+        assert frozen.frame().kind == wire.BUSY
+        third.send(wire.CANCEL, 2)
+        third.answer(2)
+        for stream in (4, 5):
+            assert frozen.frame().kind == wire.CREDIT
+            frozen.request(stream, flags=wire.GRANTED)
+            frozen.send(wire.CANCEL, stream)
+            assert frozen.answer(stream).last.aux == wire.CANCELLED
+        assert replica.runtime.counters()["running"] == 0
+
+
+def test_a_caller_that_wakes_where_nobody_else_is_gets_its_slot() -> None:
+    with serving(Gate, max_ongoing_requests=1) as replica:
+        first, frozen = replica.link(), replica.link()
+        first.request(1)
+        for stream in (1, 2):
+            frozen.request(stream)
+            assert frozen.frame().kind == wire.BUSY
+        first.send(wire.CANCEL, 1)
+        assert frozen.frame().kind == wire.CREDIT
+        assert frozen.silent(1.5), "what else it is owed waits for a sign of life"
+        frozen.request(3, flags=wire.GRANTED)
+        assert [frozen.frame().kind for _ in range(2)] == [wire.BUSY, wire.CREDIT]
+
+
 def test_a_fast_replica_holds_a_backlog_and_starts_it_in_order() -> None:
     with serving(slow_or_quick, max_ongoing_requests=1) as replica:
         link = replica.link()

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextvars
 import json
+import sys
 import threading
 import time
 from typing import Any
 
+import pytest
 import wire_client as wire
 from worker_replica import serving
+
+from rayserve_fast.replica.sync_pool import SyncPool
 
 variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable", default=0)
 
@@ -119,6 +123,35 @@ def test_a_cancelled_job_only_loses_its_answer_and_keeps_its_slot_until_it_retur
         assert replica.runtime.counters()["running"] == 1
         assert link.answer(1).last.aux == wire.CANCELLED
         assert link.get(2).body == b"done"
+
+
+def test_a_cancelled_job_that_no_thread_has_begun_gives_its_slot_back_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(sys.modules[__name__], "release", release, raising=False)
+
+    def handler(request: Any) -> str:
+        import test_worker_pool
+
+        test_worker_pool.release.wait(10)  # type: ignore[attr-defined]
+        return "done"
+
+    spawn = SyncPool.spawn
+    # As on a machine that cannot start a second thread.
+    monkeypatch.setattr(SyncPool, "spawn", lambda self: None if self._threads else spawn(self))
+    with serving(handler, max_ongoing_requests=2) as replica:
+        link = replica.link()
+        link.request(1)
+        link.request(2)
+        link.request(3)
+        assert link.answer(3).last.kind == wire.BUSY
+        link.send(wire.CANCEL, 2)
+        assert link.answer(2).last.aux == wire.CANCELLED
+        assert link.frame().kind == wire.CREDIT
+        assert replica.runtime.counters()["running"] == 1
+        release.set()
+        assert link.answer(1).body == b"done"
 
 
 def test_a_sync_handler_that_returns_a_coroutine_is_awaited_on_the_loop() -> None:

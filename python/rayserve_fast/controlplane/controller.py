@@ -261,10 +261,12 @@ class Controller:
                 self._replicas.reconfigure(d, d.replicas[action.replica_id])
         for r in started:
             self._replicas.start(app, d, r)
+        if actions and d.leaving:
+            self.publish()  # what waits for it must not wait until it is gone
 
     def _target(self, spec: ApplicationSpec) -> None:
         old = self._apps.get(spec.name)
-        app = Application(spec, time.time())
+        app = Application(spec, time.time(), former=old.routed if old else None)
         for d in spec.deployments:
             app.deployments[d.name] = reconcile.deployed(old, d)
         for name, gone in (old.deployments if old else {}).items():

@@ -69,7 +69,7 @@ def active(app: Application) -> Iterator[Deployment]:
     """The deployments that may act now, so that nobody is left calling a deployment that stops.
 
     When the application is deleted, callers stop before the deployments that they call. One that a redeploy has
-    dropped stops once the others have replaced what may still call it.
+    dropped stops once the others have replaced what may still call it, or find no room while it is there.
     """
     if app.deleting:
         for d in reversed(app.deployments.values()):
@@ -79,7 +79,7 @@ def active(app: Application) -> Iterator[Deployment]:
     else:
         wanted = [d for d in app.deployments.values() if not d.deleting]
         yield from wanted
-        if all(d.status == "HEALTHY" for d in wanted):
+        if all(d.status == "HEALTHY" for d in wanted) or any(d.cramped for d in wanted):
             yield from (d for d in app.deployments.values() if d.deleting)
 
 

@@ -178,6 +178,7 @@ class Replicas:
         while True:
             done, _ = await asyncio.wait([placing], timeout=self._placement_notice_s)
             if done:
+                d.cramped = False
                 place: Place = placing.result()
                 return place
             free = await asyncio.to_thread(ray.available_resources)
@@ -188,7 +189,7 @@ class Replicas:
                 f" {_plain(free)}. Waiting for room, or for its runtime environment."
             )
             logger.warning(text)
-            d.message = text
+            d.message, d.cramped = text, True
             app.notices.append(text)
             self._controller.changed()
 

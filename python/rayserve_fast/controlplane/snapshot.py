@@ -1,8 +1,8 @@
 """Builds the snapshot, the one value that proxies and handles know the cluster by.
 
 The format is the contract in ARCHITECTURE.md; `rust/dataplane/src/snapshot.rs` reads it. Pure. A route leaves the
-table as soon as its application is being deleted; a deployment stays until its last replica has drained, so that what
-was admitted before can finish.
+table as soon as its application is being deleted, a deployment when its last replica is draining: what a caller has
+sent there finishes all the same, and what waits for it must not wait until that is over.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ def build(version: tuple[int, int], apps: Iterable[Application]) -> bytes:
                 {
                     "prefix": app.spec.route_prefix,
                     "app": app.name,
-                    "deployment": f"{app.name}#{app.spec.ingress}",
+                    "deployment": f"{app.name}#{app.routed}",
                 }
                 for app in apps
                 if app.spec.route_prefix is not None and not app.deleting
             ],
-            "deployments": {d.key: _deployment(d) for app in apps for d in app.deployments.values()},
+            "deployments": {d.key: _deployment(d) for app in apps for d in app.deployments.values() if not d.leaving},
             "draining_nodes": [],
         },
         separators=(",", ":"),

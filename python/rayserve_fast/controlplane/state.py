@@ -62,6 +62,7 @@ class Deployment:
     failure: str = ""  # text of the last one
     early_deaths: int = 0  # replicas in a row that died soon after they were ready
     not_before: float = 0.0  # no start before this time (back-off)
+    cramped: bool = False  # Ray has found no room for a replica, for long
 
     @property
     def key(self) -> str:
@@ -76,6 +77,11 @@ class Deployment:
     def failed(self) -> bool:
         """Given up until the next deploy: no further starts, survivors keep serving."""
         return self.failures >= self.threshold and (self.rolling or not self.started)
+
+    @property
+    def leaving(self) -> bool:
+        """Being deleted, and no replica takes anything new."""
+        return self.deleting and all(r.state == "STOPPING" for r in self.replicas.values())
 
     def among(self, *states: ReplicaState) -> list[Replica]:
         return [r for r in self.replicas.values() if r.state in states]
@@ -93,12 +99,21 @@ class Application:
     deployed_at: float
     deployments: dict[str, Deployment] = field(default_factory=dict)
     deleting: bool = False
+    former: str | None = None  # the ingress before this specification, if it has another
     notices: list[str] = field(default_factory=list)  # for the driver that waits in serve.run
     timings: dict[str, float] = field(default_factory=dict)  # step -> seconds since the deploy arrived
 
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def routed(self) -> str:
+        """The deployment that the route leads to: a dropped ingress serves on until it stops, as the others are up."""
+        former = self.deployments.get(self.former or "")
+        if former and former.deleting and former.among("RUNNING"):
+            return former.spec.name
+        return self.spec.ingress
 
     def mark(self, step: str) -> None:
         """Note when the deploy came this far; the last replica's time stands."""

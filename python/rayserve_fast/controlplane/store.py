@@ -43,7 +43,7 @@ def open_epoch() -> Meta:
 
 def save_application(app: Application) -> None:
     """Remember the targets of an application; its replicas are kept apart."""
-    bare = Application(app.spec, app.deployed_at, deleting=app.deleting)
+    bare = Application(app.spec, app.deployed_at, deleting=app.deleting, former=app.former)
     for name, d in app.deployments.items():
         bare.deployments[name] = Deployment(**{**vars(d), "replicas": {}})
     _internal_kv_put(_key(app.name), pickle.dumps(bare), overwrite=True, namespace=_SPACE)

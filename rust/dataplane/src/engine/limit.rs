@@ -2,7 +2,8 @@
 //!
 //! Pure bookkeeping; the driver keeps the held requests themselves, in order, and asks [`Limit::next_free`] after every change.
 //! Invariants: running and granted slots together never exceed the limit; nobody is held or granted while an earlier
-//! request waits; whoever got BUSY is owed exactly one slot until it is granted or the link dies.
+//! request waits; whoever got BUSY is owed exactly one slot until it is granted or the link dies. A caller that neither uses
+//! nor returns its grants (it is frozen, or broken) loses them, and is granted nothing more until it says something.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
@@ -32,15 +33,25 @@ pub enum Next {
     Grant(usize),
 }
 
+/// Slots that are reserved for a link.
+#[derive(Debug, Default)]
+struct Grants {
+    /// Since before the last [`Limit::reclaim`].
+    old: usize,
+    new: usize,
+}
+
 /// Counts the slots of one replica over all of its links.
 #[derive(Debug)]
 pub struct Limit {
     slots: usize,
     running: usize,
     held: usize,
-    granted: HashMap<usize, usize>,
+    granted: HashMap<usize, Grants>,
     granted_total: usize,
     owed: VecDeque<usize>,
+    /// What links are owed that have lost a grant, until they say something.
+    frozen: HashMap<usize, usize>,
     mean_ns: u64,
     draining: bool,
 }
@@ -55,6 +66,7 @@ impl Limit {
             granted: HashMap::new(),
             granted_total: 0,
             owed: VecDeque::new(),
+            frozen: HashMap::new(),
             // Not FAST until a request has proven it.
             mean_ns: FAST.as_nanos() as u64 * 2,
             draining: false,
@@ -66,6 +78,7 @@ impl Limit {
         if self.draining {
             return Admission::Busy;
         }
+        self.thaw(link);
         if granted && self.take_grant(link) {
             self.running += 1;
             return Admission::Run;
@@ -107,13 +120,14 @@ impl Limit {
             return Some(Next::Start);
         }
         let link = self.owed.pop_front()?;
-        *self.granted.entry(link).or_default() += 1;
+        self.granted.entry(link).or_default().new += 1;
         self.granted_total += 1;
         Some(Next::Grant(link))
     }
 
     /// `link` gives back up to `count` credits.
     pub fn unused(&mut self, link: usize, count: u32) {
+        self.thaw(link);
         for _ in 0..count {
             if !self.take_grant(link) {
                 break;
@@ -121,16 +135,41 @@ impl Limit {
         }
     }
 
+    /// Takes back the grants that were there at the last call already. The caller is not owed them: its late request is
+    /// one without a grant, and a late UNUSED gives nothing. Returns whether there are others to come back for.
+    pub fn reclaim(&mut self) -> bool {
+        for (&link, grants) in &mut self.granted {
+            if grants.old > 0 {
+                let before = self.owed.len();
+                self.owed.retain(|owed| *owed != link);
+                *self.frozen.entry(link).or_default() += before - self.owed.len();
+            }
+            self.granted_total -= grants.old;
+            (grants.old, grants.new) = (grants.new, 0);
+        }
+        self.granted.retain(|_, grants| grants.old > 0);
+        !self.granted.is_empty()
+    }
+
+    /// A link that is not frozen after all is owed what it was.
+    fn thaw(&mut self, link: usize) {
+        if let Some(owed) = self.frozen.remove(&link) {
+            self.owed.extend(std::iter::repeat_n(link, owed));
+        }
+    }
+
     /// The link is gone, and with it what it was owed and granted. Its running requests still finish.
     pub fn forget(&mut self, link: usize) {
-        self.granted_total -= self.granted.remove(&link).unwrap_or(0);
+        self.granted_total -= self.granted.remove(&link).map_or(0, |grants| grants.old + grants.new);
         self.owed.retain(|owed| *owed != link);
+        self.frozen.remove(&link);
     }
 
     /// Nothing is started, held, owed or granted any more.
     pub fn drain(&mut self) {
         self.draining = true;
         self.owed.clear();
+        self.frozen.clear();
     }
 
     /// A new limit; what runs above it finishes.
@@ -153,6 +192,11 @@ impl Limit {
         self.running + self.held
     }
 
+    /// Whether somebody is owed a slot.
+    pub fn owes(&self) -> bool {
+        !self.owed.is_empty()
+    }
+
     /// The configured limit.
     pub fn limit(&self) -> usize {
         self.slots
@@ -163,9 +207,9 @@ impl Limit {
     }
 
     fn take_grant(&mut self, link: usize) -> bool {
-        let Some(count) = self.granted.get_mut(&link) else { return false };
-        *count -= 1;
-        if *count == 0 {
+        let Some(grants) = self.granted.get_mut(&link) else { return false };
+        *(if grants.old > 0 { &mut grants.old } else { &mut grants.new }) -= 1;
+        if grants.old + grants.new == 0 {
             self.granted.remove(&link);
         }
         self.granted_total -= 1;
@@ -235,6 +279,31 @@ mod tests {
     }
 
     #[test]
+    fn a_grant_that_a_frozen_caller_keeps_goes_to_the_next() {
+        let mut it = Limit::new(1);
+        it.admit(1, false);
+        for link in [2, 2, 3] {
+            assert_eq!(it.admit(link, false), Admission::Busy);
+        }
+        it.finished(SLOW);
+        assert_eq!(it.next_free(), Some(Next::Grant(2)));
+        assert!(it.reclaim(), "it is young");
+        assert_eq!(it.next_free(), None);
+        assert!(!it.reclaim());
+        assert_eq!(it.next_free(), Some(Next::Grant(3)), "past what else the frozen one is owed");
+        assert_eq!(it.admit(3, true), Admission::Run);
+        it.finished(SLOW);
+        assert_eq!(it.next_free(), None, "nothing for the frozen one");
+        assert_eq!(it.admit(2, true), Admission::Busy, "its grant buys nothing, and it is owed two");
+        assert_eq!(it.next_free(), Some(Next::Grant(2)));
+        assert_eq!(it.admit(2, true), Admission::Run);
+        it.finished(SLOW);
+        assert_eq!(it.next_free(), Some(Next::Grant(2)));
+        it.unused(2, 1);
+        assert_eq!((it.next_free(), it.owes()), (None, false));
+    }
+
+    #[test]
     fn a_credit_that_was_never_given_buys_nothing() {
         let mut it = Limit::new(1);
         assert_eq!(it.admit(1, true), Admission::Run);
@@ -253,35 +322,53 @@ mod tests {
 
     proptest! {
         #[test]
-        fn slots_are_never_exceeded(limit in 1usize..4, events in prop::collection::vec((0u8..5, 0usize..3, any::<bool>()), 0..200)) {
+        fn slots_are_never_exceeded_and_debts_are_kept(
+            limit in 1usize..4,
+            events in prop::collection::vec((0u8..6, 0usize..3, any::<bool>()), 0..200),
+        ) {
             let mut it = Limit::new(limit);
-            let (mut running, mut held, mut granted) = (0usize, 0usize, 0usize);
+            let (mut running, mut held) = (0usize, 0usize);
+            let mut debts = [0usize; 3];
             for (event, link, flag) in events {
                 match event {
                     0 | 1 => match it.admit(link, flag) {
                         Admission::Run => running += 1,
                         Admission::Hold => held += 1,
-                        Admission::Busy => {}
+                        Admission::Busy => debts[link] += 1,
                     },
                     2 if running > 0 => {
                         it.finished(if flag { QUICK } else { SLOW });
                         running -= 1;
                     }
                     3 => it.unused(link, 1),
-                    4 => it.forget(link),
+                    4 => {
+                        it.forget(link);
+                        debts[link] = 0;
+                    }
+                    5 => drop(it.reclaim()),
                     _ => {}
                 }
                 while let Some(next) = it.next_free() {
                     match next {
                         Next::Start => { held -= 1; running += 1; }
-                        Next::Grant(_) => granted += 1,
+                        Next::Grant(link) => debts[link] -= 1,
                     }
                 }
                 prop_assert!(running <= limit);
+                let granted: usize = it.granted.values().map(|grants| grants.old + grants.new).sum();
+                prop_assert_eq!(it.granted_total, granted);
                 prop_assert!(it.running + it.granted_total <= limit);
                 prop_assert_eq!(it.load(), running + held);
+                for (link, &debt) in debts.iter().enumerate() {
+                    let owed = it.owed.iter().filter(|owed| **owed == link).count();
+                    prop_assert_eq!(owed + it.frozen.get(&link).unwrap_or(&0), debt);
+                }
             }
-            prop_assert!(granted < 1000);
+            for _ in 0..running {
+                it.finished(SLOW);
+            }
+            while it.reclaim() || it.next_free().is_some() {}
+            prop_assert_eq!((it.granted_total, it.owes()), (0, false), "silence frees every slot");
         }
     }
 }

@@ -113,7 +113,8 @@ impl Worker {
     fn attach(slf: &Bound<'_, Self>) -> PyResult<()> {
         let replica = &slf.get().replica;
         let _ = replica.thread.set(thread::current().id());
-        let callbacks = Callbacks { flush: slf.getattr("flush")?.unbind(), expire: slf.getattr("expire")?.unbind() };
+        let method = |name: &str| slf.getattr(name).map(Bound::unbind);
+        let callbacks = Callbacks { flush: method("flush")?, expire: method("expire")?, reclaim: method("reclaim")? };
         *lock(&replica.callbacks) = Some(callbacks);
         Ok(())
     }
@@ -152,6 +153,12 @@ impl Worker {
             Some(mut taken) => taken.poller().expire(py, &self.replica),
             None => Ok(()),
         }
+    }
+
+    fn reclaim(&self, py: Python<'_>) -> PyResult<()> {
+        self.replica.reclaim(py)?;
+        self.replica.run_ready(py)?;
+        self.replica.settle(py)
     }
 
     /// The next job, after a wait if there is none; None: the thread may go home.

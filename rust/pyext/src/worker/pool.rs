@@ -7,7 +7,7 @@
 //! handler must have no Rust frame below it.
 
 use std::collections::VecDeque;
-use std::sync::{Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 use pyo3::prelude::*;
@@ -15,6 +15,7 @@ use pyo3::prelude::*;
 use super::link::lock;
 use super::replica::STALE;
 use super::run::Running;
+use super::stream::Stream;
 
 #[derive(Default)]
 pub(crate) struct Pool {
@@ -51,6 +52,13 @@ impl Pool {
     pub(crate) fn pop(&self) -> Option<Running> {
         let mut queue = lock(&self.queue);
         queue.jobs.pop_front().map(|(_, job)| job)
+    }
+
+    /// The job of this stream, if no thread has begun it.
+    pub(crate) fn remove(&self, stream: &Arc<Stream>) -> Option<Running> {
+        let jobs = &mut lock(&self.queue).jobs;
+        let at = jobs.iter().position(|(_, job)| Arc::ptr_eq(job.stream(), stream))?;
+        jobs.remove(at).map(|(_, job)| job)
     }
 
     pub(crate) fn is_empty(&self) -> bool {

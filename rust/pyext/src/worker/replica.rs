@@ -25,11 +25,14 @@ use crate::http::asgi;
 
 /// Unsent answers are flushed when the oldest is older than this.
 pub(crate) const STALE: Duration = Duration::from_micros(200);
+/// Grants are taken back that were unused for this long, or up to twice as long. Callers use theirs within milliseconds.
+const GRANT: Duration = Duration::from_millis(500);
 
 /// What the worker has the loop call.
 pub(crate) struct Callbacks {
     pub(crate) flush: Py<PyAny>,
     pub(crate) expire: Py<PyAny>,
+    pub(crate) reclaim: Py<PyAny>,
 }
 
 /// A request that was taken in and has not been started.
@@ -49,6 +52,8 @@ pub(crate) enum Posted {
     Resolve(Py<PyAny>),
     /// What a sync handler returned and only the loop can finish: a coroutine, or a response that must be run.
     Finish { head: Running, result: Py<PyAny>, context: Py<PyAny> },
+    /// Grants were given: come back for those that are not used.
+    Reclaim,
 }
 
 /// Events since the start.
@@ -81,6 +86,7 @@ pub(crate) struct Replica {
     /// The loop's thread is in the tick, which flushes at its end.
     pub(crate) ticking: AtomicBool,
     scheduled: AtomicBool,
+    reclaiming: AtomicBool,
     /// The worker's own methods for the loop to call; taken out when it closes, as they hold the worker.
     pub(crate) callbacks: Mutex<Option<Callbacks>>,
     /// This is a child that user code has forked: it must never act for its parent.
@@ -124,6 +130,7 @@ impl Replica {
             headed: Mutex::default(),
             ticking: AtomicBool::new(false),
             scheduled: AtomicBool::new(false),
+            reclaiming: AtomicBool::new(false),
             callbacks: Mutex::default(),
             forked: AtomicBool::new(false),
             turn: AtomicU64::new(0),
@@ -137,7 +144,7 @@ impl Replica {
     pub(crate) fn take_in(&self, request: Request, granted: bool) {
         count(&self.counters.requests);
         let stream = request.stream.clone();
-        let admission = self.with_limit(|limit| limit.admit(stream.link.token.0, granted));
+        let (admission, owes) = self.with_limit(|limit| (limit.admit(stream.link.token.0, granted), limit.owes()));
         match admission {
             Admission::Run => lock(&self.ready).push_back(request),
             Admission::Hold => lock(&self.held).push_back(request),
@@ -145,6 +152,9 @@ impl Replica {
                 count(&self.counters.busy);
                 self.turn_away(&stream, Kind::Busy, 0);
             }
+        }
+        if owes {
+            self.give_slots();
         }
     }
 
@@ -185,9 +195,31 @@ impl Replica {
                     if let Some(link) = link {
                         link.put(Header::new(Kind::Credit, 0).aux(1), &[]);
                     }
+                    if !self.reclaiming.swap(true, Ordering::Relaxed) {
+                        self.post([Posted::Reclaim]);
+                    }
                 }
             }
         }
+    }
+
+    /// Comes back for unused grants in a while; on the loop's thread.
+    pub(crate) fn reclaim_later(&self, py: Python<'_>) -> PyResult<()> {
+        if let Some(reclaim) = self.callback(py, |callbacks| &callbacks.reclaim) {
+            self.hooks.call_later.bind(py).call1((GRANT.as_secs_f64(), reclaim))?;
+        }
+        Ok(())
+    }
+
+    /// Takes back what callers had time to use.
+    pub(crate) fn reclaim(&self, py: Python<'_>) -> PyResult<()> {
+        if self.with_limit(Limit::reclaim) {
+            self.reclaim_later(py)?;
+        } else {
+            self.reclaiming.store(false, Ordering::Relaxed);
+        }
+        self.give_slots();
+        Ok(())
     }
 
     pub(crate) fn with_limit<T>(&self, change: impl FnOnce(&mut Limit) -> T) -> T {
@@ -213,7 +245,7 @@ impl Replica {
         stream.close();
     }
 
-    /// The caller has lost interest. What runs is told, what is held never starts.
+    /// The caller has lost interest. What runs is told, what is held or in the pool's queue never starts.
     pub(crate) fn cancel(&self, py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
         let mut state = stream.state();
         state.cancelled = true;
@@ -227,6 +259,9 @@ impl Replica {
             self.with_limit(Limit::unheld);
             count(&self.counters.cancelled);
             self.turn_away(stream, Kind::Error, Fault::Cancelled as u32);
+        }
+        if let Some(running) = self.pool.remove(stream) {
+            running.replica().finish(py, &running, false, None, Ok(py.None().into_bound(py)));
         }
         // Both futures and the task belong to the loop, on whose thread this runs.
         asgi::wake_readers(py, stream)?;

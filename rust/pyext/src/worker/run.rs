@@ -58,6 +58,13 @@ impl Running {
         }
     }
 
+    pub(crate) fn replica(&self) -> &Arc<Replica> {
+        match self {
+            Self::Http(head) => &head.get().replica,
+            Self::Call(head) => &head.get().replica,
+        }
+    }
+
     pub(crate) fn object<'py>(&self, py: Python<'py>) -> Bound<'py, PyAny> {
         match self {
             Self::Http(head) => head.bind(py).clone().into_any(),
@@ -306,6 +313,7 @@ impl Replica {
         for posted in posted {
             match posted {
                 Posted::Resolve(future) => asgi::resolve(py, vec![future])?,
+                Posted::Reclaim => self.reclaim_later(py)?,
                 Posted::Finish { head, result, context } => {
                     let (result, context) = (result.bind(py), context.bind(py));
                     let outcome = if result.get_type().is(self.hooks.coroutine.bind(py)) {
