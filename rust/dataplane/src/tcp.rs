@@ -1,6 +1,6 @@
-//! What every link over TCP needs of its socket, on both sides; Unix sockets need nothing.
+//! What every link needs of its socket, on both sides.
 //!
-//! A node that vanishes sends no end of file. Without these options its peers would keep requests, slots and credits for it
+//! Over TCP, a node that vanishes sends no end of file. Without these options its peers would keep requests, slots and credits for it
 //! until the kernel gives up retransmitting, a quarter of an hour later.
 
 use std::{io, os::fd::AsFd, time::Duration};
@@ -28,9 +28,24 @@ pub fn prepare(socket: &impl AsFd) -> io::Result<()> {
     Ok(())
 }
 
+/// Room for bytes under way on a Unix socket. In the system's default, a fifth of a MiB, two processes that move a large
+/// body wait for each other six times a MiB; in this one, of which Linux makes twice as much, less than once.
+const SEND_BUFFER: usize = 512 * 1024;
+
+/// Lets a Unix socket take more bytes before its reader has to run.
+///
+/// # Errors
+/// The system refuses the option; it may grant less than it is asked for.
+pub fn widen(socket: &impl AsFd) -> io::Result<()> {
+    SockRef::from(socket).set_send_buffer_size(SEND_BUFFER)
+}
+
 #[cfg(test)]
 mod tests {
-    use std::net::{TcpListener, TcpStream};
+    use std::{
+        net::{TcpListener, TcpStream},
+        os::unix::net::UnixStream,
+    };
 
     use super::*;
 
@@ -46,5 +61,13 @@ mod tests {
             #[cfg(target_os = "linux")]
             assert_eq!(rustix::net::sockopt::tcp_user_timeout(socket).expect("known"), PATIENCE_MS);
         }
+    }
+
+    #[test]
+    fn a_unix_socket_takes_more_than_the_system_lets_it() {
+        let (socket, _peer) = UnixStream::pair().expect("two descriptors");
+        let before = SockRef::from(&socket).send_buffer_size().expect("known");
+        widen(&socket).expect("an option that the system knows");
+        assert!(SockRef::from(&socket).send_buffer_size().expect("known") > before);
     }
 }

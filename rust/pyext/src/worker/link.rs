@@ -24,7 +24,7 @@ use super::stream::{Stream, Turn, Woken};
 /// Chunks of long bodies are put while less than this is unsent.
 const ROOM: usize = 128 * 1024;
 /// Free space that a read is offered.
-const READ: usize = 64 * 1024;
+const READ: usize = 256 * 1024;
 /// A stream id's slab index.
 const INDEX: u32 = (1 << 20) - 1;
 
@@ -140,7 +140,7 @@ impl Link {
     }
 
     /// Reads once; whether the peer may have more. An end of file is an error.
-    #[expect(unsafe_code, reason = "clearing 64 KiB before each read would cost more than the read")]
+    #[expect(unsafe_code, reason = "clearing the space before each read would cost more than the read")]
     pub(crate) fn read(&self, buf: &mut BytesMut) -> io::Result<bool> {
         if buf.capacity() - buf.len() < READ / 16 {
             buf.reserve(READ);

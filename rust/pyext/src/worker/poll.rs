@@ -172,7 +172,9 @@ impl Poller {
                 return Ok(());
             };
             let accepted = match listener {
-                Listener::Unix(it) => it.accept().map(|(socket, _)| is_own(&socket).then_some(Socket::Unix(socket))),
+                Listener::Unix(it) => it.accept().map(|(socket, _)| {
+                    (is_own(&socket) && tcp::widen(&socket).is_ok()).then_some(Socket::Unix(socket))
+                }),
                 Listener::Tcp(it) => {
                     it.accept().map(|(socket, _)| tcp::prepare(&socket).is_ok().then_some(Socket::Tcp(socket)))
                 }
