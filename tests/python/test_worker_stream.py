@@ -298,7 +298,7 @@ def asgi(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(
         runtime.ReplicaRuntime,
         "_http_handler",
-        lambda self: runtime.HttpHandler("asgi", self._target.app, None),
+        lambda self, user: runtime.HttpHandler("asgi", user.target.app, None),
     )
     with serving(Raw) as replica:
         yield replica
