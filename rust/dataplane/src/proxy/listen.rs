@@ -28,6 +28,8 @@ use crate::metrics::Metrics;
 const BACKLOG: i32 = 4096;
 /// Largest piece of a body that hyper reads or writes at once. The kernel's TCP costs a quarter less than at 64 KiB.
 const PIECE: usize = 256 * 1024;
+/// Responses up to this size are written in one piece.
+const SMALL: usize = 1024;
 /// A client has this long to send a whole head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(30);
 /// When accepting fails, descriptors have run out; some will be free after a moment.
@@ -291,7 +293,18 @@ impl Write for Watched {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let result = Pin::new(&mut self.inner).poll_write_vectored(cx, bufs);
+        let inner = Pin::new(&mut self.inner);
+        let result = if bufs.iter().map(|buf| buf.len()).sum::<usize>() > SMALL {
+            inner.poll_write_vectored(cx, bufs)
+        } else {
+            // Joining them costs less than what the kernel spends on a list.
+            let (mut joined, mut end) = ([0; SMALL], 0);
+            for buf in bufs {
+                joined[end..end + buf.len()].copy_from_slice(buf);
+                end += buf.len();
+            }
+            inner.poll_write(cx, &joined[..end])
+        };
         if result.is_ready() {
             self.note(false);
         }
