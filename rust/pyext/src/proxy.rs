@@ -1,7 +1,8 @@
 //! Class `Proxy`: the HTTP proxy as the proxy actor holds it.
 //!
 //! Every call that can wait detaches from the interpreter, and the proxy's own threads never attach to it, so that the
-//! proxy serves while Python is busy and the interpreter can end at any time.
+//! proxy serves while Python is busy and the interpreter can end at any time. What those threads have to tell they write
+//! to the process's error output themselves: a file among Ray's logs, which Ray shows to the driver too.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -25,7 +26,8 @@ impl Proxy {
     }
 
     fn start(&self, py: Python<'_>) -> PyResult<(String, u16)> {
-        let address = py.detach(|| self.0.start())?;
+        let log = tracing_subscriber::fmt().with_writer(std::io::stderr).with_ansi(false).with_target(false).finish();
+        let address = py.detach(|| tracing::subscriber::with_default(log, || self.0.start()))?;
         Ok((address.ip().to_string(), address.port()))
     }
 

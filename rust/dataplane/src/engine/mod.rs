@@ -370,7 +370,12 @@ impl<W> Engine<W> {
             self.replicas.remove(key.0);
             return false;
         }
-        !replica.draining
+        self.wants(key)
+    }
+
+    /// Whether requests for this replica are to come: it is listed and has not said DRAIN.
+    pub fn wants(&self, key: ReplicaKey) -> bool {
+        self.replicas.get(key.0).is_some_and(|replica| replica.listed && !replica.draining)
     }
 
     /// DRAIN: the replica takes no new work, whatever a snapshot says.

@@ -196,6 +196,7 @@ impl Link {
             }
             let wanted = shard.engine.borrow_mut().closed(self.key);
             if !wanted {
+                shard.shared.distrusted().remove(&self.address.id);
                 // Before anything else is opened, which may be given the same key.
                 shard.set_link(self.key, None);
             }
@@ -216,7 +217,11 @@ impl Link {
         let (reader, writer, max_ongoing, rest) = match opening.await.unwrap_or_else(|late| Err(late.into())) {
             Ok(open) => open,
             Err(down) => {
-                tracing::debug!(replica = self.address.id, reason = &down as &dyn std::error::Error, "no link");
+                // Every shard and every further attempt meets the same: one of them tells.
+                if matches!(down, Down::Hello(_)) && shard.shared.distrusted().insert(self.address.id.clone()) {
+                    let reason = &down as &dyn std::error::Error;
+                    tracing::warn!(replica = self.address.id, reason, "cannot link to a replica; trying on");
+                }
                 return false;
             }
         };
@@ -232,10 +237,12 @@ impl Link {
                 (Poll::Ready(down), ..) | (_, Poll::Ready(down), _) => Poll::Ready(down),
             });
         let down = down.await;
-        tracing::info!(replica = self.address.id, reason = &down as &dyn std::error::Error, "link ended");
         shard.metrics.links.down();
         shard.metrics.links_lost.up();
-        shard.shared.unlinked(&self.address.id);
+        if shard.shared.unlinked(&self.address.id) && shard.engine.borrow().wants(self.key) {
+            let reason = &down as &dyn std::error::Error;
+            tracing::warn!(replica = self.address.id, reason, "lost the last link to a replica; linking again");
+        }
         true
     }
 

@@ -1,7 +1,8 @@
 //! The HTTP proxy: hyper on a few single-threaded tokio runtimes ("shards") that share nothing but the snapshot.
 //!
 //! [`Proxy`] is what Python holds. Its threads are started by [`Proxy::start`] and joined by [`Proxy::shutdown`] or `Drop`;
-//! none of them ever touches the interpreter.
+//! none of them ever touches the interpreter. They tell what an operator has to know to the `tracing` subscriber of the
+//! thread that has started them.
 
 mod body;
 mod builtin;
@@ -16,7 +17,7 @@ mod stream;
 mod vigil;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, HashMap, HashSet},
     io,
     net::{SocketAddr, TcpListener},
     rc::Rc,
@@ -32,6 +33,7 @@ use tokio::{
     runtime::{Builder, LocalOptions},
     sync::watch,
 };
+use tracing::dispatcher;
 
 pub use self::config::{Config, ConfigError};
 use self::shard::Shard;
@@ -58,6 +60,8 @@ struct Shared {
     /// On how many shards a replica's link is up.
     linked: Mutex<HashMap<String, usize>>,
     link_changed: Condvar,
+    /// Replicas with which the handshake has failed.
+    distrusted: Mutex<HashSet<String>>,
 }
 
 impl Shared {
@@ -70,14 +74,20 @@ impl Shared {
         self.link_changed.notify_all();
     }
 
-    fn unlinked(&self, replica_id: &str) {
+    /// Returns whether this was the last link.
+    fn unlinked(&self, replica_id: &str) -> bool {
         let mut links = self.links();
-        if let Some(count) = links.get_mut(replica_id) {
-            *count -= 1;
-            if *count == 0 {
-                links.remove(replica_id);
-            }
+        let Some(count) = links.get_mut(replica_id) else { return false };
+        *count -= 1;
+        let last = *count == 0;
+        if last {
+            links.remove(replica_id);
         }
+        last
+    }
+
+    fn distrusted(&self) -> std::sync::MutexGuard<'_, HashSet<String>> {
+        self.distrusted.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -112,8 +122,13 @@ impl std::fmt::Debug for Proxy {
 impl Proxy {
     /// A proxy that does not listen yet. A snapshot that its predecessor kept is taken over.
     pub fn new(config: Config) -> Self {
-        let shared =
-            Shared { config, draining: AtomicBool::default(), linked: Mutex::default(), link_changed: Condvar::new() };
+        let shared = Shared {
+            config,
+            draining: AtomicBool::default(),
+            linked: Mutex::default(),
+            link_changed: Condvar::new(),
+            distrusted: Mutex::default(),
+        };
         let kept = shared.config.snapshot_path.as_ref().and_then(|path| std::fs::read(path).ok());
         let snapshot = kept.and_then(|json| Snapshot::parse(&json).ok()).map(Arc::new);
         let orders = watch::Sender::new(Orders { snapshot, stop: None });
@@ -140,7 +155,8 @@ impl Proxy {
             let (shared, metrics) = (Arc::clone(&self.shared), Arc::<Metrics>::default());
             let (listener, orders) = (listener.try_clone()?, self.orders.subscribe());
             running.metrics.push(Arc::clone(&metrics));
-            let body = move || run(shared, metrics, listener, orders);
+            let subscriber = dispatcher::get_default(Clone::clone);
+            let body = move || dispatcher::with_default(&subscriber, || run(shared, metrics, listener, orders));
             running.threads.push(std::thread::Builder::new().name(format!("rsf-proxy-{index}")).spawn(body)?);
         }
         (running.address, running.process) = (Some(address), std::process::id());
