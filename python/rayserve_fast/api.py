@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from rayserve_fast.config import ControllerOptions, HTTPOptions, ProxyLocation
     from rayserve_fast.deployment import Application
     from rayserve_fast.handle import DeploymentHandle
+    from rayserve_fast.local import Applications
 
 logger = logging.getLogger("ray.serve")
 
@@ -52,6 +53,7 @@ def run(
         logging_config: accepted, has no effect yet.
         external_scaler_enabled: accepted, has no effect yet.
         controller_options: `runtime_env.env_vars` of the controller, when this call starts it.
+        _local_testing_mode: run it in this process, without Ray and HTTP; see docs/composition.md.
 
     Returns:
         A handle to the ingress deployment.
@@ -138,10 +140,12 @@ def _run_many(
     began = time.monotonic()
     if not targets:
         raise ValueError("No applications provided.")
-    if _local_testing_mode:
-        logger.warning("`_local_testing_mode` has no effect yet: the application runs on Ray.")
     for target in targets:
         check_target(target)  # before Ray is started for nothing
+    if _local_testing_mode:
+        from rayserve_fast.local import applications
+
+        return [applications.run(target) for target in targets]
     env_vars = _env_vars(controller_options)
     client.connect_ray()
     runtime_env = dict(ray.get_runtime_context().runtime_env)
@@ -222,16 +226,21 @@ def delete(name: str, _blocking: bool = True) -> None:
     Raises:
         TimeoutError: it was not gone after 60 s; it goes on leaving.
     """
+    if (local := _local(name)) is not None:
+        return local.delete(name)
     deleted = client.require().delete.remote([name])
     if _blocking:
         try:
             ray.get(deleted, timeout=60)
         except ray.exceptions.GetTimeoutError:
             raise TimeoutError(f"Some of these applications weren't deleted after 60s: {[name]}") from None
+    return None
 
 
 def shutdown() -> None:
     """Delete all applications, then end the proxies and the controller. Without Serve: nothing but a log line."""
+    if (local := _local()) is not None and local.shutdown() and not ray.is_initialized():
+        return  # a cluster that this process never joined is none of its business
     controller = client.find()
     if controller is None:
         logger.info("Nothing to shut down. There's no Serve application running on this Ray cluster.")
@@ -254,6 +263,8 @@ def get_app_handle(name: str) -> DeploymentHandle:
     """
     from rayserve_fast.handle import DeploymentHandle
 
+    if (local := _local(name)) is not None:
+        return local.ingress(name)
     ingress = ray.get(client.require().ingress.remote(name))
     if ingress is None:
         raise RayServeException(f"Application '{name}' does not exist.")
@@ -276,16 +287,25 @@ def get_deployment_handle(
     from rayserve_fast import context
     from rayserve_fast.handle import DeploymentHandle
 
-    controller = client.require()
     if app_name is None:
-        if context._replica_context is None:
+        if (replica := context._current_replica()) is None:
             raise RayServeException(
                 "Please specify an application name when getting a deployment handle outside of a Serve application."
             )
-        app_name = context._replica_context.app_name
+        app_name = replica.app_name
+    if (local := _local(app_name)) is not None:
+        return local.deployment(deployment_name, app_name)
+    controller = client.require()
     if _check_exists and not ray.get(controller.exists.remote(app_name, deployment_name)):
         raise KeyError(f"Deployment '{deployment_name}' in application '{app_name}' does not exist.")
     return DeploymentHandle(deployment_name, app_name)
+
+
+def _local(name: str | None = None) -> Applications | None:
+    """This process's applications in local testing mode: if there is one called `name`, or any."""
+    module = sys.modules.get("rayserve_fast.local")
+    applications: Applications | None = None if module is None else module.applications
+    return applications if applications is not None and (name is None or name in applications) else None
 
 
 def _cluster_options(

@@ -23,7 +23,7 @@ from rayserve_fast.controlplane.spec import (
     DeploymentSpec,
     DriverEnv,
 )
-from rayserve_fast.deployment import Application
+from rayserve_fast.deployment import Application, Deployment
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.ingress import asgi_app_of
 
@@ -90,17 +90,10 @@ def build(
 ) -> ApplicationSpec:
     """Build `app` and every application bound into it; arguments and errors as for `build_target`."""
     check_target(RunTarget(app, name, route_prefix))
-    builder = _Builder(name, dict(default_runtime_env or {}))
-    ingress = builder.handle(app).deployment_name
-    if sum(spec.is_asgi for spec in builder.specs) > 1:
-        raise RayServeException(
-            f'Found multiple FastAPI deployments in application "{name}". Only one deployment of an application may be '
-            "made with @serve.ingress."
-        )
-    return ApplicationSpec(name, route_prefix, ingress, tuple(builder.specs))
+    return Builder(name, dict(default_runtime_env or {})).build(app, route_prefix)
 
 
-class _Builder:
+class Builder:
     """The state of one walk: what is built, callees first, and under which name."""
 
     def __init__(self, app_name: str, runtime_env: dict[str, Any]) -> None:
@@ -111,6 +104,26 @@ class _Builder:
         self._code_version = secrets.token_hex(4)
         # By id(), with the Application itself, so that no other one gets its id meanwhile.
         self._handles: dict[int, tuple[Application, DeploymentHandle | None]] = {}
+
+    def build(self, app: Application, route_prefix: str | None) -> ApplicationSpec:
+        """Walk `app`; errors as for `build_target`."""
+        ingress = self.handle(app).deployment_name
+        if sum(spec.is_asgi for spec in self.specs) > 1:
+            raise RayServeException(
+                f'Found multiple FastAPI deployments in application "{self._app_name}". Only one deployment of an '
+                "application may be made with @serve.ingress."
+            )
+        return ApplicationSpec(self._app_name, route_prefix, ingress, tuple(self.specs))
+
+    def define(self, deployment: Deployment) -> bytes:
+        """The definition, for which `handle` is asked for the applications in its arguments."""
+        return definition.dumps(deployment, self.handle)
+
+    def handle_to(self, name: str) -> DeploymentHandle:
+        """A handle to a deployment of this application."""
+        from rayserve_fast.handle import DeploymentHandle
+
+        return DeploymentHandle(name, self._app_name)
 
     def handle(self, app: Application) -> DeploymentHandle:
         """The handle that replaces `app`, which is built if it is met for the first time."""
@@ -123,10 +136,8 @@ class _Builder:
         return handle
 
     def _build(self, app: Application) -> DeploymentHandle:
-        from rayserve_fast.handle import DeploymentHandle
-
         deployment = app._bound_deployment
-        packed = definition.dumps(deployment, self.handle)  # names callees before their caller
+        packed = self.define(deployment)  # names callees before their caller
         asgi = asgi_app_of(deployment.func_or_class)
         spec = DeploymentSpec(
             app=self._app_name,
@@ -139,7 +150,7 @@ class _Builder:
             code_version=self._code_version,
         )
         self.specs.append(spec)
-        return DeploymentHandle(spec.name, self._app_name)
+        return self.handle_to(spec.name)
 
     def _free_name(self, wanted: str) -> str:
         taken = {spec.name for spec in self.specs}

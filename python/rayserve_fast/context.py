@@ -86,6 +86,8 @@ _serve_request_context: contextvars.ContextVar[_RequestContext | None] = context
 
 # One replica per process: this names it. Set once, before the user's constructor runs.
 _replica_context: ReplicaContext | None = None
+# In local testing mode there are several in one process: this names the one whose code runs.
+_local_replica: contextvars.ContextVar[ReplicaContext | None] = contextvars.ContextVar("local_replica", default=None)
 
 
 def get_replica_context() -> ReplicaContext:
@@ -97,11 +99,15 @@ def get_replica_context() -> ReplicaContext:
     Raises:
         RayServeException: outside a replica.
     """
-    if _replica_context is None:
+    if (context := _current_replica()) is None:
         from rayserve_fast.exceptions import RayServeException  # imports Ray: only when it is needed
 
         raise RayServeException("`serve.get_replica_context()` may only be called from within a Ray Serve deployment.")
-    return _replica_context
+    return context
+
+
+def _current_replica() -> ReplicaContext | None:
+    return _local_replica.get() or _replica_context
 
 
 def _set_replica_context(context: ReplicaContext | None) -> None:

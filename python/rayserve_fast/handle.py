@@ -13,12 +13,12 @@ import random
 import threading
 from collections.abc import Generator
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 import ray
 from ray.exceptions import ActorDiedError
 
-from rayserve_fast import _core, caller, values
+from rayserve_fast import caller, values
 from rayserve_fast.context import _serve_request_context
 from rayserve_fast.controlplane.spec import DeploymentID
 from rayserve_fast.exceptions import (
@@ -27,6 +27,13 @@ from rayserve_fast.exceptions import (
     RayServeException,
     RequestCancelledError,
 )
+
+if TYPE_CHECKING:
+    from rayserve_fast import _core
+    from rayserve_fast.local import Applications, LocalCall
+
+    AnyCaller: TypeAlias = caller.Caller | Applications
+    AnyCall: TypeAlias = _core.Call | LocalCall
 
 __all__ = ["DeploymentHandle", "DeploymentResponse"]
 
@@ -68,10 +75,12 @@ class DeploymentHandle:
         *,
         _options: _Options | None = None,
         _handle_id: str | None = None,
+        _local: bool = False,
     ) -> None:
         self.deployment_id = DeploymentID(name=deployment_name, app_name=app_name)
         self.handle_id = _handle_id or f"{random.getrandbits(40):010x}"
         self._options = _options or _Options()
+        self._local = _local
         self._key = f"{app_name}#{deployment_name}"
 
     @property
@@ -107,7 +116,9 @@ class DeploymentHandle:
         """
         given = {name: value for name, value in locals().items() if name != "self" and value is not _UNSET}
         options = replace(self._options, **given)
-        return DeploymentHandle(self.deployment_name, self.app_name, _options=options, _handle_id=self.handle_id)
+        return DeploymentHandle(
+            self.deployment_name, self.app_name, _options=options, _handle_id=self.handle_id, _local=self._local
+        )
 
     def __getattr__(self, name: str) -> DeploymentHandle:
         # Copying, pickling and inspection ask for dunder names, before __init__ has run even; none is a method to call.
@@ -154,7 +165,7 @@ class DeploymentHandle:
             options.multiplexed_model_id,
             options.session_id,
         )
-        owner = caller.current()
+        owner = self._caller()
         call = owner.client.begin(self._key, texts, pickle, [buffer.raw() for buffer in buffers])
         return DeploymentResponse(self, request_id, owner, call)
 
@@ -164,11 +175,19 @@ class DeploymentHandle:
     @property
     def is_initialized(self) -> bool:
         """Whether this process has called anything yet; there is nothing to initialize in a handle itself."""
-        return caller.exists()
+        return self._local or caller.exists()
 
     def running_replicas_populated(self) -> bool:
         """Whether this process holds a link to a replica."""
-        return caller.exists() and caller.current().client.counters()["links"] > 0
+        return self.is_initialized and self._caller().client.counters()["links"] > 0
+
+    def _caller(self) -> AnyCaller:
+        """What calls are made with: this process's caller, or its applications in local testing mode."""
+        if not self._local:
+            return caller.current()
+        from rayserve_fast.local import applications
+
+        return applications
 
     def _init(self, **_: Any) -> None:
         """Accepted for compatibility: handles need no initialization."""
@@ -180,14 +199,14 @@ class DeploymentHandle:
         """See `shutdown`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (self.deployment_name, self.app_name, asdict(self._options))
+        return _unpickle, (self.deployment_name, self.app_name, asdict(self._options), self._local)
 
     def __repr__(self) -> str:
         return f"DeploymentHandle(deployment='{self.deployment_name}')"
 
 
-def _unpickle(deployment_name: str, app_name: str, options: dict[str, Any]) -> DeploymentHandle:
-    return DeploymentHandle(deployment_name, app_name, _options=_Options(**options))
+def _unpickle(deployment_name: str, app_name: str, options: dict[str, Any], local: bool) -> DeploymentHandle:
+    return DeploymentHandle(deployment_name, app_name, _options=_Options(**options), _local=local)
 
 
 def new_request_id() -> str:
@@ -206,8 +225,8 @@ class DeploymentResponse:
         self,
         handle: DeploymentHandle,
         request_id: str,
-        owner: caller.Caller | None,
-        call: _core.Call | None,
+        owner: AnyCaller | None,
+        call: AnyCall | None,
         error: Exception | None = None,
     ) -> None:
         self._handle = handle
@@ -263,11 +282,12 @@ class DeploymentResponse:
     async def _wait(self) -> Any:
         if (call := self._call) is not None:
             if not call.done():
-                await self._check_process().watch(asyncio.get_running_loop()).wait(call)
+                watch = self._check_process().watch(asyncio.get_running_loop())
+                await watch.wait(call)  # type: ignore[arg-type]  # each kind of caller with its own kind of call
             self._settle(call)
         return self._answer()
 
-    def _check_process(self) -> caller.Caller:
+    def _check_process(self) -> AnyCaller:
         assert self._caller is not None, "a call has a caller"
         if self._caller.forked:
             raise RuntimeError("The call was made before this process was forked; its answer is the parent's.")
@@ -278,7 +298,7 @@ class DeploymentResponse:
             raise self._error
         return self._value
 
-    def _settle(self, call: _core.Call) -> None:
+    def _settle(self, call: AnyCall) -> None:
         try:
             self._value = self._read(*call.outcome())
         except Exception as error:

@@ -1,7 +1,7 @@
 """An introduction that many users of Ray Serve start from, as it is written, each example as a script of its own.
 
 Text replacement changes two things: the import line, which is the whole migration, and the port, since 8000 may be
-taken here. The example that composes deployments is left out until handles can be bound into one another.
+taken here.
 """
 
 from __future__ import annotations
@@ -28,6 +28,47 @@ EXAMPLES = {
 
         my_first_deployment = MyFirstDeployment.bind("Hello world!")
         handle: DeploymentHandle = serve.run(my_first_deployment)
+        assert handle.remote().result() == "Hello world!"
+        """,
+    "composition": """
+        from ray import serve
+        from ray.serve.handle import DeploymentHandle
+
+
+        @serve.deployment
+        class Hello:
+            def __call__(self) -> str:
+                return "Hello"
+
+
+        @serve.deployment
+        class World:
+            def __call__(self) -> str:
+                return " world!"
+
+
+        @serve.deployment
+        class Ingress:
+            def __init__(self, hello_handle: DeploymentHandle, world_handle: DeploymentHandle):
+                self._hello_handle = hello_handle
+                self._world_handle = world_handle
+
+            async def __call__(self) -> str:
+                hello_response = self._hello_handle.remote()
+                world_response = self._world_handle.remote()
+                return (await hello_response) + (await world_response)
+
+
+        hello = Hello.bind()
+        world = World.bind()
+
+        # The deployments passed to the Ingress constructor are replaced with handles.
+        app = Ingress.bind(hello, world)
+
+        # Deploys Hello, World, and Ingress.
+        handle: DeploymentHandle = serve.run(app)
+
+        # `DeploymentHandle`s can also be used to call the ingress deployment of an application.
         assert handle.remote().result() == "Hello world!"
         """,
     "ingress": """

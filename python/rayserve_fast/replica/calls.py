@@ -10,7 +10,7 @@ import asyncio
 import inspect
 from collections.abc import Callable, Coroutine
 from types import AsyncGeneratorType, GeneratorType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ray import ObjectRef
 
@@ -18,7 +18,10 @@ from rayserve_fast import values
 from rayserve_fast.exceptions import RayServeException
 
 if TYPE_CHECKING:
-    from rayserve_fast._core import CallHead
+    from rayserve_fast import _core
+    from rayserve_fast.local.call import LocalHead
+
+    CallHead: TypeAlias = _core.CallHead | LocalHead
 
 # The `Fault` codes of the wire that this file gives; ARCHITECTURE.md lists them.
 USER, CANCELLED, NO_METHOD, WRONG_KIND, UNPICKLABLE = 2, 4, 6, 7, 8

@@ -14,19 +14,27 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from contextvars import copy_context
-from typing import TYPE_CHECKING
+from contextvars import Context, copy_context
+from typing import Any, Protocol
 
 from rayserve_fast.replica.loop import EXIT_PATIENCE_S, at_exit
 
-if TYPE_CHECKING:
-    from rayserve_fast._core import Worker
+
+class Jobs(Protocol):
+    """Where jobs come from: a `_core.Worker`, or its like in local testing mode."""
+
+    def take(self) -> tuple[Any, Any, Any] | None:
+        """Waits for one: callable, argument, and what to give back with the outcome; None ends the thread."""
+
+    def done(self, head: Any, result: Any, context: Context) -> None: ...
+    def fail(self, head: Any, error: BaseException) -> None: ...
+    def stop_pool(self) -> None: ...
 
 
 class SyncPool:
     """The pool of one worker, which must be set before the first thread is asked for."""
 
-    worker: Worker
+    worker: Jobs
 
     def __init__(self, name: str) -> None:
         self._names = (f"{name}-{number}" for number in itertools.count())

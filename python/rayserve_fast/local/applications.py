@@ -1,0 +1,146 @@
+"""The applications of this process in local testing mode, and the calls to them.
+
+Names are names: a handle finds the deployment of that name at each call, so handles outlive a redeploy, and calls that
+waited go on to the successor. In another process a handle finds nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from typing import TYPE_CHECKING
+
+from rayserve_fast.handle import DeploymentHandle
+from rayserve_fast.local.build import LocalBuilder, warn
+from rayserve_fast.local.call import LocalCall, LocalHead
+from rayserve_fast.local.replica import LocalReplica
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from rayserve_fast.application import RunTarget
+    from rayserve_fast.controlplane.spec import ApplicationSpec
+    from rayserve_fast.values import Buffer
+
+logger = logging.getLogger("ray.serve")
+
+
+class Applications:
+    """What `serve.run` deploys and `serve.delete` ends, and what `caller.Caller` is to handles elsewhere."""
+
+    forked = False
+
+    def __init__(self) -> None:
+        self._applications: dict[str, ApplicationSpec] = {}
+        self._replicas: dict[str, LocalReplica] = {}  # by `app#deployment`
+        self._changing = threading.RLock()  # a constructor may deploy another application
+
+    def run(self, target: RunTarget) -> DeploymentHandle:
+        """Deploy; what a constructor raises passes through, and the old version, if there is one, serves on."""
+        builder = LocalBuilder(target.name)
+        spec = builder.build(target.target, target.route_prefix)
+        with self._changing:
+            old_spec, before = self._applications.get(target.name), dict(self._replicas)
+            dropped = self._keys(target.name).keys() - {deployment.id.key for deployment in spec.deployments}
+            self._applications[target.name] = spec
+            try:
+                for deployment, definition in zip(spec.deployments, builder.definitions, strict=True):
+                    warn(deployment)
+                    self._replicas[deployment.id.key] = LocalReplica(deployment, definition)
+            except BaseException:
+                failed, self._replicas = self._replicas, before
+                if old_spec is None:
+                    del self._applications[target.name]
+                else:
+                    self._applications[target.name] = old_spec
+                self._stop(replica for key, replica in failed.items() if before.get(key) is not replica)
+                raise
+            for key in dropped:
+                del self._replicas[key]
+            self._stop(replica for key, replica in before.items() if self._replicas.get(key) is not replica)
+        logger.info("Application '%s' is ready in this process.", target.name)
+        return self.ingress(target.name)
+
+    def delete(self, name: str) -> None:
+        """Let its calls end, then its deployments."""
+        with self._changing:
+            keys = self._keys(name)
+            self._applications.pop(name, None)
+            self._stop([self._replicas.pop(key) for key in keys])
+
+    def shutdown(self) -> bool:
+        """Delete all of them; whether there were any."""
+        names = list(self._applications)
+        for name in names:
+            self.delete(name)
+        return bool(names)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._applications
+
+    def ingress(self, name: str) -> DeploymentHandle:
+        """The handle to an application's ingress."""
+        return DeploymentHandle(self._applications[name].ingress, name, _local=True)
+
+    def deployment(self, name: str, app_name: str) -> DeploymentHandle:
+        """The handle to any of its deployments; KeyError if there is none of this name."""
+        if f"{app_name}#{name}" not in self._replicas:
+            raise KeyError(f"Deployment '{name}' in application '{app_name}' does not exist.")
+        return DeploymentHandle(name, app_name, _local=True)
+
+    @property
+    def client(self) -> Applications:
+        """What begins calls: itself."""
+        return self
+
+    def begin(self, key: str, texts: tuple[str, ...], pickle: bytes, buffers: Sequence[Buffer]) -> LocalCall:
+        """A call, on its way; the arguments are those of `_core.Client.begin`."""
+        method, request_id, route, _, model, session = texts
+        head = LocalHead(
+            route=route,
+            request_id=request_id,
+            _internal_request_id=request_id,
+            app_name=key.rpartition("#")[0],
+            multiplexed_model_id=model,
+            session_id=session,
+            method=method,
+            pickle=pickle,
+            buffers=[bytearray(buffer) for buffer in buffers],
+        )
+        call = LocalCall(key, head)
+        self._route(call)
+        return call
+
+    def watch(self, loop: asyncio.AbstractEventLoop) -> Applications:
+        """What waits for calls in a loop: itself."""
+        return self
+
+    async def wait(self, call: LocalCall) -> None:
+        """Return when the call has ended; a cancelled wait leaves it alone."""
+        await call.ended()
+
+    def counters(self) -> dict[str, int]:
+        """What handles ask for."""
+        return {"links": len(self._replicas)}
+
+    def _keys(self, name: str) -> dict[str, None]:
+        """The deployments of an application, callers before those that they call."""
+        spec = self._applications.get(name)
+        return {deployment.id.key: None for deployment in reversed(spec.deployments if spec else ())}
+
+    def _route(self, call: LocalCall) -> None:
+        while (replica := self._replicas.get(call.key)) is not None:
+            if replica.begin(call):
+                return
+        call.finish("unknown")
+
+    def _stop(self, replicas: Iterable[LocalReplica]) -> None:
+        for replica in replicas:
+            for waiting in replica.drain():
+                self._route(waiting)
+            replica.stop()
+
+
+#: Of this process.
+applications = Applications()

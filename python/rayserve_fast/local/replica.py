@@ -1,0 +1,240 @@
+"""One deployment in local testing mode: admits calls as a replica does, runs them on a loop and threads of its own.
+
+There is one replica whatever `num_replicas` says, and the queue in front of it is that of the only caller, this
+process: `max_ongoing_requests` calls run, `max_queued_requests` wait. A slot comes back when the user's code has ended,
+not when a call is cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import secrets
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine
+from contextvars import Context
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from rayserve_fast.context import ReplicaContext, _local_replica, _serve_request_context
+from rayserve_fast.controlplane.spec import ReplicaID, ReplicaRank
+from rayserve_fast.local.call import LocalCall
+from rayserve_fast.replica.calls import Calls
+from rayserve_fast.replica.loop import UserLoop
+from rayserve_fast.replica.servable import Servable
+from rayserve_fast.replica.sync_pool import SyncPool
+
+if TYPE_CHECKING:
+    from rayserve_fast.controlplane.spec import Definition, DeploymentSpec
+
+logger = logging.getLogger("ray.serve")
+
+
+class LocalReplica:
+    """Constructed when this returns; raises what the user's constructor or `reconfigure` raises.
+
+    Args:
+        spec: the deployment; its `definition` is not read.
+        definition: the user's code itself, and the arguments bound to it.
+    """
+
+    def __init__(self, spec: DeploymentSpec, definition: Definition) -> None:
+        self._config = spec.config
+        self._context = ReplicaContext(
+            replica_id=ReplicaID(secrets.token_hex(4), spec.id),
+            servable_object=None,
+            _deployment_config=spec.config,
+            rank=ReplicaRank(0, 0, 0),
+            world_size=1,
+            code_version=spec.code_version,
+        )
+        self._changed = threading.Condition()  # guards the next three
+        self._running = 0
+        self._waiting: deque[LocalCall] = deque()
+        self._open = True
+        self._loop = UserLoop(f"serve-{spec.name}")
+        self._jobs = _Jobs(SyncPool(f"serve-{spec.name}-sync"), self)
+        self._user = Servable(self._loop, self._context)
+        self._loop.start()
+        try:
+            self._within(self._user.construct, definition)
+        except BaseException:
+            self._end()
+            raise
+        self._calls = Calls(self._user.target, self._user.is_function)
+
+    def begin(self, call: LocalCall) -> bool:
+        """Run the call, let it wait or refuse it; on any thread. False: the replica is leaving."""
+        call.replica = self
+        try:
+            self._calls.is_sync(call.head.method)
+        except Exception as error:
+            return call.finish(*self._answer(call, None, error))
+        limit = self._config.max_queued_requests
+        with self._changed:
+            if not self._open:
+                return False
+            if self._running >= self._config.max_ongoing_requests:
+                if 0 <= limit <= len(self._waiting):
+                    policy = self._config.backpressure
+                    call.finish("backpressure", len(self._waiting), limit, policy.status_code, policy.retry_after_s)
+                else:
+                    self._waiting.append(call)
+                return True
+            self._running += 1
+        self._start(call)
+        return True
+
+    def cancel(self, call: LocalCall) -> None:
+        """A call that has been ended by its caller: a waiting one never starts, a coroutine is cancelled."""
+        with self._changed:
+            if call in self._waiting:
+                self._waiting.remove(call)
+                return
+        self._loop.loop.call_soon_threadsafe(lambda: call.task and call.task.cancel())
+
+    def drain(self) -> deque[LocalCall]:
+        """Take no more calls; those that wait."""
+        with self._changed:
+            self._open = False
+            waiting, self._waiting = self._waiting, deque()
+            return waiting
+
+    def stop(self) -> None:
+        """After `drain`: let the calls that run come to their end, then the user's object."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running, self._config.graceful_shutdown_timeout_s)
+        self._end()
+
+    def _end(self) -> None:
+        try:
+            self._within(self._user.destroy)
+        finally:
+            self._jobs.stop()
+            self._loop.stop()
+
+    def _within(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call `function` where `serve.get_replica_context()` gives this replica and nothing of the caller's shows."""
+        context = Context()
+        context.run(_local_replica.set, self._context)
+        return context.run(function, *args)
+
+    def _enter(self, call: LocalCall) -> None:
+        _local_replica.set(self._context)
+        _serve_request_context.set(call.head)
+
+    def _start(self, call: LocalCall) -> None:
+        """Run a call that has a slot."""
+        if self._calls.is_sync(call.head.method):
+            self._jobs.put(self._run, call)
+        else:
+            self._loop.loop.call_soon_threadsafe(self._begin, call, context=Context())
+
+    def _run(self, call: LocalCall) -> Any:
+        """On a thread of the pool."""
+        self._enter(call)
+        return None if call.done() else self._calls.run(call.head)
+
+    def _begin(self, call: LocalCall) -> None:
+        """On the loop's thread."""
+        self._enter(call)
+        if call.done():  # cancelled before its first step
+            return self._ended(call)
+        try:
+            return self._follow(call, self._calls.begin(call.head))
+        except BaseException as error:
+            return self._ended(call, error=error)
+
+    def _follow(self, call: LocalCall, coroutine: Coroutine[Any, Any, Any]) -> None:
+        """On the loop's thread, in the call's context: run the coroutine as a task."""
+        call.task = asyncio.get_running_loop().create_task(coroutine)
+        if call.done():
+            call.task.cancel()
+        call.task.add_done_callback(lambda task: self._ended_task(call, task))
+
+    def _ran(self, call: LocalCall, result: Any, context: Context) -> None:
+        """A sync function has returned; if it is a coroutine, the loop goes on with it."""
+        if inspect.iscoroutine(result):
+            self._loop.loop.call_soon_threadsafe(self._follow, call, result, context=context)
+        else:
+            self._ended(call, result)
+
+    def _ended_task(self, call: LocalCall, task: asyncio.Task[Any]) -> None:
+        try:
+            result = task.result()
+        except BaseException as error:
+            self._ended(call, error=error)
+        else:
+            self._ended(call, result)
+
+    def _ended(self, call: LocalCall, result: Any = None, error: BaseException | None = None) -> None:
+        """Answer the call, unless it was cancelled, and give its slot to the next."""
+        if not call.done():
+            call.finish(*self._answer(call, result, error))
+        with self._changed:
+            following = self._waiting.popleft() if self._waiting else None
+            if following is None:
+                self._running -= 1
+                self._changed.notify_all()
+        if following is not None:
+            self._start(following)
+
+    def _answer(self, call: LocalCall, result: Any, error: BaseException | None) -> tuple[Any, ...]:
+        if error is None:
+            try:
+                pickle, buffers = self._calls.dump(result)
+                return "value", pickle, [bytearray(buffer) for buffer in buffers]
+            except Exception as unsendable:
+                error = unsendable
+        try:
+            return "fault", *self._calls.dump_error(call.head, error)
+        except Exception as broken:  # such as an exception whose text raises
+            logger.exception("The error of %s cannot be told.", call.key)
+            return "internal", repr(type(broken))
+
+
+class _Jobs:
+    """What `SyncPool` takes its jobs from; there is always a thread for a job, as running calls are bounded."""
+
+    def __init__(self, pool: SyncPool, replica: LocalReplica) -> None:
+        self._pool = pool
+        self._replica = replica
+        self._queue: SimpleQueue[tuple[Any, Any, Any] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._threads = self._busy = 0
+        pool.worker = self
+
+    def put(self, call: Callable[[LocalCall], Any], argument: LocalCall) -> None:
+        """Have a thread call it."""
+        with self._lock:
+            self._busy += 1
+            more = self._busy > self._threads
+            self._threads += more
+        self._queue.put((call, argument, argument))
+        if more:
+            self._pool.spawn()
+
+    def stop(self) -> None:
+        """End the threads."""
+        self._pool.stop()
+
+    def take(self) -> tuple[Any, Any, Any] | None:
+        return self._queue.get()
+
+    def done(self, head: Any, result: Any, context: Context) -> None:
+        self._leave()
+        self._replica._ran(head, result, context)
+
+    def fail(self, head: Any, error: BaseException) -> None:
+        self._leave()
+        self._replica._ended(head, error=error)
+
+    def stop_pool(self) -> None:
+        for _ in range(self._threads):
+            self._queue.put(None)
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._busy -= 1
