@@ -3,7 +3,7 @@
 `.remote()` puts the call on its way before it returns, whether or not anybody waits for the answer. `.result()` reads
 the answer on the thread that waits, `await` on the loop that waits. No Ray task is involved.
 
-Not here yet: streaming calls, responses and object references as arguments, routing by model or session.
+Not here yet: responses and object references as arguments, routing by model or session.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from collections.abc import Generator
+from collections import deque
+from collections.abc import AsyncIterator, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     AnyCaller: TypeAlias = caller.Caller | Applications
     AnyCall: TypeAlias = _core.Call | LocalCall
 
-__all__ = ["DeploymentHandle", "DeploymentResponse"]
+__all__ = ["DeploymentHandle", "DeploymentResponse", "DeploymentResponseGenerator"]
 
 _UNSET: Any = object()
 
@@ -128,21 +129,20 @@ class DeploymentHandle:
         method = self.__dict__[name] = self.options(method_name=name)
         return method
 
-    def remote(self, *args: Any, **kwargs: Any) -> DeploymentResponse:
+    def remote(self, *args: Any, **kwargs: Any) -> DeploymentResponse | DeploymentResponseGenerator:
         """Call the deployment.
 
         Args:
             *args, **kwargs: what the method is called with; it gets copies.
 
         Returns:
-            The answer to come. Dropping it does not cancel the call.
+            The answer to come, or with `options(stream=True)` the items. Dropping it does not cancel the call.
 
         Raises:
             RayServeException: Serve is not running, or an argument is of a kind that does not travel.
         """
         options = self._options
-        if options.stream:
-            raise RayServeException("Streaming calls (`handle.options(stream=True)`) are not implemented yet.")
+        kind = DeploymentResponseGenerator if options.stream else DeploymentResponse
         for arg in (*args, *kwargs.values()):
             if isinstance(arg, _NOT_YET):
                 raise RayServeException(
@@ -156,7 +156,7 @@ class DeploymentHandle:
         except Exception as error:
             failure = TypeError(f"The arguments of {self._described()} cannot be pickled: {error}")
             failure.__cause__ = error
-            return DeploymentResponse(self, request_id, None, None, failure)
+            return kind(self, request_id, None, None, failure)
         texts = (
             options.method_name,
             request_id,
@@ -166,8 +166,9 @@ class DeploymentHandle:
             options.session_id,
         )
         owner = self._caller()
-        call = owner.client.begin(self._key, texts, pickle, [buffer.raw() for buffer in buffers])
-        return DeploymentResponse(self, request_id, owner, call)
+        raw = [buffer.raw() for buffer in buffers]
+        call = owner.client.begin(self._key, texts, pickle, raw, options.stream)
+        return kind(self, request_id, owner, call)
 
     def _described(self) -> str:
         return f"'{self.deployment_name}.{self._options.method_name}'"
@@ -215,11 +216,8 @@ def new_request_id() -> str:
     return f"{bits[:8]}-{bits[8:12]}-4{bits[13:16]}-{'89ab'[int(bits[16], 16) & 3]}{bits[17:20]}-{bits[20:]}"
 
 
-class DeploymentResponse:
-    """The answer to a call, which is on its way already; made by `DeploymentHandle.remote`.
-
-    The answer is read when it is asked for, once; asking again gives the same value or raises the same error.
-    """
+class _Response:
+    """A call that is on its way, and how one waits for it and reads what became of it."""
 
     def __init__(
         self,
@@ -233,7 +231,6 @@ class DeploymentResponse:
         self._caller = owner
         self._request_id = request_id
         self._call = call
-        self._value: Any = None
         self._error: BaseException | None = error
         self._cancelled = False
 
@@ -247,45 +244,29 @@ class DeploymentResponse:
         """False: the value itself travels."""
         return False
 
-    def result(self, *, timeout_s: float | None = None) -> Any:
-        """Wait for the answer and return it.
+    def cancel(self) -> None:
+        """Cancel the call: a queued one never starts, a running coroutine gets `asyncio.CancelledError`."""
+        if (call := self._call) is not None and call.cancel():
+            self._cancelled = True
 
-        Args:
-            timeout_s: seconds to wait; None: as long as it takes. The call goes on when the time is over.
+    def cancelled(self) -> bool:
+        """Whether `cancel` came before the answer."""
+        return self._cancelled
 
-        Raises:
-            TimeoutError: there is no answer yet.
-            RuntimeError: the thread runs an asyncio loop, which would stand still; use `await`.
-            RayTaskError: the method raised; the error is also an instance of the type that it raised.
-            ActorDiedError: the replica died during the call.
-            RequestCancelledError: the call was cancelled.
-            BackPressureError: `max_queued_requests` calls of this process wait already.
-            DeploymentUnavailableError: the deployment failed to deploy, or does not exist.
-        """
-        if (call := self._call) is not None:
-            if asyncio._get_running_loop() is not None:
-                raise RuntimeError(
-                    "Sync methods should not be called from within an `asyncio` event loop. "
-                    "Use `await response` instead."
-                )
-            self._check_process()
-            # Signals are for the main thread, which must not sleep through them.
-            main = threading.current_thread() is threading.main_thread()
-            if not call.wait(timeout_s, main):
-                raise TimeoutError(f"{self._handle._described()} has not answered within {timeout_s} s.")
-            self._settle(call)
-        return self._answer()
+    def _wait_here(self, call: AnyCall, timeout_s: float | None, instead: str) -> bool:
+        """Wait on this thread; whether there is something before the time is over."""
+        if asyncio._get_running_loop() is not None:
+            raise RuntimeError(
+                f"Sync methods should not be called from within an `asyncio` event loop. Use `{instead}` instead."
+            )
+        self._check_process()
+        # Signals are for the main thread, which must not sleep through them.
+        return call.wait(timeout_s, threading.current_thread() is threading.main_thread())
 
-    def __await__(self) -> Generator[Any, None, Any]:
-        return self._wait().__await__()
-
-    async def _wait(self) -> Any:
-        if (call := self._call) is not None:
-            if not call.done():
-                watch = self._check_process().watch(asyncio.get_running_loop())
-                await watch.wait(call)  # type: ignore[arg-type]  # each kind of caller with its own kind of call
-            self._settle(call)
-        return self._answer()
+    async def _wait_in_loop(self, call: AnyCall) -> None:
+        if not call.ready():
+            watch = self._check_process().watch(asyncio.get_running_loop())
+            await watch.wait(call)  # type: ignore[arg-type]  # each kind of caller with its own kind of call
 
     def _check_process(self) -> AnyCaller:
         assert self._caller is not None, "a call has a caller"
@@ -293,22 +274,12 @@ class DeploymentResponse:
             raise RuntimeError("The call was made before this process was forked; its answer is the parent's.")
         return self._caller
 
-    def _answer(self) -> Any:
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def _settle(self, call: AnyCall) -> None:
-        try:
-            self._value = self._read(*call.outcome())
-        except Exception as error:
-            self._error = error
-        self._call = None
-
     def _read(self, kind: str, *rest: Any) -> Any:
         """The value of an outcome of the native client, or the exception that it stands for."""
         if kind == "value":
             return values.loads(*rest)
+        if kind == "end":
+            return None
         if kind == "fault":
             self._raise_fault(*rest)
         if kind == "died":
@@ -342,23 +313,130 @@ class DeploymentResponse:
             raise TypeError(text)
         raise RayServeException(text)
 
-    def cancel(self) -> None:
-        """Cancel the call: a queued one never starts, a running coroutine gets `asyncio.CancelledError`."""
-        if (call := self._call) is not None and call.cancel():
-            self._cancelled = True
+    def __repr__(self) -> str:
+        kind = type(self).__name__
+        return f"{kind}(deployment='{self._handle.deployment_name}', request_id='{self._request_id}')"
 
-    def cancelled(self) -> bool:
-        """Whether `cancel` came before the answer."""
-        return self._cancelled
+
+class DeploymentResponse(_Response):
+    """The answer to a call, which is on its way already; made by `DeploymentHandle.remote`.
+
+    The answer is read when it is asked for, once; asking again gives the same value or raises the same error.
+    """
+
+    _value: Any = None
+
+    def result(self, *, timeout_s: float | None = None) -> Any:
+        """Wait for the answer and return it.
+
+        Args:
+            timeout_s: seconds to wait; None: as long as it takes. The call goes on when the time is over.
+
+        Raises:
+            TimeoutError: there is no answer yet.
+            RuntimeError: the thread runs an asyncio loop, which would stand still; use `await`.
+            RayTaskError: the method raised; the error is also an instance of the type that it raised.
+            ActorDiedError: the replica died during the call.
+            RequestCancelledError: the call was cancelled.
+            BackPressureError: `max_queued_requests` calls of this process wait already.
+            DeploymentUnavailableError: the deployment failed to deploy, or does not exist.
+        """
+        if (call := self._call) is not None:
+            if not self._wait_here(call, timeout_s, "await response"):
+                raise TimeoutError(f"{self._handle._described()} has not answered within {timeout_s} s.")
+            self._settle(call)
+        return self._answer()
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        return self._wait().__await__()
+
+    async def _wait(self) -> Any:
+        if (call := self._call) is not None:
+            await self._wait_in_loop(call)
+            self._settle(call)
+        return self._answer()
+
+    def _answer(self) -> Any:
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def _settle(self, call: AnyCall) -> None:
+        try:
+            self._value = self._read(*call.outcome())
+        except Exception as error:
+            self._error = error
+        self._call = None
 
     def __reduce__(self) -> NoReturn:
         raise RayServeException(
             "`DeploymentResponse` is not serializable. Only its value can be sent elsewhere: `await` it first."
         )
 
-    def __repr__(self) -> str:
-        return f"DeploymentResponse(deployment='{self._handle.deployment_name}', request_id='{self._request_id}')"
+
+class DeploymentResponseGenerator(_Response):
+    """The items of a streaming call, in order; made by `handle.options(stream=True).method.remote()`.
+
+    Iterate it once, with `for` or `async for`; every item is decoded when it is asked for. A method that is far ahead
+    of whoever takes its items is suspended.
+    """
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._items: deque[Any] = deque()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        while not self._items:
+            if (call := self._call) is None:
+                raise self._error or StopIteration
+            self._wait_here(call, None, "async for item in response")
+            self._take(call)
+        return _load_item(self._items.popleft())
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        while not self._items:
+            if (call := self._call) is None:
+                raise self._error or StopAsyncIteration
+            await self._wait_in_loop(call)
+            self._take(call)
+        return _load_item(self._items.popleft())
+
+    def _take(self, call: AnyCall) -> None:
+        """Take what has come; the end of the stream is looked at once its last item was taken."""
+        outcome = call.outcome()  # asked first: what comes between the two questions must not be lost
+        if items := call.items():
+            self._items.extend(items)
+        elif outcome is not None:
+            try:
+                self._read(*outcome)
+            except Exception as error:
+                self._error = error
+            self._call = None
+
+    def __await__(self) -> NoReturn:
+        raise TypeError("`DeploymentResponseGenerator` cannot be awaited directly. Use `async for` instead.")
+
+    def result(self, *, timeout_s: float | None = None) -> NoReturn:
+        """Always an error: a stream has items and no result."""
+        raise TypeError(
+            "`DeploymentResponseGenerator` doesn't support `.result()`. Use iteration instead: `for item in generator`."
+        )
+
+    def __reduce__(self) -> NoReturn:
+        raise RayServeException(
+            "`DeploymentResponseGenerator` is not serializable: its items are taken where it was made."
+        )
+
+
+def _load_item(item: Any) -> Any:
+    return values.loads(item) if type(item) is bytes else values.loads(*item)
 
 
 #: Kinds of arguments that get here with composition; the reference resolves them.
-_NOT_YET = (DeploymentResponse, ray.ObjectRef)
+_NOT_YET = (DeploymentResponse, DeploymentResponseGenerator, ray.ObjectRef)

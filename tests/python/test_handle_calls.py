@@ -339,8 +339,6 @@ def test_a_handle_is_no_container_and_no_callable() -> None:
 
 def test_what_is_not_there_yet_says_so(replica: Replicas, connect: Any) -> None:
     handle = connect(Cluster(replica()))
-    with pytest.raises(RayServeException, match="not implemented"):
-        handle.options(stream=True).remote()
     with pytest.raises(RayServeException, match="pass its value"):
         handle.remote(handle.remote())
     with pytest.raises(RayServeException, match="not serializable"):

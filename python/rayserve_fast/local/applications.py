@@ -11,6 +11,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
+from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.handle import DeploymentHandle
 from rayserve_fast.local.build import LocalBuilder, warn
 from rayserve_fast.local.call import LocalCall, LocalHead
@@ -94,8 +95,12 @@ class Applications:
         """What begins calls: itself."""
         return self
 
-    def begin(self, key: str, texts: tuple[str, ...], pickle: bytes, buffers: Sequence[Buffer]) -> LocalCall:
+    def begin(
+        self, key: str, texts: tuple[str, ...], pickle: bytes, buffers: Sequence[Buffer], stream: bool
+    ) -> LocalCall:
         """A call, on its way; the arguments are those of `_core.Client.begin`."""
+        if stream:
+            raise RayServeException("Streaming calls are not built in local testing mode yet.")
         method, request_id, route, _, model, session = texts
         head = LocalHead(
             route=route,

@@ -7,7 +7,7 @@ pickled fails here as it would there. A call ends once: whoever finishes it late
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from concurrent.futures import Future, InvalidStateError, wait
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,11 @@ class LocalHead(_RequestContext):
     method: str = "__call__"
     pickle: bytes = field(default=b"", repr=False)
     buffers: Sequence[Buffer] = field(default=(), repr=False)
+    streaming: bool = False
+
+    def put_item(self, pickle: bytes, buffers: Sequence[Buffer]) -> Awaitable[None] | None:
+        """Not called: streaming calls are not built in this mode yet."""
+        raise NotImplementedError
 
     def arguments(self) -> tuple[bytes, Sequence[Buffer]]:
         """The pickle of the pair of arguments, and its buffers, which are the callee's own."""
@@ -74,6 +79,12 @@ class LocalCall:
         if self.replica is not None:
             self.replica.cancel(self)
         return True
+
+    ready = done
+
+    def items(self) -> list[Any]:
+        """None: streaming calls are not built in this mode yet."""
+        return []
 
     def outcome(self) -> tuple[Any, ...]:
         """What became of it."""

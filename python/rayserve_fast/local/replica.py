@@ -69,7 +69,7 @@ class LocalReplica:
         """Run the call, let it wait or refuse it; on any thread. False: the replica is leaving."""
         call.replica = self
         try:
-            self._calls.is_sync(call.head.method)
+            self._calls.is_sync(call.head.method, False)
         except Exception as error:
             return call.finish(*self._answer(call, None, error))
         limit = self._config.max_queued_requests
@@ -127,7 +127,7 @@ class LocalReplica:
 
     def _start(self, call: LocalCall) -> None:
         """Run a call that has a slot."""
-        if self._calls.is_sync(call.head.method):
+        if self._calls.is_sync(call.head.method, False):
             self._jobs.put(self._run, call)
         else:
             self._loop.loop.call_soon_threadsafe(self._begin, call, context=Context())

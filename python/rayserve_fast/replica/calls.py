@@ -7,6 +7,7 @@ returns, or has a pool thread :meth:`Calls.run` it. Values travel as ``rayserve_
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 from collections.abc import Callable, Coroutine
 from types import AsyncGeneratorType, GeneratorType
@@ -50,24 +51,26 @@ class Calls:
     def __init__(self, target: Any, is_function: bool) -> None:
         self._target = target
         self._is_function = is_function
-        self._methods: dict[str, tuple[Callable[..., Any], bool]] = {}
+        self._methods: dict[tuple[str, bool], tuple[Callable[..., Any], bool]] = {}
 
-    def is_sync(self, name: str) -> bool:
+    def is_sync(self, name: str, streaming: bool) -> bool:
         """Whether a pool thread runs this method.
 
         Raises:
             NoSuchMethodError: there is none.
-            WrongKindError: it is a generator function, and streaming calls are not built yet.
+            WrongKindError: it is a generator function, and the call is not a streaming one.
         """
-        known = self._methods.get(name)
+        known = self._methods.get((name, streaming))
         if known is None:
-            known = self._methods[name] = self._find(name)
+            known = self._methods[name, streaming] = self._find(name, streaming)
         return known[1]
 
     def begin(self, head: CallHead) -> Coroutine[Any, Any, Any]:
         """The coroutine of an async method."""
-        method = self._methods[head.method][0]
+        method = self._methods[head.method, head.streaming][0]
         args, kwargs = _arguments(head)
+        if head.streaming:
+            return _begin_stream(head, method, args, kwargs)
         if any(type(value) is ObjectRef for value in (*args, *kwargs.values())):
             return _with_values(method, args, kwargs)
         coroutine: Coroutine[Any, Any, Any] = method(*args, **kwargs)
@@ -81,19 +84,14 @@ class Calls:
 
             args = tuple(ray.get(value) if type(value) is ObjectRef else value for value in args)
             kwargs = {key: ray.get(value) if type(value) is ObjectRef else value for key, value in kwargs.items()}
-        return self._methods[head.method][0](*args, **kwargs)
+        result = self._methods[head.method, head.streaming][0](*args, **kwargs)
+        return _run_stream(head, result) if head.streaming else result
 
     def dump(self, result: Any) -> tuple[bytes, list[memoryview]]:
         """A result as the pickle and the buffers beside it."""
         if isinstance(result, (GeneratorType, AsyncGeneratorType)):
             raise WrongKindError(_wrong_kind(result.__name__))
-        try:
-            encoded, buffers = values.dumps(result)
-        except Exception as error:
-            raise UnpicklableError(
-                f"The result of type {type(result).__qualname__} cannot be sent: {error!r}"
-            ) from error
-        return encoded, [buffer.raw() for buffer in buffers]
+        return _dump(result)
 
     def dump_error(self, head: CallHead, error: BaseException) -> tuple[int, bytes]:
         """An error as the code and the payload of an ERROR frame."""
@@ -102,7 +100,7 @@ class Calls:
                 return fault, str(error).encode()
         return USER, values.dump_error(error, head.method)
 
-    def _find(self, name: str) -> tuple[Callable[..., Any], bool]:
+    def _find(self, name: str, streaming: bool) -> tuple[Callable[..., Any], bool]:
         method = self._target if self._is_function else getattr(self._target, name, None)
         if method is None:
             public = [attr for attr in dir(self._target) if not attr.startswith("__")]
@@ -110,14 +108,20 @@ class Calls:
             raise NoSuchMethodError(
                 f"Tried to call a method '{name}' that does not exist. Available methods: {methods}."
             )
-        if inspect.isgeneratorfunction(method) or inspect.isasyncgenfunction(method):
+        if streaming:
+            return method, not is_async(method) and not _any(inspect.isasyncgenfunction, method)
+        if _any(inspect.isgeneratorfunction, method) or _any(inspect.isasyncgenfunction, method):
             raise WrongKindError(_wrong_kind(method.__name__))
         return method, not is_async(method)
 
 
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling it gives a coroutine; looks through an object to its ``__call__``."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
+    return _any(inspect.iscoroutinefunction, function)
+
+
+def _any(test: Callable[[Any], bool], function: Callable[..., Any]) -> bool:
+    return test(function) or test(getattr(function, "__call__", None))  # noqa: B004
 
 
 def _arguments(head: CallHead) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -128,16 +132,79 @@ def _arguments(head: CallHead) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return args, kwargs
 
 
+def _dump(result: Any) -> tuple[bytes, list[memoryview]]:
+    try:
+        encoded, buffers = values.dumps(result)
+    except Exception as error:
+        raise UnpicklableError(f"The result of type {type(result).__qualname__} cannot be sent: {error!r}") from error
+    return encoded, [buffer.raw() for buffer in buffers]
+
+
 async def _with_values(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Calls `method` with the values of the references among its top-level arguments."""
+    args, kwargs = await _values(args, kwargs)
+    return await method(*args, **kwargs)
+
+
+async def _values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     given = (*args, *kwargs.values())
     found = iter(await asyncio.gather(*(_value(value) for value in given)))
     args = tuple(next(found) for _ in args)
-    return await method(*args, **dict(zip(kwargs, found, strict=True)))
+    return args, dict(zip(kwargs, found, strict=True))
 
 
 async def _value(given: Any) -> Any:
     return await given if type(given) is ObjectRef else given
+
+
+async def _begin_stream(
+    head: CallHead, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
+    """Calls an async method of a streaming call, and sends the items of the generator that it gives."""
+    if any(type(value) is ObjectRef for value in (*args, *kwargs.values())):
+        args, kwargs = await _values(args, kwargs)
+    result = method(*args, **kwargs)
+    if not isinstance(result, AsyncGeneratorType):
+        result = await result
+    if isinstance(result, GeneratorType):
+        with contextlib.closing(result):
+            for item in result:
+                if (pause := head.put_item(*_dump(item))) is not None:
+                    await pause
+        return
+    await _send_items(head, result)
+
+
+async def _send_items(head: CallHead, generator: Any) -> None:
+    if not isinstance(generator, AsyncGeneratorType):
+        raise WrongKindError(_no_generator(head.method))
+    try:
+        async for item in generator:
+            if (pause := head.put_item(*_dump(item))) is not None:
+                await pause
+    except asyncio.CancelledError as error:
+        # The caller went away while its window was full: the generator hears of it as if it had been suspended itself.
+        with contextlib.suppress(StopAsyncIteration, asyncio.CancelledError):
+            await generator.athrow(error)
+        raise
+    finally:
+        await generator.aclose()
+
+
+def _run_stream(head: CallHead, result: Any) -> Any:
+    """Sends the items of a sync method's generator from the pool's thread; an async one is left to the loop."""
+    if isinstance(result, AsyncGeneratorType):
+        return _send_items(head, result)
+    if not isinstance(result, GeneratorType):
+        raise WrongKindError(_no_generator(head.method))
+    with contextlib.closing(result):
+        for item in result:
+            head.put_item(*_dump(item))
+    return None
+
+
+def _no_generator(name: str) -> str:
+    return f"Called method '{name}' with `handle.options(stream=True)` but it did not return a generator."
 
 
 def _wrong_kind(name: str) -> str:

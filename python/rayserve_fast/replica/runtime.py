@@ -41,7 +41,7 @@ class Hooks:
     encode: Callable[[Any], Any]
     failed: Callable[[RequestHead, BaseException], responses.Answer]
     spawn: Callable[[], None]
-    is_sync: Callable[[str], bool]
+    is_sync: Callable[[str, bool], bool]
     begin_call: Callable[..., Any]
     run_call: Callable[..., Any]
     dump_result: Callable[..., Any]

@@ -18,6 +18,8 @@ pub mod flag {
     pub const FAST: u8 = 2;
     /// In requests: this one uses a credit.
     pub const GRANTED: u8 = 4;
+    /// In CALL: the method is a generator, and its items come as ITEM frames.
+    pub const STREAM: u8 = 8;
 }
 
 /// What a frame is.
@@ -36,6 +38,7 @@ pub enum Kind {
     Call = 30,
     Result = 31,
     Error = 32,
+    Item = 33,
     Cancel = 40,
     Window = 41,
     Busy = 42,
@@ -65,6 +68,7 @@ impl TryFrom<u8> for Kind {
             30 => Self::Call,
             31 => Self::Result,
             32 => Self::Error,
+            33 => Self::Item,
             40 => Self::Cancel,
             41 => Self::Window,
             42 => Self::Busy,

@@ -171,7 +171,7 @@ impl Link {
     /// The lease comes back when a million streams are open.
     pub(super) fn send_call(&mut self, call: &Arc<Pending>, lease: Lease, poll: usize) -> Result<(), Lease> {
         let payload = call.payload();
-        let flags = if lease.granted { flag::GRANTED } else { 0 };
+        let flags = if lease.granted { flag::GRANTED } else { 0 } | if call.stream { flag::STREAM } else { 0 };
         let end = self.appended + (HEADER_LEN + payload.len()) as u64;
         let sent = Sent { call: Arc::clone(call), lease, end };
         let stream = self.streams.insert(sent).map_err(|sent| sent.lease)?;

@@ -16,7 +16,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use pyo3::{
     buffer::PyBuffer,
     exceptions::{PyRuntimeError, PyValueError},
@@ -27,7 +27,7 @@ use pyo3::{
 use rayserve_dataplane::{
     error::Error,
     snapshot::{Snapshot, Version},
-    wire::call::{CallHead, put_call_head, put_value_head},
+    wire::call::{CallHead, Value, put_call_head, put_value_head},
 };
 
 use self::{
@@ -62,6 +62,7 @@ impl Client {
         texts: Texts,
         pickle: &[u8],
         buffers: Vec<PyBuffer<u8>>,
+        stream: bool,
     ) -> PyResult<Call> {
         let (method, request_id, route, app, multiplexed_model_id, session_id) = &texts;
         let head = CallHead { method, request_id, route, app, multiplexed_model_id, session_id };
@@ -75,7 +76,7 @@ impl Client {
             out.resize(start + buffer.len_bytes(), 0);
             buffer.copy_to_slice(py, &mut out[start..])?;
         }
-        let call = Pending::new(deployment, out.freeze());
+        let call = Pending::new(deployment, out.freeze(), stream);
         if !self.caller.begin(&call) {
             return Err(PyRuntimeError::new_err("handles are closed: the interpreter exits"));
         }
@@ -162,8 +163,14 @@ pub(crate) struct Call {
 
 #[pymethods]
 impl Call {
-    fn done(&self) -> bool {
-        self.call.outcome().is_some()
+    /// Whether there is an outcome, or an item of a stream.
+    fn ready(&self) -> bool {
+        self.call.is_ready()
+    }
+
+    /// The items that have come since the last time, each a pickle or a pickle and its buffers.
+    fn items<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        self.caller.take_items(&self.call).into_iter().map(|item| item_of(py, item)).collect()
     }
 
     /// False: the time is over. Only the main thread is told of signals.
@@ -203,6 +210,7 @@ impl Call {
                 let buffers = PyList::new(py, value.buffers.iter().map(|buffer| PyByteArray::new(py, buffer)))?;
                 ("value", PyBytes::new(py, &value.pickle), buffers).into_pyobject(py)?.into_any()
             }
+            Outcome::End => ("end",).into_pyobject(py)?.into_any(),
             Outcome::Fault(fault, payload) => {
                 ("fault", *fault as u32, PyBytes::new(py, payload)).into_pyobject(py)?.into_any()
             }
@@ -219,5 +227,24 @@ impl Call {
             Outcome::Closed => ("closed",).into_pyobject(py)?.into_any(),
         };
         Ok(Some(told))
+    }
+}
+
+/// An item of a stream, as `values.loads` takes it.
+fn item_of(py: Python<'_>, payload: Bytes) -> PyResult<Bound<'_, PyAny>> {
+    let value = Value::parse(payload).map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let pickle = PyBytes::new(py, &value.pickle);
+    if value.buffers.is_empty() {
+        return Ok(pickle.into_any());
+    }
+    let buffers = PyList::new(py, value.buffers.iter().map(|buffer| PyByteArray::new(py, buffer)))?;
+    Ok((pickle, buffers).into_pyobject(py)?.into_any())
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        if self.call.stream {
+            self.caller.drop_items(&self.call);
+        }
     }
 }

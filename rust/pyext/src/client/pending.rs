@@ -1,10 +1,11 @@
 //! One call, from `.remote()` until its outcome is taken.
 //!
 //! It is shared by the response that Python holds, by the queue or the link that it stands in, and by whoever waits. The
-//! outcome is written once. `place` and the waiters change only under the caller's lock; their own mutex is never
+//! outcome is written once; before it, a streaming call collects items. `place` and the waiters change only under the caller's lock; their own mutex is never
 //! contended and keeps the compiler's promise.
 
 use std::{
+    collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     thread::Thread,
 };
@@ -13,7 +14,7 @@ use bytes::Bytes;
 use rayserve_dataplane::{
     engine,
     error::Error,
-    wire::{Fault, call::Value},
+    wire::{Fault, WINDOW, call::Value},
 };
 
 use super::mailbox::Mailbox;
@@ -23,6 +24,8 @@ use super::mailbox::Mailbox;
 pub(super) enum Outcome {
     /// The method returned.
     Value(Value),
+    /// The generator has ended.
+    End,
     /// The replica answered with an ERROR frame.
     Fault(Fault, Bytes),
     /// The replica died with the call begun.
@@ -62,6 +65,11 @@ struct Inner {
     place: Place,
     payload: Bytes,
     waiters: Vec<Waiter>,
+    items: VecDeque<Bytes>,
+    /// Bytes of items that were taken and not yet credited to the replica.
+    taken: u32,
+    /// Nobody will take items any more.
+    dropped: bool,
 }
 
 /// A call in flight.
@@ -69,15 +77,24 @@ struct Inner {
 pub(super) struct Pending {
     /// `{app}#{deployment}`.
     pub(super) deployment: String,
+    /// The answer is a stream of items.
+    pub(super) stream: bool,
     inner: Mutex<Inner>,
     outcome: OnceLock<Outcome>,
 }
 
 impl Pending {
     /// `payload` is the whole payload of the CALL frame.
-    pub(super) fn new(deployment: String, payload: Bytes) -> Arc<Self> {
-        let inner = Inner { place: Place::Unrouted, payload, waiters: Vec::new() };
-        Arc::new(Self { deployment, inner: Mutex::new(inner), outcome: OnceLock::new() })
+    pub(super) fn new(deployment: String, payload: Bytes, stream: bool) -> Arc<Self> {
+        let inner = Inner {
+            place: Place::Unrouted,
+            payload,
+            waiters: Vec::new(),
+            items: VecDeque::new(),
+            taken: 0,
+            dropped: false,
+        };
+        Arc::new(Self { deployment, stream, inner: Mutex::new(inner), outcome: OnceLock::new() })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -99,6 +116,40 @@ impl Pending {
 
     pub(super) fn outcome(&self) -> Option<&Outcome> {
         self.outcome.get()
+    }
+
+    /// Whether there is something for who waits: the outcome, or an item.
+    pub(super) fn is_ready(&self) -> bool {
+        self.outcome.get().is_some() || (self.stream && !self.inner().items.is_empty())
+    }
+
+    /// An item has come. Returns the bytes to credit at once, and whether somebody waited and has been woken.
+    pub(super) fn push(&self, item: Bytes) -> (u32, bool) {
+        let mut inner = self.inner();
+        if inner.dropped {
+            inner.taken += item.len() as u32;
+            return (inner.credit(), false);
+        }
+        inner.items.push_back(item);
+        let waiters = std::mem::take(&mut inner.waiters);
+        drop(inner);
+        let waited = !waiters.is_empty();
+        waiters.into_iter().for_each(Waiter::wake);
+        (0, waited)
+    }
+
+    /// Takes the items that have come; the second value is the credit to send.
+    pub(super) fn take_items(&self) -> (VecDeque<Bytes>, u32) {
+        let mut inner = self.inner();
+        let items = std::mem::take(&mut inner.items);
+        inner.taken += items.iter().map(|item| item.len() as u32).sum::<u32>();
+        (items, inner.credit())
+    }
+
+    /// Items that come from now on are forgotten, so that the method runs to its end; the credit of those that are here.
+    pub(super) fn drop_items(&self) -> u32 {
+        self.inner().dropped = true;
+        self.take_items().1
     }
 
     /// Whether somebody waits.
@@ -137,11 +188,22 @@ impl Pending {
         if self.outcome.set(outcome).is_err() {
             return;
         }
-        for waiter in waiters {
-            match waiter {
-                Waiter::Thread(thread) => thread.unpark(),
-                Waiter::Mailbox(mailbox, token) => mailbox.deliver(token),
-            }
+        waiters.into_iter().for_each(Waiter::wake);
+    }
+}
+
+impl Waiter {
+    fn wake(self) {
+        match self {
+            Self::Thread(thread) => thread.unpark(),
+            Self::Mailbox(mailbox, token) => mailbox.deliver(token),
         }
+    }
+}
+
+impl Inner {
+    /// What to credit now: nothing until half a window was taken, as the replica can send the other half meanwhile.
+    fn credit(&mut self) -> u32 {
+        if self.taken >= WINDOW / 2 { std::mem::take(&mut self.taken) } else { 0 }
     }
 }

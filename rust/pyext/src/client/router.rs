@@ -158,6 +158,21 @@ impl Router {
         true
     }
 
+    /// Items were taken: the replica may send as many bytes more.
+    pub(super) fn credit(&mut self, call: &Pending, bytes: u32) {
+        if let Place::Sent { link, stream } = call.place() {
+            self.widen(link, stream, bytes);
+            self.settle();
+        }
+    }
+
+    fn widen(&mut self, link: usize, stream: u32, bytes: u32) {
+        if bytes > 0 {
+            self.links[link].send(Header::new(Kind::Window, stream).aux(bytes));
+            self.unflushed.push(link);
+        }
+    }
+
     /// Takes over a newer snapshot. One that was asked for after the unrouted calls began (`fresh`) ends those whose
     /// deployment it does not name.
     pub(super) fn publish(&mut self, snapshot: Snapshot, fresh: bool) {
@@ -307,6 +322,14 @@ impl Router {
                 link.send(Header::new(Kind::Pong, 0).aux(header.aux));
                 self.unflushed.push(index);
             }
+            Kind::Item => {
+                let Some(Sent { call, .. }) = link.streams.get_mut(header.stream) else { return };
+                if call.outcome().is_none() {
+                    let (credit, waited) = call.push(payload);
+                    self.attended -= usize::from(waited);
+                    self.widen(index, header.stream, credit);
+                }
+            }
             Kind::Result | Kind::Error | Kind::Busy | Kind::Returned => {
                 let Some(Sent { call, lease, .. }) = link.streams.remove(header.stream) else { return };
                 let leaving = link.leaving && link.streams.is_empty();
@@ -322,6 +345,7 @@ impl Router {
                     kind => {
                         self.engine.answered(lease, Some((header.load, header.has(flag::FAST))));
                         let outcome = match kind {
+                            Kind::Result if call.stream => Outcome::End,
                             Kind::Result => match Value::parse(payload) {
                                 Ok(value) => Outcome::Value(value),
                                 Err(error) => Outcome::Refused(Error::Internal(error.to_string().into())),

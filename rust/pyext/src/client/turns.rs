@@ -9,6 +9,7 @@
 //! never the interpreter.
 
 use std::{
+    collections::VecDeque,
     io::{self, ErrorKind},
     os::fd::{AsRawFd, RawFd},
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
@@ -16,6 +17,7 @@ use std::{
     time::Instant,
 };
 
+use bytes::Bytes;
 use mio::{Events, Poll, Token, Waker};
 
 use super::{mailbox::Mailbox, pending::Pending, router::Router, tender::TenderState};
@@ -139,7 +141,7 @@ impl Caller {
         let mut state = self.lock();
         state.attend(call, || call.wake_thread(me.clone()));
         let result = loop {
-            if call.outcome().is_some() {
+            if call.is_ready() {
                 break Wait::Done;
             }
             if until.is_some_and(|until| until <= Instant::now()) {
@@ -147,8 +149,8 @@ impl Caller {
             }
             if state.turn == Turn::Free {
                 let interrupted;
-                (state, interrupted) = self.lead(state, Turn::Waiter, until, |_| call.outcome().is_some());
-                if interrupted && call.outcome().is_none() {
+                (state, interrupted) = self.lead(state, Turn::Waiter, until, |_| call.is_ready());
+                if interrupted && !call.is_ready() {
                     break Wait::Interrupted;
                 }
             } else {
@@ -218,7 +220,7 @@ impl Caller {
     /// Somebody awaits the call in an asyncio loop.
     pub(super) fn notify(&self, call: &Arc<Pending>, mailbox: &Arc<Mailbox>, token: u64) -> bool {
         let mut state = self.lock();
-        if call.outcome().is_some() {
+        if call.is_ready() {
             return false;
         }
         state.attend(call, || call.notify(Arc::clone(mailbox), token));
@@ -229,6 +231,24 @@ impl Caller {
     /// The loop does not wait any more.
     pub(super) fn forget(&self, call: &Arc<Pending>, token: u64) {
         self.lock().unattend(call, || call.forget_mailbox(token));
+    }
+
+    /// Takes the items of a streaming call that have come, and lets the replica send more.
+    pub(super) fn take_items(&self, call: &Pending) -> VecDeque<Bytes> {
+        let (items, credit) = call.take_items();
+        self.credit(call, credit);
+        items
+    }
+
+    /// Nobody will take the items of this call.
+    pub(super) fn drop_items(&self, call: &Pending) {
+        self.credit(call, call.drop_items());
+    }
+
+    fn credit(&self, call: &Pending, bytes: u32) {
+        if bytes > 0 {
+            self.lock().router.credit(call, bytes);
+        }
     }
 
     /// Ends every call and every wait; later calls are refused.
@@ -293,14 +313,14 @@ impl State {
 
     /// Counts a call as attended from its first waiter on.
     fn attend(&mut self, call: &Pending, add: impl FnOnce()) {
-        if call.outcome().is_none() {
+        if !call.is_ready() {
             self.router.attended += usize::from(!call.attended());
             add();
         }
     }
 
     fn unattend(&mut self, call: &Pending, remove: impl FnOnce()) {
-        if call.outcome().is_none() {
+        if !call.is_ready() {
             let before = call.attended();
             remove();
             self.router.attended -= usize::from(before && !call.attended());

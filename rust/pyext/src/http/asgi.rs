@@ -19,6 +19,7 @@ use rayserve_dataplane::wire::{Header, Kind, MAX_INLINE};
 
 use super::request::RequestHead;
 use super::response;
+use crate::worker::replica::Replica;
 use crate::worker::stream::{Answer, Head, Pace, Stream, Woken};
 
 const STEADY_BYTES: usize = 64 * 1024;
@@ -300,7 +301,7 @@ fn body<'py>(head: &RequestHead, message: &Bound<'py, PyDict>) -> PyResult<Bound
 
 /// Suspends the application while its bytes wait for the window, and now and then in any case.
 fn wait_for_room<'py>(head: &RequestHead, py: Python<'py>, len: usize) -> PyResult<Bound<'py, PyAny>> {
-    let (stream, turn) = (&head.stream, head.replica.turn());
+    let stream = &head.stream;
     let full = stream.state().outbox.is_full();
     if full {
         let future = head.replica.hooks.create_future.bind(py).call0()?;
@@ -313,6 +314,12 @@ fn wait_for_room<'py>(head: &RequestHead, py: Python<'py>, len: usize) -> PyResu
             return Ok(future);
         }
     }
+    if is_breathless(&head.replica, stream, len) { pause(py) } else { done(py) }
+}
+
+/// Whether a stream that never has to wait should let others run, now that it has sent `len` bytes more.
+pub(crate) fn is_breathless(replica: &Replica, stream: &Stream, len: usize) -> bool {
+    let turn = replica.turn();
     let mut state = stream.state();
     let (pace, now) = (&mut state.outbox.pace, Instant::now());
     let since = match pace.since {
@@ -327,8 +334,12 @@ fn wait_for_room<'py>(head: &RequestHead, py: Python<'py>, len: usize) -> PyResu
     if pause {
         *pace = Pace::default();
     }
-    drop(state);
-    if pause { Ok(Bound::new(py, Ready { value: None, pause })?.into_any()) } else { done(py) }
+    pause
+}
+
+/// Lets the loop go round once.
+pub(crate) fn pause(py: Python<'_>) -> PyResult<Bound<'_, PyAny>> {
+    Ok(Bound::new(py, Ready { value: None, pause: true })?.into_any())
 }
 
 /// Resolves futures with None, except those that are done.

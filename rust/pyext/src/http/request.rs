@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use pyo3::buffer::PyBuffer;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyString};
@@ -172,6 +173,8 @@ impl RequestHead {
 pub(crate) struct CallHead {
     pub(crate) view: CallView,
     pub(crate) stream: Arc<Stream>,
+    /// The caller wants items.
+    pub(crate) streaming: bool,
     pub(crate) replica: Arc<Replica>,
 }
 
@@ -180,6 +183,22 @@ impl CallHead {
     #[getter]
     fn method(&self) -> &str {
         self.view.head().method
+    }
+
+    #[getter]
+    fn streaming(&self) -> bool {
+        self.streaming
+    }
+
+    /// Sends an item of a streaming call; what comes back is to be awaited before the next.
+    #[expect(clippy::needless_pass_by_value, reason = "what a Python argument becomes is owned")]
+    fn put_item<'py>(
+        &self,
+        py: Python<'py>,
+        pickle: &[u8],
+        buffers: Vec<PyBuffer<u8>>,
+    ) -> PyResult<Option<Bound<'py, PyAny>>> {
+        self.replica.put_item(py, &self.stream, pickle, &buffers)
     }
 
     /// The pickle and its out-of-band buffers, which the values may own: each is a writable copy.

@@ -4,6 +4,7 @@
 //! happens in [`Worker::tick`] and in callbacks of the loop, or in the pool's threads when they take and finish jobs.
 
 pub(crate) mod hooks;
+pub(crate) mod items;
 pub(crate) mod link;
 pub(crate) mod poll;
 pub(crate) mod pool;

@@ -20,6 +20,7 @@ use rayserve_dataplane::vigil::Vigil;
 use rayserve_dataplane::wire::hello::{HelloError, Step};
 use rayserve_dataplane::wire::{CallView, Decoder, Frame, Header, Kind, MAX_PAYLOAD, RequestHeadView, WireError, flag};
 
+use super::items;
 use super::link::{Link, Socket, lock};
 use super::replica::{Replica, Request, STALE, Work, count};
 use super::stream::{Stream, Woken};
@@ -301,7 +302,7 @@ fn handle(py: Python<'_>, replica: &Arc<Replica>, link: &Arc<Link>, frame: Frame
                 return Err(Broken::Peer);
             }
             let work = if header.kind == Kind::Call {
-                Work::Call(CallView::parse(payload)?)
+                Work::Call(CallView::parse(payload)?, header.has(flag::STREAM))
             } else {
                 let view = RequestHeadView::parse(payload)?;
                 if header.has(flag::FIN) {
@@ -328,12 +329,13 @@ fn handle(py: Python<'_>, replica: &Arc<Replica>, link: &Arc<Link>, frame: Frame
             }
         }
         Kind::Window => {
-            if let Some(stream) = link.stream(header.stream)
-                && stream.widen(header.aux)
-            {
-                let mut woken = Woken::new();
-                link.enqueue(&stream, &mut woken);
-                asgi::resolve(py, woken)?;
+            if let Some(stream) = link.stream(header.stream) {
+                items::widen(py, &stream, header.aux)?;
+                if stream.widen(header.aux) {
+                    let mut woken = Woken::new();
+                    link.enqueue(&stream, &mut woken);
+                    asgi::resolve(py, woken)?;
+                }
             }
         }
         Kind::Unused => {

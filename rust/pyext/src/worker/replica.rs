@@ -43,7 +43,8 @@ pub(crate) struct Request {
 
 pub(crate) enum Work {
     Http(RequestHeadView),
-    Call(CallView),
+    /// With whether the caller wants items.
+    Call(CallView, bool),
 }
 
 /// What another thread leaves to the loop's.
@@ -91,6 +92,8 @@ pub(crate) struct Replica {
     pub(crate) callbacks: Mutex<Option<Callbacks>>,
     /// This is a child that user code has forked: it must never act for its parent.
     pub(crate) forked: AtomicBool,
+    /// Another thread has asked the loop to flush.
+    nudged: AtomicBool,
     turn: AtomicU64,
     draining: AtomicBool,
     pub(crate) posted: Mutex<VecDeque<Posted>>,
@@ -133,6 +136,7 @@ impl Replica {
             reclaiming: AtomicBool::new(false),
             callbacks: Mutex::default(),
             forked: AtomicBool::new(false),
+            nudged: AtomicBool::new(false),
             turn: AtomicU64::new(0),
             draining: AtomicBool::new(false),
             posted: Mutex::default(),
@@ -249,6 +253,7 @@ impl Replica {
     pub(crate) fn cancel(&self, py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
         let mut state = stream.state();
         state.cancelled = true;
+        state.items.wake_thread();
         let task = state.task.as_ref().map(|started| started.task.clone_ref(py));
         drop(state);
         let mut held = lock(&self.held);
@@ -345,6 +350,7 @@ impl Replica {
     /// The loop has gone round: what was put since is sent.
     pub(crate) fn flush_turn(&self, py: Python<'_>) -> PyResult<()> {
         self.scheduled.store(false, Ordering::Relaxed);
+        self.nudged.store(false, Ordering::Relaxed);
         self.turn.fetch_add(1, Ordering::Relaxed);
         let headed = std::mem::take(&mut *lock(&self.headed));
         for stream in headed {
@@ -391,6 +397,13 @@ impl Replica {
         }
         self.post(woken.into_iter().map(Posted::Resolve));
         Ok(())
+    }
+
+    /// Has the loop flush, from another thread.
+    pub(crate) fn nudge(&self) {
+        if !self.nudged.swap(true, Ordering::Relaxed) {
+            self.wake();
+        }
     }
 
     /// Leaves something to the loop's thread.

@@ -137,9 +137,9 @@ impl Replica {
                 let head = Py::new(py, RequestHead { view, stream, replica: self.clone() })?;
                 (Running::Http(head), self.http.kind == HttpKind::Sync)
             }
-            Work::Call(view) => {
-                let head = CallHead { view, stream, replica: self.clone() };
-                let sync = self.hooks.is_sync.bind(py).call1((head.view.head().method,));
+            Work::Call(view, streaming) => {
+                let head = CallHead { view, stream, streaming, replica: self.clone() };
+                let sync = self.hooks.is_sync.bind(py).call1((head.view.head().method, streaming));
                 let head = Running::Call(Py::new(py, head)?);
                 match sync {
                     Ok(sync) => (head, sync.is_truthy()?),
@@ -272,6 +272,13 @@ impl Replica {
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         match running {
             Running::Http(head) => response::put_result(self, &head.get().stream, result),
+            Running::Call(head) if head.get().streaming => {
+                let stream = &head.get().stream;
+                let header = Header::new(Kind::Result, stream.id).with(flag::FIN);
+                stream.link.put(stream.link.outgoing.stamp(header, 1), &[]);
+                stream.close();
+                Ok(None)
+            }
             Running::Call(head) => {
                 let encoded = self.hooks.dump_result.bind(result.py()).call1((&result,))?;
                 put_value(&head.get().stream, encoded.cast::<PyTuple>()?)?;
@@ -372,27 +379,39 @@ fn asgi_arguments<'py>(
 
 /// One RESULT from (pickle, buffers).
 fn put_value(stream: &Stream, encoded: &Bound<'_, PyTuple>) -> PyResult<()> {
-    let py = encoded.py();
     let (pickle, buffers) = (encoded.get_item(0)?, encoded.get_item(1)?);
-    let pickle = pickle.cast::<PyBytes>()?.as_bytes();
     let buffers: Vec<PyBuffer<u8>> =
         buffers.cast::<PyList>()?.iter().map(|buffer| buffer.extract()).collect::<PyResult<_>>()?;
-    let lens = buffers.iter().map(|buffer| buffer.len_bytes());
     let header = stream.link.outgoing.stamp(Header::new(Kind::Result, stream.id).with(flag::FIN), 1);
-    let mut copied = Ok(());
+    let put = put_frame(encoded.py(), stream, header, pickle.cast::<PyBytes>()?.as_bytes(), &buffers);
+    stream.close();
+    put.map(drop)
+}
+
+/// One frame with a value for its payload, whose length comes back.
+pub(super) fn put_frame(
+    py: Python<'_>,
+    stream: &Stream,
+    header: Header,
+    pickle: &[u8],
+    buffers: &[PyBuffer<u8>],
+) -> PyResult<usize> {
+    let lens = buffers.iter().map(|buffer| buffer.len_bytes());
+    let (mut copied, mut len) = (Ok(()), 0);
     stream.link.put_with(|out| {
         frame::put_with(out, header, |out| {
+            let start = out.len();
             call::put_value_head(out, pickle.len(), lens);
             out.extend_from_slice(pickle);
-            for buffer in &buffers {
+            for buffer in buffers {
                 let start = out.len();
                 out.resize(start + buffer.len_bytes(), 0);
                 if let Err(error) = buffer.copy_to_slice(py, &mut out[start..]) {
                     copied = Err(error);
                 }
             }
+            len = out.len() - start;
         });
     });
-    stream.close();
-    copied
+    copied.map(|()| len)
 }

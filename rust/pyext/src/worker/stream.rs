@@ -13,6 +13,7 @@ use pyo3::pybacked::PyBackedBytes;
 use rayserve_dataplane::wire::head::put_response_head;
 use rayserve_dataplane::wire::{Header, Kind, MAX_CHUNK, WINDOW, flag, frame};
 
+use super::items::Items;
 use super::link::{Link, lock};
 use super::step::Started;
 
@@ -52,6 +53,7 @@ pub(crate) struct Stream {
 pub(crate) struct State {
     pub(crate) inbox: Inbox,
     pub(crate) outbox: Outbox,
+    pub(crate) items: Items,
     pub(crate) answer: Answer,
     /// The caller has lost interest: CANCEL, or the link is gone.
     pub(crate) cancelled: bool,
@@ -118,6 +120,7 @@ impl Stream {
         let state = State {
             inbox: Inbox::default(),
             outbox,
+            items: Items::default(),
             answer: Answer::Nothing,
             cancelled: false,
             began: None,
