@@ -11,7 +11,6 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
-from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.handle import DeploymentHandle
 from rayserve_fast.local.build import LocalBuilder, warn
 from rayserve_fast.local.call import LocalCall, LocalHead
@@ -99,31 +98,17 @@ class Applications:
         self, key: str, texts: tuple[str, ...], pickle: bytes, buffers: Sequence[Buffer], stream: bool
     ) -> LocalCall:
         """A call, on its way; the arguments are those of `_core.Client.begin`."""
-        if stream:
-            raise RayServeException("Streaming calls are not built in local testing mode yet.")
-        method, request_id, route, _, model, session = texts
-        head = LocalHead(
-            route=route,
-            request_id=request_id,
-            _internal_request_id=request_id,
-            app_name=key.rpartition("#")[0],
-            multiplexed_model_id=model,
-            session_id=session,
-            method=method,
-            pickle=pickle,
-            buffers=[bytearray(buffer) for buffer in buffers],
-        )
-        call = LocalCall(key, head)
-        self._route(call)
-        return call
+        head = LocalHead(key, texts, pickle, [bytearray(buffer) for buffer in buffers], stream)
+        self._route(head)
+        return LocalCall(head)
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> Applications:
         """What waits for calls in a loop: itself."""
         return self
 
     async def wait(self, call: LocalCall) -> None:
-        """Return when the call has ended; a cancelled wait leaves it alone."""
-        await call.ended()
+        """Return when there is something to read; a cancelled wait leaves the call alone."""
+        await call.watch()
 
     def counters(self) -> dict[str, int]:
         """What handles ask for."""
@@ -134,7 +119,7 @@ class Applications:
         spec = self._applications.get(name)
         return {deployment.id.key: None for deployment in reversed(spec.deployments if spec else ())}
 
-    def _route(self, call: LocalCall) -> None:
+    def _route(self, call: LocalHead) -> None:
         while (replica := self._replicas.get(call.key)) is not None:
             if replica.begin(call):
                 return

@@ -1,15 +1,19 @@
-"""One handle call in local testing mode: what `_core.Call` and `_core.CallHead` are on a cluster, on either side.
+"""One handle call in local testing mode: `LocalHead` is a replica's `CallHead`, `LocalCall` a caller's `_core.Call`.
 
-Arguments and results cross as the bytes that would have travelled, so both sides get copies, and what cannot be
-pickled fails here as it would there. A call ends once: whoever finishes it later is not heard.
+Arguments, results and items cross as the bytes that would have travelled, so both sides get copies, and what cannot be
+pickled fails here as it would there. The first outcome counts: a call that was cancelled stays so, whatever its method
+goes on to do. A streaming method may be 256 KiB ahead of whoever takes its items, then it is suspended; once nobody can
+take them any more it runs to its end.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Sequence
-from concurrent.futures import Future, InvalidStateError, wait
-from dataclasses import dataclass, field
+import contextlib
+import threading
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rayserve_fast.context import _RequestContext
@@ -18,74 +22,168 @@ if TYPE_CHECKING:
     from rayserve_fast.local.replica import LocalReplica
     from rayserve_fast.values import Buffer
 
+#: Bytes of items that may wait to be taken; the wire's window.
+WINDOW = 256 << 10
+#: How long a generator may keep the loop without suspending, seconds.
+BREATH_S = 0.001
 
-@dataclass(slots=True)
+
 class LocalHead(_RequestContext):
-    """The call as the replica sees it, and the context of the request for what it runs."""
-
-    method: str = "__call__"
-    pickle: bytes = field(default=b"", repr=False)
-    buffers: Sequence[Buffer] = field(default=(), repr=False)
-    streaming: bool = False
-
-    def put_item(self, pickle: bytes, buffers: Sequence[Buffer]) -> Awaitable[None] | None:
-        """Not called: streaming calls are not built in this mode yet."""
-        raise NotImplementedError
-
-    def arguments(self) -> tuple[bytes, Sequence[Buffer]]:
-        """The pickle of the pair of arguments, and its buffers, which are the callee's own."""
-        return self.pickle, self.buffers
-
-
-class LocalCall:
-    """A call, begun by `Applications.begin`.
+    """A call at the replica, and the context of the request for what it runs.
 
     Args:
         key: the deployment, `app#name`.
-        head: what is called.
+        texts, pickle, buffers, stream: as given to `_core.Client.begin`; the buffers are the callee's own.
     """
 
-    def __init__(self, key: str, head: LocalHead) -> None:
+    def __init__(
+        self, key: str, texts: tuple[str, ...], pickle: bytes, buffers: Sequence[Buffer], stream: bool
+    ) -> None:
+        method, request_id, route, _, model, session = texts
+        super().__init__(route, request_id, request_id, key.rpartition("#")[0], model, session)
         self.key = key
-        self.head = head
+        self.method = method
+        self.streaming = stream
         self.replica: LocalReplica | None = None  # where it runs or waits
         self.task: asyncio.Task[Any] | None = None  # on the loop of that replica
-        self._outcome: Future[tuple[Any, ...]] = Future()
+        self.outcome: tuple[Any, ...] | None = None  # a word and what belongs to it, see `handle._Response`
+        self._arguments = pickle, buffers
+        self._changed = threading.Condition()  # guards what follows, and the outcome
+        self._wakers: list[Callable[[], None]] = []  # once each, of the coroutines that wait for a change
+        self._items: list[Any] = []
+        self._untaken = 0  # their bytes
+        self._wanted = True
+        self._breath = time.monotonic()
+
+    __eq__ = object.__eq__  # two calls of one request are two
+    __hash__ = object.__hash__
+
+    def arguments(self) -> tuple[bytes, Sequence[Buffer]]:
+        """The pickle of the pair of arguments, and its buffers."""
+        return self._arguments
 
     def finish(self, *outcome: Any) -> bool:
-        """End the call with a word and what belongs to it, see `DeploymentResponse`. False: it had ended."""
-        try:
-            self._outcome.set_result(outcome)
-        except InvalidStateError:
-            return False
-        return True
+        """End the call. False: it had ended."""
+        with self._changed:
+            if self.outcome is not None:
+                return False
+            self.outcome = outcome
+            self._wake()
+            return True
 
-    def done(self) -> bool:
-        """Whether it has ended."""
-        return self._outcome.done()
+    def put_item(self, pickle: bytes, buffers: Sequence[Buffer]) -> Awaitable[None] | None:
+        """Send an item; what comes back is to be awaited before the next, a pool thread has waited already."""
+        with self._changed:
+            if self.outcome is not None:
+                raise asyncio.CancelledError
+            if self._wanted:
+                self._items.append((pickle, [bytearray(buffer) for buffer in buffers]) if buffers else pickle)
+                self._untaken += len(pickle) + sum(len(buffer) for buffer in buffers)
+                self._wake()
+        if asyncio._get_running_loop() is None:
+            self.wait(self._is_open, None)
+            if self.outcome is not None:
+                raise asyncio.CancelledError
+        elif not self._is_open():
+            return self.watch(self._is_open)
+        elif time.monotonic() - self._breath > BREATH_S:
+            return self._pause()
+        return None
 
-    def wait(self, timeout_s: float | None, main: bool) -> bool:
-        """Whether it ends within `timeout_s`; Python's own waits hear of signals on any thread."""
-        return bool(wait([self._outcome], timeout_s).done)
+    def take(self) -> list[Any]:
+        """The items that have come since the last time."""
+        with self._changed:
+            items, self._items, self._untaken = self._items, [], 0
+            self._wake()
+            return items
 
-    async def ended(self) -> None:
-        """Return when it has ended; a cancelled wait leaves it alone."""
-        await asyncio.wait([asyncio.wrap_future(self._outcome)])
+    def forget(self) -> None:
+        """Nobody will take items any more."""
+        self._wanted = False
+        self.take()
 
-    def cancel(self) -> bool:
-        """End it here and tell the replica; False: it had ended."""
-        if not self.finish("cancelled"):
-            return False
-        if self.replica is not None:
-            self.replica.cancel(self)
-        return True
+    def is_ready(self) -> bool:
+        """Whether there is an outcome, or an item."""
+        return self.outcome is not None or bool(self._items)
 
-    ready = done
+    def wait(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
+        """Whether `condition` comes true within `timeout_s`."""
+        with self._changed:
+            return self._changed.wait_for(condition, timeout_s)
+
+    async def watch(self, condition: Callable[[], bool]) -> None:
+        """Return when `condition` is true; a cancelled wait leaves no trace."""
+        loop = asyncio.get_running_loop()
+        while True:
+            future = loop.create_future()
+            with self._changed:
+                if condition():
+                    return
+                self._wakers.append(wake := partial(_wake, loop, future))
+            try:
+                await future
+            finally:
+                with self._changed, contextlib.suppress(ValueError):
+                    self._wakers.remove(wake)
+
+    def _is_open(self) -> bool:
+        return self._untaken < WINDOW or self.outcome is not None
+
+    async def _pause(self) -> None:
+        await asyncio.sleep(0)
+        self._breath = time.monotonic()
+
+    def _wake(self) -> None:
+        self._changed.notify_all()
+        wakers, self._wakers = self._wakers, []
+        for wake in wakers:
+            wake()
+
+
+def _wake(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
+        loop.call_soon_threadsafe(_resolve, future)
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+class LocalCall:
+    """The caller's end of a call."""
+
+    def __init__(self, head: LocalHead) -> None:
+        self._head = head
+
+    def ready(self) -> bool:
+        """Whether there is an outcome, or an item of a stream."""
+        return self._head.is_ready()
 
     def items(self) -> list[Any]:
-        """None: streaming calls are not built in this mode yet."""
-        return []
+        """The items that have come since the last time, each a pickle or a pickle and its buffers."""
+        return self._head.take()
 
-    def outcome(self) -> tuple[Any, ...]:
-        """What became of it."""
-        return self._outcome.result()
+    def wait(self, timeout_s: float | None, main: bool) -> bool:
+        """Whether it is ready within `timeout_s`. Python's own waits hear of signals, `main` or not."""
+        return self._head.wait(self._head.is_ready, timeout_s)
+
+    async def watch(self) -> None:
+        """Return when it is ready; a cancelled wait leaves the call alone."""
+        await self._head.watch(self._head.is_ready)
+
+    def cancel(self) -> bool:
+        """End the call here and tell the replica. False: it had ended."""
+        if not self._head.finish("cancelled"):
+            return False
+        if (replica := self._head.replica) is not None:
+            replica.cancel(self._head)
+        return True
+
+    def outcome(self) -> Any:
+        """What became of it; None: it goes on."""
+        return self._head.outcome
+
+    def __del__(self) -> None:
+        if self._head.streaming:
+            self._head.forget()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayserve_fast.context import ReplicaContext, _local_replica, _serve_request_context
 from rayserve_fast.controlplane.spec import ReplicaID, ReplicaRank
-from rayserve_fast.local.call import LocalCall
+from rayserve_fast.local.call import LocalHead
 from rayserve_fast.replica.calls import Calls
 from rayserve_fast.replica.loop import UserLoop
 from rayserve_fast.replica.servable import Servable
@@ -52,7 +52,7 @@ class LocalReplica:
         )
         self._changed = threading.Condition()  # guards the next three
         self._running = 0
-        self._waiting: deque[LocalCall] = deque()
+        self._waiting: deque[LocalHead] = deque()
         self._open = True
         self._loop = UserLoop(f"serve-{spec.name}")
         self._jobs = _Jobs(SyncPool(f"serve-{spec.name}-sync"), self)
@@ -65,11 +65,11 @@ class LocalReplica:
             raise
         self._calls = Calls(self._user.target, self._user.is_function)
 
-    def begin(self, call: LocalCall) -> bool:
+    def begin(self, call: LocalHead) -> bool:
         """Run the call, let it wait or refuse it; on any thread. False: the replica is leaving."""
         call.replica = self
         try:
-            self._calls.is_sync(call.head.method, False)
+            self._calls.is_sync(call.method, call.streaming)
         except Exception as error:
             return call.finish(*self._answer(call, None, error))
         limit = self._config.max_queued_requests
@@ -87,7 +87,7 @@ class LocalReplica:
         self._start(call)
         return True
 
-    def cancel(self, call: LocalCall) -> None:
+    def cancel(self, call: LocalHead) -> None:
         """A call that has been ended by its caller: a waiting one never starts, a coroutine is cancelled."""
         with self._changed:
             if call in self._waiting:
@@ -95,7 +95,7 @@ class LocalReplica:
                 return
         self._loop.loop.call_soon_threadsafe(lambda: call.task and call.task.cancel())
 
-    def drain(self) -> deque[LocalCall]:
+    def drain(self) -> deque[LocalHead]:
         """Take no more calls; those that wait."""
         with self._changed:
             self._open = False
@@ -121,47 +121,47 @@ class LocalReplica:
         context.run(_local_replica.set, self._context)
         return context.run(function, *args)
 
-    def _enter(self, call: LocalCall) -> None:
+    def _enter(self, call: LocalHead) -> None:
         _local_replica.set(self._context)
-        _serve_request_context.set(call.head)
+        _serve_request_context.set(call)
 
-    def _start(self, call: LocalCall) -> None:
+    def _start(self, call: LocalHead) -> None:
         """Run a call that has a slot."""
-        if self._calls.is_sync(call.head.method, False):
+        if self._calls.is_sync(call.method, call.streaming):
             self._jobs.put(self._run, call)
         else:
             self._loop.loop.call_soon_threadsafe(self._begin, call, context=Context())
 
-    def _run(self, call: LocalCall) -> Any:
+    def _run(self, call: LocalHead) -> Any:
         """On a thread of the pool."""
         self._enter(call)
-        return None if call.done() else self._calls.run(call.head)
+        return self._calls.run(call) if call.outcome is None else None
 
-    def _begin(self, call: LocalCall) -> None:
+    def _begin(self, call: LocalHead) -> None:
         """On the loop's thread."""
         self._enter(call)
-        if call.done():  # cancelled before its first step
+        if call.outcome is not None:  # cancelled before its first step
             return self._ended(call)
         try:
-            return self._follow(call, self._calls.begin(call.head))
+            return self._follow(call, self._calls.begin(call))
         except BaseException as error:
             return self._ended(call, error=error)
 
-    def _follow(self, call: LocalCall, coroutine: Coroutine[Any, Any, Any]) -> None:
+    def _follow(self, call: LocalHead, coroutine: Coroutine[Any, Any, Any]) -> None:
         """On the loop's thread, in the call's context: run the coroutine as a task."""
         call.task = asyncio.get_running_loop().create_task(coroutine)
-        if call.done():
+        if call.outcome is not None:
             call.task.cancel()
         call.task.add_done_callback(lambda task: self._ended_task(call, task))
 
-    def _ran(self, call: LocalCall, result: Any, context: Context) -> None:
+    def _ran(self, call: LocalHead, result: Any, context: Context) -> None:
         """A sync function has returned; if it is a coroutine, the loop goes on with it."""
         if inspect.iscoroutine(result):
             self._loop.loop.call_soon_threadsafe(self._follow, call, result, context=context)
         else:
             self._ended(call, result)
 
-    def _ended_task(self, call: LocalCall, task: asyncio.Task[Any]) -> None:
+    def _ended_task(self, call: LocalHead, task: asyncio.Task[Any]) -> None:
         try:
             result = task.result()
         except BaseException as error:
@@ -169,9 +169,9 @@ class LocalReplica:
         else:
             self._ended(call, result)
 
-    def _ended(self, call: LocalCall, result: Any = None, error: BaseException | None = None) -> None:
+    def _ended(self, call: LocalHead, result: Any = None, error: BaseException | None = None) -> None:
         """Answer the call, unless it was cancelled, and give its slot to the next."""
-        if not call.done():
+        if call.outcome is None:
             call.finish(*self._answer(call, result, error))
         with self._changed:
             following = self._waiting.popleft() if self._waiting else None
@@ -181,7 +181,9 @@ class LocalReplica:
         if following is not None:
             self._start(following)
 
-    def _answer(self, call: LocalCall, result: Any, error: BaseException | None) -> tuple[Any, ...]:
+    def _answer(self, call: LocalHead, result: Any, error: BaseException | None) -> tuple[Any, ...]:
+        if error is None and call.streaming:
+            return ("end",)
         if error is None:
             try:
                 pickle, buffers = self._calls.dump(result)
@@ -189,7 +191,7 @@ class LocalReplica:
             except Exception as unsendable:
                 error = unsendable
         try:
-            return "fault", *self._calls.dump_error(call.head, error)
+            return "fault", *self._calls.dump_error(call, error)
         except Exception as broken:  # such as an exception whose text raises
             logger.exception("The error of %s cannot be told.", call.key)
             return "internal", repr(type(broken))
@@ -206,7 +208,7 @@ class _Jobs:
         self._threads = self._busy = 0
         pool.worker = self
 
-    def put(self, call: Callable[[LocalCall], Any], argument: LocalCall) -> None:
+    def put(self, call: Callable[[LocalHead], Any], argument: LocalHead) -> None:
         """Have a thread call it."""
         with self._lock:
             self._busy += 1
