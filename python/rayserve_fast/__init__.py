@@ -49,6 +49,10 @@ if TYPE_CHECKING:
         deployment as deployment,
     )
     from rayserve_fast.ingress import ingress as ingress
+    from rayserve_fast.multiplex import (
+        get_multiplexed_model_id as get_multiplexed_model_id,
+        multiplexed as multiplexed,
+    )
     from rayserve_fast.schema import TracingConfig as TracingConfig
 
 # Where each public name lives; the same table as above, for the interpreter.
@@ -65,8 +69,10 @@ _HOME = {
     "deployment": "deployment",
     "get_app_handle": "api",
     "get_deployment_handle": "api",
+    "get_multiplexed_model_id": "multiplex",
     "get_replica_context": "context",
     "ingress": "ingress",
+    "multiplexed": "multiplex",
     "run": "api",
     "run_many": "api",
     "shutdown": "api",

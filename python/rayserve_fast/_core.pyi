@@ -187,6 +187,7 @@ class Worker:
         replica_id: str,
         token: bytes,
         max_ongoing_requests: int,
+        session_header: str,
         kind: str,
         handler: Callable[..., Any],
         request: Callable[[RequestHead], Any] | None,
@@ -215,6 +216,9 @@ class Worker:
     def resize(self, max_ongoing_requests: int) -> None: ...
     def drain(self) -> None:
         """Takes no more requests; `hooks.idle` is called when nothing is left."""
+
+    def announce(self, models: list[str]) -> None:
+        """Tells callers which models the user's code holds or loads; on the loop's thread."""
 
     def load(self) -> int:
         """Requests that run or are held."""

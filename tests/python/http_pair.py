@@ -71,6 +71,7 @@ def proxy_config(root_path: str) -> dict[str, Any]:
         "node_id": "n",
         "token": TOKEN.hex(),
         "snapshot_path": None,
+        "session_header": "x-session-id",
     }
 
 

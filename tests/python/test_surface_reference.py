@@ -41,10 +41,8 @@ LATER = {
     "batch",
     "get_deployment_actor",
     "get_deployment_actor_context",
-    "get_multiplexed_model_id",
     "get_trace_context",
 }
-LATER |= {"multiplexed"}
 
 
 def module(name: str) -> Any:

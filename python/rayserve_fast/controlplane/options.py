@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 #: Everything of this project lives in this Ray namespace, so that Ray Serve can run in the same cluster.
@@ -37,3 +38,11 @@ class ClusterOptions:
 def proxy_name(node_id: str) -> str:
     """The name of a node's proxy actor."""
     return f"SERVE_PROXY_ACTOR-{node_id}"
+
+
+def session_header() -> str:
+    """The HTTP header that names a request's session; `-` and `_` count as the same in it.
+
+    Proxies and replicas look into their own environment, as those of the reference do: the variable is set on nodes.
+    """
+    return os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY") or "x-session-id"

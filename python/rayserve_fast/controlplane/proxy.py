@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rayserve_fast.controlplane import sockets
-from rayserve_fast.controlplane.options import ClusterOptions
+from rayserve_fast.controlplane.options import ClusterOptions, session_header
 from rayserve_fast.controlplane.process import Place, serve_at_normal_priority
 
 
@@ -88,6 +88,7 @@ class ProxyActor:
             "shards": self._options.shards or max(1, (os.cpu_count() or 1) // 2),  # replicas need the other half
             "node_id": self._node_id,
             "token": self._token.hex(),
+            "session_header": session_header(),
             "snapshot_path": f"{self._dir}/s-{self._node_id[:8]}.json",
         }
         self._core = _core.Proxy(json.dumps(config).encode())

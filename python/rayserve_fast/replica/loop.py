@@ -51,6 +51,13 @@ class UserLoop:
         """
         return asyncio.run_coroutine_threadsafe(_call(function, args, in_thread), self.loop).result()
 
+    def call(self, function: Callable[[], Any]) -> None:
+        """Call `function` on the loop's thread: now, if this is it."""
+        if threading.current_thread() is self._thread:
+            function()
+        else:
+            self.loop.call_soon_threadsafe(function)
+
     def stop(self) -> None:
         """Cancel what runs, close the loop and wait for the thread, unless this is it or user code blocks it."""
         if self._stopping or not self._thread.is_alive():

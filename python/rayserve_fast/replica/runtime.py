@@ -17,8 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from ray import cloudpickle
 
+from rayserve_fast import multiplex
 from rayserve_fast._core import Worker
 from rayserve_fast.context import ReplicaContext, _serve_request_context, _set_replica_context
+from rayserve_fast.controlplane.options import session_header
 from rayserve_fast.controlplane.spec import Definition, DeploymentConfig, ReplicaAddress, ReplicaSpec
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.replica import responses
@@ -170,6 +172,7 @@ class ReplicaRuntime:
             replica_id=spec.replica_id,
             token=spec.token,
             max_ongoing_requests=self._config.max_ongoing_requests,
+            session_header=session_header(),
             kind=http.kind,
             handler=http.handler,
             request=http.request,
@@ -180,9 +183,19 @@ class ReplicaRuntime:
         worker.listen_unix(self._unix)
         tcp = f"{host}:{worker.listen_tcp(host)}" if spec.listen_tcp else None
         worker.attach()
+        multiplex.listen(user.context, self._announce)
         self._loop.loop.add_reader(worker.fileno(), worker.tick)
         _abandon_in_child(worker)
         return ReplicaAddress(spec.replica_id, node_id, self._unix, tcp)
+
+    def _announce(self, models: list[str]) -> None:
+        """Tell callers what is held; the user's code may load on a loop of its own."""
+
+        def announce() -> None:
+            if self._worker is not None:
+                self._worker.announce(models)
+
+        self._loop.call(announce)
 
     def _http_handler(self, user: Servable) -> HttpHandler:
         if user.asgi is not None:

@@ -12,6 +12,7 @@ import inspect
 import logging
 from typing import TYPE_CHECKING, Any
 
+from rayserve_fast import multiplex
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.replica.calls import is_async
 
@@ -38,7 +39,7 @@ class Servable:
 
     def __init__(self, loop: UserLoop, context: ReplicaContext) -> None:
         self._loop = loop
-        self._context = context
+        self.context = context
         self._config = context._deployment_config
 
     def construct(self, definition: Definition) -> None:
@@ -47,7 +48,7 @@ class Servable:
 
         self.is_function = inspect.isfunction(definition.func_or_class)
         self.target = definition.func_or_class if self.is_function else self._loop.run(_construct, definition)
-        self._context.servable_object = self.target
+        self.context.servable_object = self.target
         if (ingress := asgi_app_of(definition.func_or_class)) is not None:
             from rayserve_fast.replica.asgi import AsgiApp
 
@@ -67,21 +68,27 @@ class Servable:
         self._loop.run(check or _nothing, in_thread=check is not None)
 
     def destroy(self) -> None:
-        """End its ASGI application, call its ``__del__`` now, once, and let go of it."""
+        """End its ASGI application, call its ``__del__`` now, once, unload its models, and let go of it."""
         if self.asgi is not None:
             self._loop.run(self.asgi.stop)
         target, self.target = self.target, None
+        self._delete(target)
+        multiplex.listen(self.context, None)
+        if multiplex.held(self.context):
+            self._loop.run(multiplex.unload, self.context)
+
+    def _delete(self, target: Any) -> None:
         if target is None or self.is_function or not hasattr(type(target), "__del__"):
             return
         try:
             self._loop.run(target.__del__)
         except BaseException:
-            logger.exception("__del__ of %s raised.", self._context.replica_id)
+            logger.exception("__del__ of %s raised.", self.context.replica_id)
         finally:
             _retire(target)
 
     def _reconfigure(self) -> None:
-        config, deployment = self._config.user_config, self._context.replica_id.deployment_id
+        config, deployment = self._config.user_config, self.context.replica_id.deployment_id
         reconfigure = None if self.is_function else getattr(self.target, "reconfigure", None)
         takes_rank = reconfigure is not None and "rank" in inspect.signature(reconfigure).parameters
         if config is None and not takes_rank:
@@ -94,7 +101,7 @@ class Servable:
             )
 
         def call() -> Any:
-            return reconfigure(config, rank=self._context.rank) if takes_rank else reconfigure(config)
+            return reconfigure(config, rank=self.context.rank) if takes_rank else reconfigure(config)
 
         self._loop.run(call, in_thread=not is_async(reconfigure))
 

@@ -56,12 +56,39 @@ pub struct Deployment {
     /// Whether a begun idempotent request of which the client has seen nothing is sent once more when its replica dies.
     #[serde(default = "yes")]
     pub retry_idempotent: bool,
+    /// How a replica is chosen.
+    #[serde(default)]
+    pub router: Router,
     /// Why nothing serves and nothing will: the deployment failed.
     #[serde(default)]
     pub unavailable: Option<String>,
     /// Where it runs.
     #[serde(default)]
     pub replicas: Vec<Replica>,
+}
+
+/// How the replica of a request is chosen.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Router {
+    /// By which rule.
+    #[serde(default)]
+    pub policy: Policy,
+}
+
+/// The rules that the engine knows.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Policy {
+    /// The less loaded of two at random.
+    PowerOfTwo,
+    /// One after the other.
+    RoundRobin,
+    /// Sessions, and requests without one, by their hash.
+    ConsistentHash,
+    /// The replica with the fewest requests; also what a later version may call by another name.
+    #[default]
+    #[serde(other)]
+    LeastLoaded,
 }
 
 /// The answer to a request that finds the queue full.

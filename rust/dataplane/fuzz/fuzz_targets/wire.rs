@@ -22,6 +22,7 @@ fuzz_target!(|data: &[u8]| {
                     if let Ok(view) = ResponseHeadView::parse(frame.payload.clone()) {
                         assert_eq!(view.headers().count(), view.header_count());
                     }
+                    let _ = rayserve_dataplane::wire::models::models(&frame.payload);
                     let _ = CallView::parse(frame.payload);
                 }
                 Ok(None) => break,

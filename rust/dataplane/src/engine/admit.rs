@@ -5,6 +5,8 @@
 
 use std::collections::VecDeque;
 
+use super::Affinity;
+
 /// Order of arrival within one deployment.
 pub type Seq = u64;
 
@@ -19,6 +21,7 @@ pub(super) struct Queue<W> {
 #[derive(Debug)]
 struct Waiting<W> {
     seq: Seq,
+    affinity: Affinity,
     waiter: W,
 }
 
@@ -45,14 +48,19 @@ impl<W> Queue<W> {
     }
 
     /// Waits at the place that the order of arrival gives.
-    pub(super) fn push(&mut self, seq: Seq, waiter: W) {
+    pub(super) fn push(&mut self, seq: Seq, affinity: Affinity, waiter: W) {
         let at = self.waiting.partition_point(|other| other.seq < seq);
-        self.waiting.insert(at, Waiting { seq, waiter });
+        self.waiting.insert(at, Waiting { seq, affinity, waiter });
     }
 
-    /// The first in order.
-    pub(super) fn pop(&mut self) -> Option<(Seq, W)> {
-        self.waiting.pop_front().map(|first| (first.seq, first.waiter))
+    /// The first in order, who stays.
+    pub(super) fn first(&self) -> Option<(Seq, Affinity)> {
+        self.waiting.front().map(|first| (first.seq, first.affinity))
+    }
+
+    /// Takes out the first in order.
+    pub(super) fn pop(&mut self) -> Option<W> {
+        self.waiting.pop_front().map(|first| first.waiter)
     }
 
     /// Takes out whoever arrived as `seq`, if still waiting.
@@ -75,22 +83,22 @@ mod tests {
         let mut queue = Queue::default();
         for _ in 0..n {
             let seq = queue.arrive();
-            queue.push(seq, seq);
+            queue.push(seq, Affinity::default(), seq);
         }
         queue
     }
 
     fn drain(queue: &mut Queue<u64>) -> Vec<u64> {
-        std::iter::from_fn(|| queue.pop()).map(|(_, waiter)| waiter).collect()
+        std::iter::from_fn(|| queue.pop()).collect()
     }
 
     #[test]
     fn the_unbegun_come_back_to_the_front_in_their_order() {
         let mut queue = queue(4);
-        let (first, _) = queue.pop().expect("four");
-        let (second, _) = queue.pop().expect("three");
-        queue.push(second, second);
-        queue.push(first, first);
+        let first = queue.pop().expect("four");
+        let second = queue.pop().expect("three");
+        queue.push(second, Affinity::default(), second);
+        queue.push(first, Affinity::default(), first);
         assert_eq!(drain(&mut queue), [1, 2, 3, 4]);
     }
 

@@ -6,6 +6,7 @@
 //! [`Engine::busy`], [`Engine::returned`] and [`Engine::unsent`], and one of a link that has closed frees nothing.
 
 mod admit;
+mod affinity;
 pub mod limit;
 mod pick;
 pub mod route;
@@ -15,8 +16,11 @@ use std::collections::{HashMap, VecDeque};
 
 use slab::Slab;
 
-use self::{admit::Queue, pick::Replica};
-pub use self::{admit::Seq, route::RouteTable, streams::Streams};
+use self::{
+    admit::Queue,
+    pick::{Picker, Replica},
+};
+pub use self::{admit::Seq, affinity::Affinity, route::RouteTable, streams::Streams};
 use crate::{error::Error, snapshot, snapshot::Snapshot};
 
 /// A deployment, until a snapshot does not hold it; a request that outlives it meets no other.
@@ -45,6 +49,8 @@ pub struct Place {
     pub deployment: DeploymentKey,
     /// Since when.
     pub seq: Seq,
+    /// Where it would like to go.
+    pub affinity: Affinity,
 }
 
 /// The right to one slot of one replica.
@@ -91,7 +97,7 @@ struct Deployment<W> {
     /// Why every request is refused.
     gone: Option<Error>,
     members: Vec<ReplicaKey>,
-    rotor: usize,
+    picker: Picker,
     queue: Queue<W>,
 }
 
@@ -158,11 +164,6 @@ impl<W> Engine<W> {
         self.deployments.at(key).map(|deployment| &deployment.config)
     }
 
-    /// Requests that wait at a deployment.
-    fn queued(&mut self, key: DeploymentKey) -> usize {
-        self.deployments.at(key).map_or(0, |deployment| deployment.queue.len())
-    }
-
     /// Makes `snapshot` the truth: what it does not hold is gone.
     pub fn apply(&mut self, snapshot: &Snapshot) {
         let absent: Vec<_> = self
@@ -192,17 +193,19 @@ impl<W> Engine<W> {
     }
 
     fn declare(&mut self, name: &str, config: &snapshot::Deployment) -> DeploymentKey {
-        let gone = config.unavailable.clone().map(Error::Unavailable);
+        let (gone, policy) = (config.unavailable.clone().map(Error::Unavailable), config.router.policy);
         let known = self.by_name.get(name).copied();
         if let Some(key) = known
             && let Some(deployment) = self.deployments.at(key)
         {
             (deployment.config, deployment.gone) = (config.clone(), gone);
+            deployment.picker.policy = policy;
             return key;
         }
         let (life, config) = (self.lives, config.clone());
         self.lives = self.lives.wrapping_add(1);
-        let deployment = Deployment { life, config, gone, members: Vec::new(), rotor: 0, queue: Queue::default() };
+        let (picker, queue) = (Picker::new(policy), Queue::default());
+        let deployment = Deployment { life, config, gone, members: Vec::new(), picker, queue };
         let key = DeploymentKey { index: self.deployments.0.insert(deployment) as u32, life };
         self.by_name.insert(name.to_owned(), key);
         key
@@ -245,9 +248,14 @@ impl<W> Engine<W> {
     ///
     /// # Errors
     /// [`Error::Unavailable`], [`Error::Deleted`] and [`Error::Backpressure`].
-    pub fn request(&mut self, key: DeploymentKey, waiter: impl FnOnce(Place) -> W) -> Result<Admission, Error> {
+    pub fn request(
+        &mut self,
+        key: DeploymentKey,
+        affinity: Affinity,
+        waiter: impl FnOnce(Place) -> W,
+    ) -> Result<Admission, Error> {
         let deployment = self.deployments.open(key)?;
-        let place = Place { deployment: key, seq: deployment.queue.arrive() };
+        let place = Place { deployment: key, seq: deployment.queue.arrive(), affinity };
         if deployment.queue.len() == 0
             && let Some(lease) = self.lease(place)
         {
@@ -259,7 +267,7 @@ impl<W> Engine<W> {
                 Err(Error::Backpressure { queued: queue.len(), limit, policy: config.backpressure })
             }
             _ => {
-                queue.push(place.seq, waiter(place));
+                queue.push(place.seq, affinity, waiter(place));
                 Ok(Admission::Wait(place))
             }
         }
@@ -276,7 +284,7 @@ impl<W> Engine<W> {
         {
             return Ok(Admission::Go(lease));
         }
-        self.deployments.open(place.deployment)?.queue.push(place.seq, waiter(place));
+        self.deployments.open(place.deployment)?.queue.push(place.seq, place.affinity, waiter(place));
         Ok(Admission::Wait(place))
     }
 
@@ -286,19 +294,18 @@ impl<W> Engine<W> {
     }
 
     fn lease(&mut self, place: Place) -> Option<Lease> {
-        let Deployment { members, rotor, .. } = self.deployments.at(place.deployment)?;
-        let key = pick::pick(&self.replicas, members, rotor)?;
+        let Deployment { members, picker, .. } = self.deployments.at(place.deployment)?;
+        let key = picker.pick(&self.replicas, members, place.affinity)?;
         let replica = &mut self.replicas[key.0];
         let session = replica.session?;
-        Some(Lease { replica: key, place, granted: replica.take(), session })
+        Some(Lease { replica: key, place, granted: replica.take(place.affinity), session })
     }
 
     /// Starts whoever waits first while there is room.
     fn dispatch(&mut self, deployment: DeploymentKey) {
-        while self.queued(deployment) > 0 {
-            let Some(mut lease) = self.lease(Place { deployment, seq: 0 }) else { return };
-            if let Some((seq, waiter)) = self.deployments.at(deployment).and_then(|it| it.queue.pop()) {
-                lease.place.seq = seq;
+        while let Some((seq, affinity)) = self.deployments.at(deployment).and_then(|it| it.queue.first()) {
+            let Some(lease) = self.lease(Place { deployment, seq, affinity }) else { return };
+            if let Some(waiter) = self.deployments.at(deployment).and_then(|it| it.queue.pop()) {
                 self.actions.push_back(Action::Start(waiter, lease));
             }
         }
@@ -317,7 +324,7 @@ impl<W> Engine<W> {
     /// The request was never sent: its slot is free, and so is the credit that it would have used.
     pub fn unsent(&mut self, lease: Lease) {
         if let Some(replica) = self.holder(&lease) {
-            replica.untake(lease.granted);
+            replica.untake(lease.place.affinity, lease.granted);
             self.spend(lease.replica);
         }
     }
@@ -325,7 +332,7 @@ impl<W> Engine<W> {
     /// The replica's final frame came: the slot is free.
     pub fn answered(&mut self, lease: Lease, report: Option<(u16, bool)>) {
         if let Some(replica) = self.holder(&lease) {
-            replica.give();
+            replica.give(lease.place.affinity);
             if let Some((load, fast)) = report {
                 replica.report(load, fast);
             }
@@ -336,7 +343,7 @@ impl<W> Engine<W> {
     /// BUSY: not begun, and the replica owes a credit. The place is for [`Engine::again`].
     pub fn busy(&mut self, lease: Lease, load: u16) -> Place {
         if let Some(replica) = self.holder(&lease) {
-            replica.give();
+            replica.give(lease.place.affinity);
             replica.report(load, false);
             replica.refused();
         }
@@ -346,7 +353,7 @@ impl<W> Engine<W> {
     /// RETURNED: held, never begun. The place is for [`Engine::again`].
     pub fn returned(&mut self, lease: Lease) -> Place {
         if let Some(replica) = self.holder(&lease) {
-            replica.give();
+            replica.give(lease.place.affinity);
             replica.draining = true;
         }
         lease.place
@@ -392,6 +399,13 @@ impl<W> Engine<W> {
         {
             let deployment = replica.deployment;
             self.dispatch(deployment);
+        }
+    }
+
+    /// MODELS: what the replica holds or loads now.
+    pub fn models<'m>(&mut self, key: ReplicaKey, names: impl Iterator<Item = &'m [u8]>) {
+        if let Some(replica) = self.replicas.get_mut(key.0) {
+            replica.hold(names.map(affinity::key));
         }
     }
 

@@ -1,19 +1,24 @@
-//! Which replica takes a request: the least loaded of those that have room.
+//! Which replica takes a request: one that has room, by the deployment's policy and by what the request would like.
 //!
 //! Load is this caller's own requests in flight there plus what the replica last said about everybody else's. Ties go round
 //! by a rotating offset. Room is `max_ongoing_requests` and, while the replica is FAST, a short backlog; after a BUSY only
-//! its credits count until it has paid what it owes.
+//! its credits count until it has paid what it owes. No policy leaves a request waiting while any replica has room.
 
 use slab::Slab;
 
-use super::{DeploymentKey, ReplicaKey};
-use crate::wire::BACKLOG;
+use super::{
+    DeploymentKey, ReplicaKey,
+    affinity::{Affinity, Bound, key, score},
+};
+use crate::{snapshot::Policy, wire::BACKLOG};
 
 /// One replica as this caller knows it.
 #[derive(Debug)]
 #[expect(clippy::struct_excessive_bools, reason = "four independent facts, none implies another")]
 pub(super) struct Replica {
     pub(super) id: String,
+    /// The hash of `id`.
+    seed: u64,
     pub(super) deployment: DeploymentKey,
     /// The link's number, unique in this engine; a lease of an earlier link frees nothing.
     pub(super) session: Option<u64>,
@@ -33,11 +38,16 @@ pub(super) struct Replica {
     credits: u32,
     /// BUSY answers not yet followed by a credit.
     owed: u32,
+    /// Models that it holds or loads, by its own word.
+    models: Vec<u64>,
+    /// Models of this caller's requests there, one entry a request: it will hold them before it says so.
+    expected: Vec<u64>,
 }
 
 impl Replica {
     pub(super) fn new(id: String, deployment: DeploymentKey, max_ongoing: u32) -> Self {
         Self {
+            seed: key(id.as_bytes()),
             id,
             deployment,
             session: None,
@@ -50,6 +60,8 @@ impl Replica {
             fast: false,
             credits: 0,
             owed: 0,
+            models: Vec::new(),
+            expected: Vec::new(),
         }
     }
 
@@ -67,29 +79,51 @@ impl Replica {
         self.in_flight + self.others
     }
 
+    fn holds(&self, model: u64) -> bool {
+        self.models.contains(&model) || self.expected.contains(&model)
+    }
+
+    fn model_count(&self) -> usize {
+        self.models.len() + self.expected.iter().filter(|model| !self.models.contains(model)).count()
+    }
+
     /// Takes a slot; returns whether it used a credit.
-    pub(super) fn take(&mut self) -> bool {
+    pub(super) fn take(&mut self, wish: Affinity) -> bool {
         self.in_flight += 1;
+        if wish.model != 0 {
+            self.expected.push(wish.model);
+        }
         let granted = self.credits > 0;
         self.credits -= u32::from(granted);
         granted
     }
 
     /// Undoes [`Replica::take`].
-    pub(super) fn untake(&mut self, granted: bool) {
-        self.give();
+    pub(super) fn untake(&mut self, wish: Affinity, granted: bool) {
+        self.give(wish);
         self.credits += u32::from(granted);
     }
 
     /// Gives a slot back.
-    pub(super) fn give(&mut self) {
+    pub(super) fn give(&mut self, wish: Affinity) {
         self.in_flight = self.in_flight.saturating_sub(1);
+        if wish.model != 0
+            && let Some(at) = self.expected.iter().position(|&model| model == wish.model)
+        {
+            self.expected.swap_remove(at);
+        }
     }
 
     /// What an answer says: requests in flight there over all callers, and whether it is fast.
     pub(super) fn report(&mut self, load: u16, fast: bool) {
         self.others = u32::from(load).saturating_sub(self.in_flight);
         self.fast = fast;
+    }
+
+    /// The models that it holds from now on.
+    pub(super) fn hold(&mut self, models: impl Iterator<Item = u64>) {
+        self.models.clear();
+        self.models.extend(models);
     }
 
     /// It refused one and owes a credit.
@@ -110,96 +144,304 @@ impl Replica {
 
     /// A new link begins with nothing in flight.
     pub(super) fn reset(&mut self, session: Option<u64>) {
-        let fresh = Self::new(String::new(), self.deployment, self.max_ongoing);
         let id = std::mem::take(&mut self.id);
-        *self = Self { id, session, listed: self.listed, draining: self.draining, ..fresh };
+        let fresh = Self::new(id, self.deployment, self.max_ongoing);
+        *self = Self { session, listed: self.listed, draining: self.draining, ..fresh };
+    }
+
+    /// Its rank for a request with wishes, the least is best: within the bound before beyond it; with the model before
+    /// without; of those without the one with the fewest; the session's own; the least loaded.
+    fn rank(&self, wish: Affinity, bound: Bound) -> (u8, usize, u64, u32) {
+        let load = self.load();
+        if !bound.allows(load) {
+            return (2, 0, 0, load);
+        }
+        let holds = wish.model == 0 || self.holds(wish.model);
+        // Callers that do not know of each other load a new model at the same replica.
+        let name = if wish.session == 0 && !holds { wish.model } else { wish.session };
+        let own = if name == 0 { 0 } else { !score(name, self.seed) };
+        if holds { (0, 0, own, load) } else { (1, self.model_count(), own, load) }
     }
 }
 
-/// The least loaded of `members` that has room; `rotor` moves on, so that equals take turns.
-pub(super) fn pick(replicas: &Slab<Replica>, members: &[ReplicaKey], rotor: &mut usize) -> Option<ReplicaKey> {
-    let start = if *rotor < members.len() { *rotor } else { 0 };
-    *rotor = start + 1;
-    let (before, from) = members.split_at(start);
-    let around = from.iter().chain(before);
-    let open = around.filter(|key| replicas.get(key.0).is_some_and(Replica::has_room));
-    open.min_by_key(|key| replicas[key.0].load()).copied()
+/// How the replicas of one deployment are picked.
+#[derive(Debug, Default)]
+pub(super) struct Picker {
+    pub(super) policy: Policy,
+    rotor: usize,
+    random: fastrand::Rng,
+}
+
+impl Picker {
+    pub(super) fn new(policy: Policy) -> Self {
+        Self { policy, ..Self::default() }
+    }
+
+    /// One of `members` that has room.
+    pub(super) fn pick(
+        &mut self,
+        replicas: &Slab<Replica>,
+        members: &[ReplicaKey],
+        affinity: Affinity,
+    ) -> Option<ReplicaKey> {
+        let at = |key: &ReplicaKey| replicas.get(key.0);
+        if self.policy == Policy::ConsistentHash && affinity.session == 0 {
+            let session = self.random.u64(1..);
+            return self.preferred(replicas, members, Affinity { session, ..affinity });
+        }
+        if !affinity.is_none() {
+            return self.preferred(replicas, members, affinity);
+        }
+        match self.policy {
+            Policy::RoundRobin => {
+                let found = self.around(members).position(|key| at(key).is_some_and(Replica::has_room))?;
+                let found = (self.rotor + found) % members.len();
+                self.rotor = found + 1;
+                Some(members[found])
+            }
+            Policy::PowerOfTwo if members.len() > 2 => {
+                let (a, b) = (self.random.usize(..members.len()), self.random.usize(1..members.len()));
+                let two = [members[a], members[(a + b) % members.len()]];
+                let roomy = two.into_iter().filter(|key| at(key).is_some_and(Replica::has_room));
+                roomy.min_by_key(|key| replicas[key.0].load()).or_else(|| self.least_loaded(replicas, members))
+            }
+            _ => self.least_loaded(replicas, members),
+        }
+    }
+
+    /// All members, beginning with the rotor's.
+    fn around<'m>(&mut self, members: &'m [ReplicaKey]) -> impl Iterator<Item = &'m ReplicaKey> + Clone + use<'m> {
+        if self.rotor >= members.len() {
+            self.rotor = 0;
+        }
+        let (before, from) = members.split_at(self.rotor);
+        from.iter().chain(before)
+    }
+
+    /// The rotor moves on, so that equals take turns.
+    fn least_loaded(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey]) -> Option<ReplicaKey> {
+        let around = self.around(members);
+        self.rotor += 1;
+        let open = around.filter(|key| replicas.get(key.0).is_some_and(Replica::has_room));
+        open.min_by_key(|key| replicas[key.0].load()).copied()
+    }
+
+    fn preferred(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey], wish: Affinity) -> Option<ReplicaKey> {
+        let around = self.around(members);
+        self.rotor += 1;
+        let open = around.filter_map(|key| Some((key, replicas.get(key.0).filter(|replica| replica.open())?)));
+        let max_ongoing = open.clone().next()?.1.max_ongoing;
+        let bound = Bound::of(open.clone().map(|(_, replica)| replica.load()), max_ongoing);
+        let roomy = open.filter(|(_, replica)| replica.has_room());
+        roomy.min_by_key(|(_, replica)| replica.rank(wish, bound)).map(|(key, _)| *key)
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
-    fn cluster(n: usize, max_ongoing: u32) -> (Slab<Replica>, Vec<ReplicaKey>) {
-        let mut replicas = Slab::new();
-        let members = (0..n)
-            .map(|i| {
-                let mut replica = Replica::new(i.to_string(), DeploymentKey { index: 0, life: 0 }, max_ongoing);
-                replica.session = Some(i as u64);
-                ReplicaKey(replicas.insert(replica))
-            })
-            .collect();
-        (replicas, members)
+    const NONE: Affinity = Affinity { model: 0, session: 0 };
+
+    fn wish(model: &str, session: &str) -> Affinity {
+        Affinity::new(model.as_bytes(), session.as_bytes())
     }
 
-    fn take(replicas: &mut Slab<Replica>, members: &[ReplicaKey], rotor: &mut usize) -> Option<usize> {
-        let key = pick(replicas, members, rotor)?;
-        replicas[key.0].take();
-        Some(key.0)
+    struct Cluster {
+        replicas: Slab<Replica>,
+        members: Vec<ReplicaKey>,
+        picker: Picker,
+    }
+
+    impl Cluster {
+        fn new(policy: Policy, n: usize, max_ongoing: u32) -> Self {
+            let mut replicas = Slab::new();
+            let members = (0..n)
+                .map(|i| {
+                    let mut replica = Replica::new(i.to_string(), DeploymentKey { index: 0, life: 0 }, max_ongoing);
+                    replica.session = Some(i as u64);
+                    ReplicaKey(replicas.insert(replica))
+                })
+                .collect();
+            Self { replicas, members, picker: Picker::new(policy) }
+        }
+
+        fn pick(&mut self, wish: Affinity) -> Option<usize> {
+            self.picker.pick(&self.replicas, &self.members, wish).map(|key| key.0)
+        }
+
+        fn take(&mut self, wish: Affinity) -> Option<usize> {
+            let at = self.pick(wish)?;
+            self.replicas[at].take(wish);
+            Some(at)
+        }
+
+        fn loads(&self) -> Vec<u32> {
+            self.members.iter().filter_map(|key| Some(self.replicas.get(key.0)?.load())).collect()
+        }
     }
 
     #[test]
     fn equals_take_turns_and_the_limit_holds() {
-        let (mut replicas, members) = cluster(3, 2);
-        let mut rotor = 0;
-        let mut taken: Vec<_> = std::iter::from_fn(|| take(&mut replicas, &members, &mut rotor)).collect();
-        taken[..3].sort_unstable();
-        assert_eq!(taken[..3], [0, 1, 2], "each once before any twice");
-        assert_eq!(taken.len(), 6, "two each");
+        for policy in [Policy::LeastLoaded, Policy::RoundRobin] {
+            let mut cluster = Cluster::new(policy, 3, 2);
+            let mut taken: Vec<_> = std::iter::from_fn(|| cluster.take(NONE)).collect();
+            taken[..3].sort_unstable();
+            assert_eq!(taken[..3], [0, 1, 2], "each once before any twice");
+            assert_eq!(taken.len(), 6, "two each");
+        }
     }
 
     #[test]
     fn what_other_callers_do_there_counts() {
-        let (mut replicas, members) = cluster(2, 5);
-        replicas[0].report(3, false);
-        let mut rotor = 0;
+        let mut cluster = Cluster::new(Policy::LeastLoaded, 2, 5);
+        cluster.replicas[0].report(3, false);
         for _ in 0..3 {
-            assert_eq!(take(&mut replicas, &members, &mut rotor), Some(1));
+            assert_eq!(cluster.take(NONE), Some(1));
         }
     }
 
     #[test]
     fn a_backlog_is_allowed_only_while_fast() {
-        let (mut replicas, members) = cluster(1, 1);
-        replicas[0].report(0, true);
-        let mut rotor = 0;
-        let taken = std::iter::from_fn(|| take(&mut replicas, &members, &mut rotor)).count();
+        let mut cluster = Cluster::new(Policy::LeastLoaded, 1, 1);
+        cluster.replicas[0].report(0, true);
+        let taken = std::iter::from_fn(|| cluster.take(NONE)).count();
         assert_eq!(taken as u32, 1 + BACKLOG);
-        replicas[0].report(33, false);
-        replicas[0].give();
-        assert_eq!(pick(&replicas, &members, &mut rotor), None);
+        cluster.replicas[0].report(33, false);
+        cluster.replicas[0].give(NONE);
+        assert_eq!(cluster.pick(NONE), None);
     }
 
     #[test]
     fn after_a_refusal_only_credits_count_until_it_is_paid() {
-        let (mut replicas, members) = cluster(1, 5);
-        let mut rotor = 0;
-        replicas[0].take();
-        replicas[0].give();
-        replicas[0].refused();
-        assert_eq!(pick(&replicas, &members, &mut rotor), None);
-        replicas[0].credit(1);
-        assert!(replicas[0].take(), "by credit");
-        assert!(!replicas[0].take(), "paid: optimistic again");
+        let mut cluster = Cluster::new(Policy::LeastLoaded, 1, 5);
+        cluster.replicas[0].take(NONE);
+        cluster.replicas[0].give(NONE);
+        cluster.replicas[0].refused();
+        assert_eq!(cluster.pick(NONE), None);
+        cluster.replicas[0].credit(1);
+        assert!(cluster.replicas[0].take(NONE), "by credit");
+        assert!(!cluster.replicas[0].take(NONE), "paid: optimistic again");
     }
 
     #[test]
     fn the_closed_the_draining_and_the_silent_are_not_picked() {
-        let (mut replicas, members) = cluster(4, 5);
-        replicas[0].reset(None);
-        replicas[1].draining = true;
-        replicas[2].listed = false;
-        replicas[3].silent = true;
-        assert_eq!(pick(&replicas, &members, &mut 0), None);
+        for policy in POLICIES {
+            let mut cluster = Cluster::new(policy, 4, 5);
+            cluster.replicas[0].reset(None);
+            cluster.replicas[1].draining = true;
+            cluster.replicas[2].listed = false;
+            cluster.replicas[3].silent = true;
+            assert_eq!((cluster.pick(NONE), cluster.pick(wish("m", "s"))), (None, None));
+        }
+    }
+
+    #[test]
+    fn round_robin_looks_at_no_load() {
+        let mut cluster = Cluster::new(Policy::RoundRobin, 3, 50);
+        cluster.replicas[1].report(40, false);
+        let taken: Vec<_> = (0..6).filter_map(|_| cluster.take(NONE)).collect();
+        assert_eq!(taken, [0, 1, 2, 0, 1, 2]);
+    }
+
+    #[test]
+    fn of_two_the_less_loaded_is_taken() {
+        let mut cluster = Cluster::new(Policy::PowerOfTwo, 8, 50);
+        cluster.replicas[5].report(40, false);
+        let taken: Vec<_> = (0..64).filter_map(|_| cluster.take(NONE)).collect();
+        assert!(!taken.contains(&5), "the most loaded loses against anybody");
+        assert!((0..8).filter(|&at| at != 5).all(|at| taken.contains(&at)), "{taken:?}");
+    }
+
+    #[test]
+    fn a_model_is_asked_for_where_it_is_held() {
+        let mut cluster = Cluster::new(Policy::LeastLoaded, 4, 20);
+        cluster.replicas[2].hold([wish("m", "").model].into_iter());
+        cluster.replicas[2].report(3, false);
+        assert_eq!(cluster.pick(wish("m", "")), Some(2));
+        assert_ne!(cluster.pick(wish("other", "")), Some(2), "it holds more models than the others");
+    }
+
+    #[test]
+    fn a_burst_for_a_new_model_goes_to_one_replica() {
+        let mut cluster = Cluster::new(Policy::LeastLoaded, 4, 20);
+        let first = cluster.take(wish("m", "")).expect("room");
+        assert!(
+            (0..3).all(|_| cluster.take(wish("m", "")) == Some(first)),
+            "before it has said that it holds the model"
+        );
+        for _ in 0..4 {
+            cluster.replicas[first].give(wish("m", ""));
+        }
+        assert!(!cluster.replicas[first].holds(wish("m", "").model), "it never said so");
+    }
+
+    #[test]
+    fn callers_that_do_not_know_of_each_other_agree() {
+        let (mut one, mut two) = (Cluster::new(Policy::LeastLoaded, 9, 20), Cluster::new(Policy::RoundRobin, 9, 20));
+        for i in 0..20 {
+            one.take(NONE); // its rotor stands elsewhere
+            let name = format!("n{i}");
+            assert_eq!(one.pick(wish(&name, "")), two.pick(wish(&name, "")));
+            assert_eq!(one.pick(wish("", &name)), two.pick(wish("", &name)));
+        }
+    }
+
+    const POLICIES: [Policy; 4] = [Policy::LeastLoaded, Policy::PowerOfTwo, Policy::RoundRobin, Policy::ConsistentHash];
+
+    fn any_wish() -> impl Strategy<Value = Affinity> {
+        prop_oneof![
+            Just(NONE),
+            (0..3).prop_map(|i| wish(&format!("m{i}"), "")),
+            (0..3).prop_map(|i| wish("", &format!("s{i}"))),
+            (0..3, 0..3).prop_map(|(m, s)| wish(&format!("m{m}"), &format!("s{s}"))),
+        ]
+    }
+
+    proptest! {
+        #[test]
+        fn whoever_has_room_is_found(
+            policy in prop::sample::select(&POLICIES[..]), full in prop::collection::vec(any::<bool>(), 1..12), wish in any_wish(),
+        ) {
+            let mut cluster = Cluster::new(policy, full.len(), 1);
+            for (at, full) in full.iter().enumerate() {
+                if *full {
+                    cluster.replicas[at].take(NONE);
+                }
+            }
+            let picked = cluster.pick(wish);
+            prop_assert_eq!(picked.is_some(), full.contains(&false));
+            prop_assert!(picked.is_none_or(|at| !full[at]));
+        }
+
+        #[test]
+        fn wishes_never_heap_up(
+            policy in prop::sample::select(&POLICIES[..]), n in 2_usize..9, wishes in prop::collection::vec(any_wish(), 1..200),
+        ) {
+            let max_ongoing = 64;
+            let mut cluster = Cluster::new(policy, n, max_ongoing);
+            for wish in wishes {
+                let before = cluster.loads();
+                let total: u32 = before.iter().sum();
+                let bound = (2 * (total + 1)).div_ceil(n as u32).max(max_ongoing / 4);
+                if let Some(at) = cluster.take(wish) && !wish.is_none() {
+                    prop_assert!(before[at] < bound, "{before:?} {at}");
+                }
+            }
+        }
+
+        #[test]
+        fn a_session_stays_when_another_replica_leaves(session in "[a-z]{1,8}", n in 2_usize..9, gone in any::<prop::sample::Index>()) {
+            let mut cluster = Cluster::new(Policy::LeastLoaded, n, 64);
+            let home = cluster.pick(wish("", &session)).expect("room");
+            let gone = gone.index(n);
+            cluster.replicas[gone].listed = false;
+            let now = cluster.pick(wish("", &session)).expect("room");
+            prop_assert!(now == home || gone == home);
+            cluster.replicas[gone].listed = true;
+            prop_assert_eq!(cluster.pick(wish("", &session)), Some(home), "and it is back with it");
+        }
     }
 }

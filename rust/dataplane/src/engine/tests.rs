@@ -19,6 +19,7 @@ fn snapshot(n: u64, max_ongoing: u32, max_queued: i64, replicas: &[&str]) -> Sna
         max_queued_requests: max_queued,
         backpressure: snapshot::Backpressure::default(),
         retry_idempotent: true,
+        router: snapshot::Router::default(),
         unavailable: None,
         replicas,
     };
@@ -26,6 +27,12 @@ fn snapshot(n: u64, max_ongoing: u32, max_queued: i64, replicas: &[&str]) -> Sna
         version: Version(1, n),
         deployments: BTreeMap::from([("a#D".into(), deployment)]),
         ..Snapshot::default()
+    }
+}
+
+impl<W> Engine<W> {
+    fn queued(&mut self, key: DeploymentKey) -> usize {
+        self.deployments.at(key).map_or(0, |deployment| deployment.queue.len())
     }
 }
 
@@ -76,7 +83,7 @@ impl Driver {
     }
 
     fn request(&mut self, waiter: u32) -> Result<Option<Place>, Error> {
-        Ok(match self.engine.request(self.key, |_| waiter)? {
+        Ok(match self.engine.request(self.key, Affinity::default(), |_| waiter)? {
             Admission::Go(lease) => {
                 self.started.push((waiter, lease));
                 None
@@ -258,7 +265,7 @@ fn a_request_that_outlives_its_deployment_meets_no_other() {
     driver.request(1).expect("waits");
     assert_eq!(driver.engine.cancel(place), None, "neither the old request nor the new one at its place");
     assert!(matches!(driver.engine.again(place, |_| 0), Err(Error::Deleted(_))));
-    assert!(matches!(driver.engine.request(old, |_| 2), Err(Error::Deleted(_))));
+    assert!(matches!(driver.engine.request(old, Affinity::default(), |_| 2), Err(Error::Deleted(_))));
     assert_eq!((driver.engine.queued(old), driver.engine.queued(driver.key)), (0, 1));
 }
 

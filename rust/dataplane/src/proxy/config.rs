@@ -20,6 +20,7 @@ pub struct Config {
     pub node_id: String,
     pub token: Vec<u8>,
     pub snapshot_path: Option<PathBuf>,
+    pub session_header: String,
 }
 
 impl fmt::Debug for Config {
@@ -76,6 +77,7 @@ impl Config {
             node_id: take(&mut fields, "node_id")?,
             token: unhex(&token).ok_or_else(|| ConfigError::new("token", "is not hexadecimal"))?,
             snapshot_path: take(&mut fields, "snapshot_path")?,
+            session_header: take(&mut fields, "session_header")?,
         };
         if let Some(name) = fields.keys().next() {
             return Err(ConfigError::new(name, "is not an option of the proxy"));
@@ -104,7 +106,7 @@ mod tests {
     fn valid() -> Value {
         json!({"host": "127.0.0.1", "port": 0, "root_path": "/api/", "request_timeout_s": null, "shards": 1,
             "keep_alive_timeout_s": 90.0, "max_head_bytes": 65536, "max_body_bytes": null, "node_id": "n",
-            "token": "00ff", "snapshot_path": null})
+            "token": "00ff", "snapshot_path": null, "session_header": "x-session-id"})
     }
 
     fn parse(value: &Value) -> Result<Config, ConfigError> {

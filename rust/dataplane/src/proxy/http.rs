@@ -15,11 +15,18 @@ use super::{
     body::{Body, Inbound, LINGER, Source},
     builtin,
     listen::{Conn, Open},
-    relay::{Call, X_REQUEST_ID, relay},
+    relay::{Call, Marks, X_REQUEST_ID, relay},
     sender::Sender,
     stream::{Head, StreamRef},
 };
-use crate::{engine::route::decoded, error::Error, wire::ResponseHeadView};
+use crate::{
+    engine::{Affinity, route::decoded},
+    error::Error,
+    wire::{
+        ResponseHeadView,
+        head::{MODEL_HEADER, is_named},
+    },
+};
 
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 
@@ -30,11 +37,13 @@ type Deadline = Option<(Instant, f64)>;
 pub(super) async fn answer(conn: Rc<Conn>, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
     let open = Open::new(&conn);
     let (parts, incoming) = request.into_parts();
-    let wishes = Wishes::read(&parts.headers);
-    let (request_id, made_id) = match wishes.id {
+    let wishes = Wishes::read(&parts.headers, conn.shard.shared.config.session_header.as_bytes());
+    let (id, made) = match wishes.id {
         Some(given) => (given.clone(), false),
         None => (make_id(&conn), true),
     };
+    let marks = Marks { id, made, affinity: wishes.affinity() };
+    let request_id = marks.id.clone();
     let mut response = if let Some(page) = builtin::page(&conn.shard, parts.uri.path()) {
         page.map(|bytes| Body::whole(bytes, open))
     } else if wishes.websocket {
@@ -45,14 +54,14 @@ pub(super) async fn answer(conn: Rc<Conn>, request: Request<Incoming>) -> Result
         let deadline = wishes.deadline(conn.shard.shared.config.request_timeout_s);
         if wishes.keep {
             // On a task of its own the request goes on when hyper drops this future.
-            let (id, keeper) = (request_id.clone(), Rc::clone(&conn));
-            let task = async move { handle(&keeper, &parts, incoming, (&id, made_id), deadline, true, open).await };
+            let keeper = Rc::clone(&conn);
+            let task = async move { handle(&keeper, &parts, incoming, &marks, deadline, true, open).await };
             match tokio::task::spawn_local(task).await {
                 Ok(response) => response,
                 Err(_) => refusal(&Error::Internal("the request's task panicked".into()), Open::new(&conn)),
             }
         } else {
-            handle(&conn, &parts, incoming, (&request_id, made_id), deadline, false, open).await
+            handle(&conn, &parts, incoming, &marks, deadline, false, open).await
         }
     };
     response.headers_mut().append(X_REQUEST_ID, request_id);
@@ -63,16 +72,16 @@ async fn handle(
     conn: &Rc<Conn>,
     parts: &Parts,
     incoming: Incoming,
-    (request_id, made_id): (&HeaderValue, bool),
+    marks: &Marks,
     deadline: Deadline,
     keep: bool,
     open: Open,
 ) -> Response<Body> {
-    let work = dispatch(conn, parts, incoming, (request_id, made_id), deadline);
+    let work = dispatch(conn, parts, incoming, marks, deadline);
     let result = match deadline {
         None => work.await,
         Some((instant, seconds)) => timeout_at(instant, work).await.unwrap_or_else(|_| {
-            let request_id = String::from_utf8_lossy(request_id.as_bytes()).into_owned();
+            let request_id = String::from_utf8_lossy(marks.id.as_bytes()).into_owned();
             Err(Error::Deadline { request_id, seconds })
         }),
     };
@@ -133,7 +142,7 @@ async fn dispatch(
     conn: &Rc<Conn>,
     parts: &Parts,
     incoming: Incoming,
-    (request_id, made_id): (&HeaderValue, bool),
+    marks: &Marks,
     deadline: Deadline,
 ) -> Result<(StreamRef, Head), Error> {
     let source = Source::new(incoming, &parts.headers);
@@ -146,7 +155,7 @@ async fn dispatch(
     };
     let body = Inbound::read(source, config.max_body_bytes).await?;
     let deadline = deadline.map(|(instant, _)| instant);
-    relay(Call { shard, conn, route, path: &path, parts, request_id, made_id, deadline }, body).await
+    relay(Call { shard, conn, route, path: &path, parts, marks, deadline }, body).await
 }
 
 /// What a client's headers ask of the proxy, found in one pass.
@@ -157,10 +166,12 @@ struct Wishes<'h> {
     /// Not to be cancelled when the client leaves.
     keep: bool,
     websocket: bool,
+    model: Option<&'h HeaderValue>,
+    session: Option<&'h HeaderValue>,
 }
 
 impl<'h> Wishes<'h> {
-    fn read(headers: &'h HeaderMap) -> Self {
+    fn read(headers: &'h HeaderMap, session_header: &[u8]) -> Self {
         let mut wishes = Self::default();
         for (name, value) in headers {
             match name.as_str() {
@@ -168,10 +179,19 @@ impl<'h> Wishes<'h> {
                 "x-request-timeout-seconds" => wishes.timeout = Some(value),
                 "x-request-disconnect-disabled" => wishes.keep = value == "?1",
                 "upgrade" => wishes.websocket = value.as_bytes().eq_ignore_ascii_case(b"websocket"),
+                name if is_named(name.as_bytes(), MODEL_HEADER) => wishes.model = Some(value),
                 _ => {}
+            }
+            if is_named(name.as_str().as_bytes(), session_header) {
+                wishes.session = Some(value);
             }
         }
         wishes
+    }
+
+    fn affinity(&self) -> Affinity {
+        let name = |header: Option<&'h HeaderValue>| header.map_or(&b""[..], HeaderValue::as_bytes);
+        Affinity::new(name(self.model), name(self.session))
     }
 
     /// The client's deadline, or the configured one: not above zero means none, what is no number is ignored.

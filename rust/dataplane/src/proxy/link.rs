@@ -33,6 +33,7 @@ use crate::{
     wire::{
         Decoder, Header, Kind, MAX_PAYLOAD, WireError, flag,
         hello::{Caller, HelloError, MAX_HELLO, Role, Step},
+        models::models,
         put,
     },
 };
@@ -334,6 +335,7 @@ impl Link {
             }
             Kind::Drain => shard.engine.borrow_mut().draining(self.key),
             Kind::Credit => shard.engine.borrow_mut().credit(self.key, header.aux),
+            Kind::Models => shard.engine.borrow_mut().models(self.key, models(&payload)?.into_iter()),
             Kind::Ping => self.signal(Header::new(Kind::Pong, 0).aux(header.aux)),
             Kind::Pong => {}
             _ => return Err(WireError::Malformed("direction of a frame")),

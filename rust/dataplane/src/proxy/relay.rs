@@ -18,7 +18,7 @@ use super::{
     stream::{Head, Outcome, StreamRef},
 };
 use crate::{
-    engine::{Lease, Place},
+    engine::{Affinity, Lease, Place},
     error::{Error, Retry},
     wire::{
         Header, Kind, flag,
@@ -29,6 +29,14 @@ use crate::{
 
 pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
+/// What a request is known by.
+pub(super) struct Marks {
+    pub(super) id: HeaderValue,
+    /// The id was made here and is added to the headers.
+    pub(super) made: bool,
+    pub(super) affinity: Affinity,
+}
+
 /// A request that has found its route.
 pub(super) struct Call<'c> {
     pub(super) shard: &'c Rc<Shard>,
@@ -37,9 +45,7 @@ pub(super) struct Call<'c> {
     /// What the route was found by.
     pub(super) path: &'c [u8],
     pub(super) parts: &'c Parts,
-    pub(super) request_id: &'c HeaderValue,
-    /// The id was made here and is added to the headers.
-    pub(super) made_id: bool,
+    pub(super) marks: &'c Marks,
     pub(super) deadline: Option<Instant>,
 }
 
@@ -49,7 +55,7 @@ pub(super) struct Call<'c> {
 /// See [`Error`]; nothing has been sent to the client then.
 pub(super) async fn relay(mut call: Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
-    let first = call.shard.admit(call.route.deployment).await;
+    let first = call.shard.admit(call.route.deployment, call.marks.affinity).await;
     let mut lease = call.leased(first).await?;
     loop {
         let place = lease.place;
@@ -139,7 +145,7 @@ impl Call<'_> {
                 },
                 came => return came,
             }
-            came = self.shard.admit(self.route.deployment).await;
+            came = self.shard.admit(self.route.deployment, self.marks.affinity).await;
         }
     }
 
@@ -191,11 +197,11 @@ impl Call<'_> {
             query: self.parts.uri.query().unwrap_or("").as_bytes(),
             root_path: &self.route.root_path,
             route: &self.route.prefix,
-            request_id: self.request_id.as_bytes(),
+            request_id: self.marks.id.as_bytes(),
             client: (self.conn.client.0.as_bytes(), self.conn.client.1),
             server: (self.conn.server.0.as_bytes(), self.conn.server.1),
         };
-        let made = self.made_id.then_some((&b"x-request-id"[..], self.request_id.as_bytes()));
+        let made = self.marks.made.then_some((&b"x-request-id"[..], self.marks.id.as_bytes()));
         let headers = self.parts.headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));
         put_request_head(out, &head, headers.chain(made));
     }

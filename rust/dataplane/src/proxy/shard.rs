@@ -15,7 +15,7 @@ use slab::Slab;
 
 use super::{Shared, link::Link, listen::Conn, vigil::Events};
 use crate::{
-    engine::{Action, Admission, DeploymentKey, Engine, Lease, Place, ReplicaKey, RouteTable},
+    engine::{Action, Admission, Affinity, DeploymentKey, Engine, Lease, Place, ReplicaKey, RouteTable},
     error::Error,
     metrics::Metrics,
     snapshot::Snapshot,
@@ -151,9 +151,10 @@ impl Shard {
     }
 
     /// A lease for a new request, as soon as there is one.
-    pub(super) async fn admit(self: &Rc<Self>, deployment: DeploymentKey) -> Result<Lease, Error> {
+    pub(super) async fn admit(self: &Rc<Self>, deployment: DeploymentKey, affinity: Affinity) -> Result<Lease, Error> {
         let mut waiting = None;
-        let admission = self.engine.borrow_mut().request(deployment, |place| self.wait(place, &mut waiting))?;
+        let admission =
+            self.engine.borrow_mut().request(deployment, affinity, |place| self.wait(place, &mut waiting))?;
         match (admission, waiting) {
             (Admission::Go(lease), _) => Ok(lease),
             (Admission::Wait(_), Some(waiting)) => {

@@ -48,6 +48,7 @@ pub enum Kind {
     Pong = 46,
     Credit = 47,
     Unused = 48,
+    Models = 49,
     Batch = 50,
     Upgrade = 60,
 }
@@ -78,6 +79,7 @@ impl TryFrom<u8> for Kind {
             46 => Self::Pong,
             47 => Self::Credit,
             48 => Self::Unused,
+            49 => Self::Models,
             50 => Self::Batch,
             60 => Self::Upgrade,
             other => return Err(WireError::UnknownKind(other)),

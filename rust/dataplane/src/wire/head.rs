@@ -251,6 +251,16 @@ impl ResponseHeadView {
     }
 }
 
+/// The header that names a request's model.
+pub const MODEL_HEADER: &[u8] = b"serve_multiplexed_model_id";
+
+/// Whether a header's lower-case name is `key`, which may be written with `-` or `_`: proxies on the way change the one
+/// into the other, or drop names with the second.
+pub fn is_named(name: &[u8], key: &[u8]) -> bool {
+    let plain = |byte: u8| if byte == b'_' { b'-' } else { byte.to_ascii_lowercase() };
+    name.len() == key.len() && name.iter().zip(key).all(|(&a, &b)| plain(a) == plain(b))
+}
+
 fn check_headers(bytes: &[u8], count: u16) -> Result<(), WireError> {
     let mut at = Cursor::new(bytes, "headers");
     for _ in 0..count {

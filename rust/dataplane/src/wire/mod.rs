@@ -7,6 +7,7 @@ pub mod call;
 pub mod frame;
 pub mod head;
 pub mod hello;
+pub mod models;
 
 pub use call::CallView;
 pub use frame::{Decoder, Frame, HEADER_LEN, Header, Kind, flag, put};

@@ -25,6 +25,7 @@ use pyo3::{
     types::{PyByteArray, PyBytes, PyDict, PyList},
 };
 use rayserve_dataplane::{
+    engine::Affinity,
     error::Error,
     snapshot::{Snapshot, Version},
     wire::call::{CallHead, Value, put_call_head, put_value_head},
@@ -76,7 +77,8 @@ impl Client {
             out.resize(start + buffer.len_bytes(), 0);
             buffer.copy_to_slice(py, &mut out[start..])?;
         }
-        let call = Pending::new(deployment, out.freeze(), stream);
+        let affinity = Affinity::new(multiplexed_model_id.as_bytes(), session_id.as_bytes());
+        let call = Pending::new(deployment, affinity, out.freeze(), stream);
         if !self.caller.begin(&call) {
             return Err(PyRuntimeError::new_err("handles are closed: the interpreter exits"));
         }

@@ -12,7 +12,7 @@ use std::{
 
 use bytes::Bytes;
 use rayserve_dataplane::{
-    engine,
+    engine::{self, Affinity},
     error::Error,
     wire::{Fault, WINDOW, call::Value},
 };
@@ -79,13 +79,14 @@ pub(super) struct Pending {
     pub(super) deployment: String,
     /// The answer is a stream of items.
     pub(super) stream: bool,
+    pub(super) affinity: Affinity,
     inner: Mutex<Inner>,
     outcome: OnceLock<Outcome>,
 }
 
 impl Pending {
     /// `payload` is the whole payload of the CALL frame.
-    pub(super) fn new(deployment: String, payload: Bytes, stream: bool) -> Arc<Self> {
+    pub(super) fn new(deployment: String, affinity: Affinity, payload: Bytes, stream: bool) -> Arc<Self> {
         let inner = Inner {
             place: Place::Unrouted,
             payload,
@@ -94,7 +95,7 @@ impl Pending {
             taken: 0,
             dropped: false,
         };
-        Arc::new(Self { deployment, stream, inner: Mutex::new(inner), outcome: OnceLock::new() })
+        Arc::new(Self { deployment, stream, affinity, inner: Mutex::new(inner), outcome: OnceLock::new() })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {

@@ -15,7 +15,7 @@ use rayserve_dataplane::{
     engine::{Action, Admission, Engine, Lease, Place as QueuePlace, ReplicaKey},
     error::Error,
     snapshot::{Replica, Snapshot, Version},
-    wire::{Fault, Frame, Header, Kind, call::Value, flag},
+    wire::{Fault, Frame, Header, Kind, call::Value, flag, models},
 };
 use slab::Slab;
 
@@ -101,7 +101,7 @@ impl Router {
             self.doubts = true;
             return;
         };
-        let admission = self.engine.request(key, |_| Arc::clone(call));
+        let admission = self.engine.request(key, call.affinity, |_| Arc::clone(call));
         self.admitted(call, admission);
     }
 
@@ -318,6 +318,11 @@ impl Router {
         match header.kind {
             Kind::Drain => self.engine.draining(key),
             Kind::Credit => self.engine.credit(key, header.aux),
+            Kind::Models => {
+                if let Ok(names) = models::models(&payload) {
+                    self.engine.models(key, names.into_iter());
+                }
+            }
             Kind::Ping => {
                 link.send(Header::new(Kind::Pong, 0).aux(header.aux));
                 self.unflushed.push(index);

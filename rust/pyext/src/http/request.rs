@@ -9,6 +9,7 @@ use pyo3::buffer::PyBuffer;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyString};
+use rayserve_dataplane::wire::head::{MODEL_HEADER, is_named};
 use rayserve_dataplane::wire::{CallView, RequestHeadView};
 
 use super::asgi;
@@ -131,14 +132,14 @@ impl RequestHead {
         self.request_id(py)
     }
 
-    #[classattr]
-    fn multiplexed_model_id() -> &'static str {
-        ""
+    #[getter]
+    fn multiplexed_model_id<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        self.named(py, MODEL_HEADER)
     }
 
-    #[classattr]
-    fn session_id() -> &'static str {
-        ""
+    #[getter]
+    fn session_id<'py>(&self, py: Python<'py>) -> Bound<'py, PyString> {
+        self.named(py, self.replica.session_header.as_bytes())
     }
 
     #[classattr]
@@ -165,6 +166,14 @@ impl RequestHead {
     #[classattr]
     fn _ray_trace_ctx() -> Option<u8> {
         None
+    }
+}
+
+impl RequestHead {
+    /// The last header of that name, or nothing: the proxy has chosen the replica by the same one.
+    fn named<'py>(&self, py: Python<'py>, key: &[u8]) -> Bound<'py, PyString> {
+        let value = self.view.headers().filter(|(name, _)| is_named(name, key)).last();
+        text(py, value.map_or(b"", |(_, value)| value))
     }
 }
 

@@ -53,7 +53,7 @@ type Job<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
 #[pymethods]
 impl Worker {
     #[new]
-    #[pyo3(signature = (event_loop, hooks, *, app, name, replica_id, token, max_ongoing_requests, kind, handler, request))]
+    #[pyo3(signature = (event_loop, hooks, *, app, name, replica_id, token, max_ongoing_requests, session_header, kind, handler, request))]
     #[expect(clippy::too_many_arguments, reason = "keywords, made in one place")]
     fn new(
         event_loop: &Bound<'_, PyAny>,
@@ -63,6 +63,7 @@ impl Worker {
         replica_id: String,
         token: Vec<u8>,
         max_ongoing_requests: usize,
+        session_header: String,
         kind: &str,
         handler: Py<PyAny>,
         request: Option<Py<PyAny>>,
@@ -81,6 +82,7 @@ impl Worker {
         pool.resize(max_ongoing_requests);
         let replica = Replica::new(
             app,
+            session_header,
             Hooks::read(event_loop, hooks)?,
             Http { kind, handler, request },
             Stepper::new(py, event_loop, name)?,
@@ -222,6 +224,12 @@ impl Worker {
 
     fn drain(&self, py: Python<'_>) -> PyResult<()> {
         self.replica.drain(py)
+    }
+
+    /// On the loop's thread: the models that the user's code holds or loads from now on.
+    #[expect(clippy::needless_pass_by_value, reason = "what a Python argument becomes is owned")]
+    fn announce(&self, py: Python<'_>, models: Vec<String>) -> PyResult<()> {
+        self.replica.announce(py, &models)
     }
 
     /// Requests that run or are held.

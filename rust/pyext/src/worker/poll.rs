@@ -279,6 +279,9 @@ impl Poller {
         }
         drop(input);
         link.put_with(|to| to.extend_from_slice(&out));
+        if step != Step::Continue && replica.has_models() {
+            replica.tell_models(link);
+        }
         if step != Step::Continue && replica.is_draining() {
             link.put(Header::new(Kind::Drain, 0), &[]);
         }

@@ -9,10 +9,12 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, ThreadId};
 use std::time::Duration;
 
+use bytes::BytesMut;
 use mio::{Registry, Token, Waker};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 use rayserve_dataplane::engine::limit::{Admission, Limit, Next};
+use rayserve_dataplane::wire::models::put_models;
 use rayserve_dataplane::wire::{CallView, Fault, Header, Kind, RequestHeadView, flag};
 
 use super::hooks::Hooks;
@@ -70,6 +72,10 @@ pub(crate) struct Counters {
 
 pub(crate) struct Replica {
     pub(crate) app: Py<PyString>,
+    /// The name of the header that carries a session's id.
+    pub(crate) session_header: String,
+    /// What MODELS says; empty: nothing to say.
+    models: Mutex<BytesMut>,
     pub(crate) hooks: Hooks,
     pub(crate) http: Http,
     pub(crate) stepper: Stepper,
@@ -108,6 +114,7 @@ impl Replica {
     #[expect(clippy::too_many_arguments, reason = "made in one place, of parts that are made there")]
     pub(crate) fn new(
         app: Py<PyString>,
+        session_header: String,
         hooks: Hooks,
         http: Http,
         stepper: Stepper,
@@ -118,6 +125,8 @@ impl Replica {
     ) -> Self {
         Self {
             app,
+            session_header,
+            models: Mutex::default(),
             hooks,
             http,
             stepper,
@@ -305,6 +314,26 @@ impl Replica {
         }
         self.flush(py)?;
         self.tell_if_idle(py)
+    }
+
+    /// Tells every caller which models the user's code holds or loads.
+    pub(crate) fn announce(&self, py: Python<'_>, names: &[String]) -> PyResult<()> {
+        let mut payload = BytesMut::new();
+        put_models(&mut payload, names.iter().map(String::as_bytes));
+        *lock(&self.models) = payload;
+        let links: Vec<_> = lock(&self.links).values().cloned().collect();
+        for link in links.iter().filter(|link| lock(&link.input).callee.is_none()) {
+            self.tell_models(link);
+        }
+        self.settle(py)
+    }
+
+    pub(crate) fn tell_models(&self, link: &Arc<Link>) {
+        link.put(Header::new(Kind::Models, 0), &[&lock(&self.models)]);
+    }
+
+    pub(crate) fn has_models(&self) -> bool {
+        !lock(&self.models).is_empty()
     }
 
     pub(crate) fn is_draining(&self) -> bool {
