@@ -19,10 +19,10 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-rust test-python lint format bench readme clean
+.PHONY: help demo test test-rust test-python test-pythons lint format bench readme clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/extension ## serve a digits classifier, send it real images, print what it says
 	@$(BIN)/python examples/demo.py
@@ -35,6 +35,9 @@ test-rust: .venv/extension
 
 test-python: .venv/test
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-pythons: ## the replica's tests on every Python from 3.10 to 3.13 that the machine has
+	@.ci/pythons
 
 lint: .venv/lint ## formatting, clippy, ruff, mypy, and the type stubs against the extension
 	cargo fmt --all --check
@@ -56,7 +59,7 @@ readme: ## put the newest bench results into README.md
 	$(PYTHON) -m bench readme
 
 clean: ## remove everything that make built
-	rm -rf .venv target dist .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/.venvs bench/work
+	rm -rf .venv .venvs target dist .pytest_cache .mypy_cache .ruff_cache .hypothesis bench/.venvs bench/work
 	rm -f python/rayserve_fast/_core*.so
 
 .venv/python:

@@ -148,9 +148,11 @@ def test_a_replica_that_does_not_leave_in_time_is_killed(run_script: Any) -> Non
             HEADER
             + """
 import requests
+begun = os.path.abspath("begun")
 @serve.deployment(graceful_shutdown_timeout_s=1)
 class Stuck:
     def __call__(self, request):
+        open(begun, "w").close()
         time.sleep(600)
 
 serve.start(http_options={"port": 0})
@@ -161,7 +163,8 @@ def ask():
     try: print("GOT", requests.get(f"http://{host}:{port}/", timeout=60).status_code)
     except requests.RequestException as e: print("GOT", e)
 threading.Thread(target=ask).start()
-time.sleep(0.5)
+while not os.path.exists(begun):
+    time.sleep(0.01)
 began = time.monotonic()
 serve.delete("default")
 assert time.monotonic() - began < 6

@@ -151,7 +151,7 @@ def test_a_request_in_flight_finishes_on_the_old_code(serve_instance: str) -> No
     answers: list[tuple[int, str]] = []
     thread = threading.Thread(target=lambda: answers.append(get(serve_instance)))
     thread.start()
-    time.sleep(0.3)
+    wait_for(lambda: proxy_counters()["streams"] == 1)
     serve.run(code("new"))
     thread.join()
     assert answers == [(200, "old")]
@@ -328,7 +328,7 @@ def test_delete_lets_requests_finish_and_leaves_no_process(serve_instance: str) 
     answers: list[tuple[int, str]] = []
     thread = threading.Thread(target=lambda: answers.append(get(serve_instance)))
     thread.start()
-    time.sleep(0.3)
+    wait_for(lambda: proxy_counters()["streams"] == 1)
     serve.delete("default")
     thread.join()
     assert answers[0][0] == 200

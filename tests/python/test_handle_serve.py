@@ -78,6 +78,19 @@ class Model:
         return seconds
 
 
+def replica_actors() -> list[Any]:
+    names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+    return [ray.get_actor(name, namespace="rayserve_fast") for name in names if name.startswith("SERVE_REPLICA")]
+
+
+def until_running(calls: int) -> None:
+    """Waits until user code works on so many calls."""
+    deadline = time.monotonic() + 20
+    while sum(ray.get(replica.counters.remote())["running"] for replica in replica_actors()) != calls:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)  # no event tells
+
+
 def test_a_driver_calls_functions_classes_and_methods() -> None:
     @serve.deployment
     def add(a: int, b: int = 1) -> int:
@@ -198,7 +211,7 @@ def test_a_replica_that_dies_fails_its_calls_and_no_others() -> None:
     while len(pids) < 2:
         pids |= {handle.pid.remote().result() for _ in range(20)}
     hanging = [handle.hang.remote() for _ in range(10)]
-    time.sleep(0.2)  # all are begun
+    until_running(10)
     victim = pids.pop()
     os.kill(victim, signal.SIGKILL)
     died, alive = [], []
@@ -253,7 +266,7 @@ def test_cancelling_reaches_the_users_coroutine_and_frees_the_slot() -> None:
     handle = serve.run(Model.options(max_ongoing_requests=2).bind())
     running = [handle.hang.remote() for _ in range(2)]
     queued = handle.remote("next")
-    time.sleep(0.2)
+    until_running(2)
     for response in running:
         response.cancel()
         with pytest.raises(RequestCancelledError):
@@ -286,8 +299,7 @@ def test_calls_cancelled_at_random_moments_leave_nothing_in_flight() -> None:
     assert sum(map(sum, outcomes)) == 10_000
     assert min(min(each) for each in outcomes) > 0, "both happen"
     assert caller.current().client.counters()["outstanding"] == 0
-    names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
-    replicas = [ray.get_actor(name, namespace="rayserve_fast") for name in names if name.startswith("SERVE_REPLICA")]
+    replicas = replica_actors()
     assert len(replicas) == 2
     for replica in replicas:
         deadline = time.monotonic() + 5

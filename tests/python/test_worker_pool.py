@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import json
-import sys
 import threading
 import time
 from typing import Any
@@ -16,42 +15,45 @@ from worker_replica import serving
 from rayserve_fast.replica.sync_pool import SyncPool
 
 variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable", default=0)
+begun, release = threading.Event(), threading.Event()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_events() -> None:
+    begun.clear()
+    release.clear()
+
+
+def stuck_or_quick(request: Any) -> str:
+    """With a query: begun, and stuck until it is released."""
+    if request.query_params:
+        begun.set()
+        release.wait(30)
+    return "done"
 
 
 def test_a_blocked_handler_stops_nobody_else() -> None:
-    def handler(request: Any) -> str:
-        if request.query_params.get("stuck"):
-            time.sleep(1.0)
-        return "done"
-
-    with serving(handler, max_ongoing_requests=5) as replica:
+    with serving(stuck_or_quick, max_ongoing_requests=5) as replica:
         link = replica.link()
-        start = time.perf_counter()
         link.request(1, query="stuck=1")
         for _ in range(50):
-            assert link.get(2).body == b"done"
-        assert time.perf_counter() - start < 0.9, "fifty quick ones went past the stuck one"
+            assert link.get(2).body == b"done", "quick ones go past the stuck one"
+        release.set()
         assert link.answer(1).body == b"done"
 
 
-def test_requests_behind_a_blocked_one_in_the_same_batch_are_answered_soon() -> None:
-    def handler(request: Any) -> str:
-        if request.query_params.get("stuck"):
-            time.sleep(0.5)
-        return "done"
-
-    with serving(handler, max_ongoing_requests=8) as replica:
+def test_requests_behind_a_blocked_one_in_the_same_batch_are_answered() -> None:
+    with serving(stuck_or_quick, max_ongoing_requests=8) as replica:
         link = replica.link()
         for _ in range(40):
             link.get(9)  # FAST: answers are coalesced, and one thread would do
         batch = [wire.request_head(query="stuck=1"), *[wire.request_head()] * 4]
-        start = time.perf_counter()
         link.sock.sendall(
             b"".join(wire.frame(wire.REQUEST, at + 1, flags=wire.FIN, payload=head) for at, head in enumerate(batch))
         )
         for stream in range(2, 6):
             assert link.answer(stream).body == b"done"
-        assert time.perf_counter() - start < 0.3
+        release.set()
         assert link.answer(1).body == b"done"
 
 
@@ -110,39 +112,26 @@ def test_a_sync_handler_may_raise_anything() -> None:
 
 
 def test_a_cancelled_job_only_loses_its_answer_and_keeps_its_slot_until_it_returns() -> None:
-    def handler(request: Any) -> str:
-        time.sleep(0.2 if request.query_params else 0)
-        return "done"
-
-    with serving(handler, max_ongoing_requests=1) as replica:
+    with serving(stuck_or_quick, max_ongoing_requests=1) as replica:
         link = replica.link()
-        link.request(1, query="slow=1")
-        time.sleep(0.05)
+        link.request(1, query="stuck=1")
+        assert begun.wait(10)
         link.send(wire.CANCEL, 1)
         assert link.silent(0.05)
         assert replica.runtime.counters()["running"] == 1
+        release.set()
         assert link.answer(1).last.aux == wire.CANCELLED
         assert link.get(2).body == b"done"
 
 
-def test_a_cancelled_job_that_no_thread_has_begun_gives_its_slot_back_at_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    release = threading.Event()
-    monkeypatch.setattr(sys.modules[__name__], "release", release, raising=False)
-
-    def handler(request: Any) -> str:
-        import test_worker_pool
-
-        test_worker_pool.release.wait(10)  # type: ignore[attr-defined]
-        return "done"
-
+def test_a_cancelled_job_that_no_thread_has_begun_gives_its_slot_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     spawn = SyncPool.spawn
     # As on a machine that cannot start a second thread.
     monkeypatch.setattr(SyncPool, "spawn", lambda self: None if self._threads else spawn(self))
-    with serving(handler, max_ongoing_requests=2) as replica:
+    with serving(stuck_or_quick, max_ongoing_requests=2) as replica:
         link = replica.link()
-        link.request(1)
+        link.request(1, query="stuck=1")
+        assert begun.wait(10)
         link.request(2)
         link.request(3)
         assert link.answer(3).last.kind == wire.BUSY

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -83,15 +84,19 @@ def test_a_user_config_without_reconfigure_is_refused() -> None:
         pass
 
 
-def test_a_blocked_loop_does_not_answer_health_checks_until_it_turns_again() -> None:
-    async def handler() -> None:
-        time.sleep(0.3)
+blocks = threading.Event()
 
-    with serving(handler) as replica:
+
+async def blocks_the_loop() -> None:
+    blocks.set()
+    time.sleep(0.3)
+
+
+def test_a_blocked_loop_does_not_answer_health_checks_until_it_turns_again() -> None:
+    with serving(blocks_the_loop) as replica:
         replica.runtime.check_health()
-        link = replica.link()
-        link.request(1)
-        time.sleep(0.05)
+        replica.link().request(1)
+        assert blocks.wait(10)
         start = time.perf_counter()
         replica.runtime.check_health()
         assert time.perf_counter() - start > 0.1
