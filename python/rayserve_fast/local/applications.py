@@ -11,6 +11,7 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
+from rayserve_fast.context import _serve_request_context
 from rayserve_fast.handle import DeploymentHandle
 from rayserve_fast.local.build import LocalBuilder, warn
 from rayserve_fast.local.call import LocalCall, LocalHead
@@ -99,6 +100,8 @@ class Applications:
     ) -> LocalCall:
         """A call, on its way; the arguments are those of `_core.Client.begin`."""
         head = LocalHead(key, texts, pickle, [bytearray(buffer) for buffer in buffers], stream)
+        if isinstance(parent := _serve_request_context.get(), LocalHead):
+            parent.adopt(head)
         self._route(head)
         return LocalCall(head)
 

@@ -2,8 +2,8 @@
 
 Arguments, results and items cross as the bytes that would have travelled, so both sides get copies, and what cannot be
 pickled fails here as it would there. The first outcome counts: a call that was cancelled stays so, whatever its method
-goes on to do. A streaming method may be 256 KiB ahead of whoever takes its items, then it is suspended; once nobody can
-take them any more it runs to its end.
+goes on to do, and so do the calls that were made for it. A streaming method may be 256 KiB ahead of whoever takes its
+items, then it is suspended; once nobody can take them any more it runs to its end.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -53,6 +54,7 @@ class LocalHead(_RequestContext):
         self._items: list[Any] = []
         self._untaken = 0  # their bytes
         self._wanted = True
+        self._children: weakref.WeakSet[LocalHead] = weakref.WeakSet()  # what was called on behalf of this call
         self._breath = time.monotonic()
 
     __eq__ = object.__eq__  # two calls of one request are two
@@ -70,6 +72,23 @@ class LocalHead(_RequestContext):
             self.outcome = outcome
             self._wake()
             return True
+
+    def cancel(self) -> bool:
+        """End the call and what was called for it: what waits never starts, coroutines are cancelled."""
+        if not self.finish("cancelled"):
+            return False
+        if self.replica is not None:
+            self.replica.cancel(self)
+        with self._changed:
+            children = list(self._children)
+        for child in children:
+            child.cancel()
+        return True
+
+    def adopt(self, child: LocalHead) -> None:
+        """The child is called by what this call runs."""
+        with self._changed:
+            self._children.add(child)
 
     def put_item(self, pickle: bytes, buffers: Sequence[Buffer]) -> Awaitable[None] | None:
         """Send an item; what comes back is to be awaited before the next, a pool thread has waited already."""
@@ -174,11 +193,7 @@ class LocalCall:
 
     def cancel(self) -> bool:
         """End the call here and tell the replica. False: it had ended."""
-        if not self._head.finish("cancelled"):
-            return False
-        if (replica := self._head.replica) is not None:
-            replica.cancel(self._head)
-        return True
+        return self._head.cancel()
 
     def outcome(self) -> Any:
         """What became of it; None: it goes on."""
