@@ -97,6 +97,9 @@ def dump_code(
 
 def is_importable(module: ModuleType, name: str) -> bool:
     """Whether another process with this one's `sys.path` would import `module` under `name`."""
+    own: str = getattr(getattr(module, "__spec__", None), "name", name)
+    if own != name and own.partition(".")[0] in sys.stdlib_module_names:
+        return True  # another name of it, as `collections.abc` is one of `_collections_abc` since Python 3.13
     path: Any = None
     spec: ModuleSpec | None = None
     parts = name.split(".")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections.abc
 import importlib.util
 import logging
 import pickle
@@ -208,6 +209,18 @@ def test_an_importable_class_travels_by_reference() -> None:
     spec = build(serve.deployment(Path).bind())
     assert b"pathlib" in spec.deployments[0].definition
     assert len(spec.deployments[0].definition) < 300
+
+
+def test_classes_of_the_standard_library_travel_by_reference_under_every_name() -> None:
+    class Sequence(collections.abc.Sequence):  # by value, and with it a reference to its base
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, at: Any) -> Any:
+            return at
+
+    definition = cloudpickle.loads(build(serve.deployment(Sequence).bind()).deployments[0].definition)
+    assert definition.func_or_class.__mro__[1] is collections.abc.Sequence
 
 
 def test_code_that_the_replica_cannot_import_travels_by_value(tmp_path: Path) -> None:
