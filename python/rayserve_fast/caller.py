@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import itertools
 import os
 import threading
 import weakref
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import ray
@@ -24,6 +24,7 @@ from rayserve_fast.controlplane import client
 from rayserve_fast.controlplane.client import NotRunningError
 
 if TYPE_CHECKING:
+    from collections.abc import Awaitable
     from concurrent.futures import Future
 
 #: `Errand::Fresh` of the native client.
@@ -93,7 +94,12 @@ class Caller:
         self._next.add_done_callback(lambda _: self.client.announce())
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> LoopWatch:
-        """What wakes the calls that are awaited in `loop`, which is the running one."""
+        """What calls wait on that are awaited in `loop`, which is the running one."""
+        home = _home
+        if home is not None and home.loop is loop:
+            if home.watch is None or home.watch.client is not self.client:
+                home.watch = HomeWatch(self.client, home)
+            return home.watch
         watch = self._loops.get(loop)
         if watch is None:
             watch = self._loops[loop] = LoopWatch(self.client, loop)
@@ -115,51 +121,50 @@ class LoopWatch:
     """Lets one asyncio loop read answers itself, and hear of those that another thread has read."""
 
     def __init__(self, client: _core.Client, loop: asyncio.AbstractEventLoop) -> None:
-        self._client = client
+        self.client = client
         # Not the loop itself: the watch is the value of a weak dictionary whose key is the loop.
         self._loop = weakref.ref(loop)
-        self._mailbox = _core.Mailbox()
-        self._waiting: dict[int, asyncio.Future[None]] = {}
-        self._tokens = itertools.count()
+        self._mailbox = _core.Mailbox(loop)
         self._reading = False
-        loop.add_reader(self._mailbox.fileno(), self._wake_mailbox)
+        loop.add_reader(self._mailbox.fileno(), self.client.pump, self._mailbox)
 
-    async def wait(self, call: _core.Call) -> None:
-        """Return when the call has ended; a cancelled wait leaves the call alone."""
-        loop = asyncio.get_running_loop()
-        token = next(self._tokens)
-        if not call.notify(self._mailbox, token):
-            return
-        future = self._waiting[token] = loop.create_future()
-        if not self._reading:
+    def wait(self, call: _core.Call) -> Awaitable[None]:
+        """Ends with the call, or with its next item; a cancelled wait leaves the call alone."""
+        if not self._reading and (loop := self._loop()) is not None:
             self._reading = True
-            loop.add_reader(self._client.fileno(), self._pump)
-        try:
-            await future
-        finally:
-            if self._waiting.pop(token, None) is not None:
-                call.forget(token)
+            loop.add_reader(self.client.fileno(), self._pump)
+        return self._mailbox.wait(call)
 
     def _pump(self) -> None:
-        if not self._waiting and (loop := self._loop()) is not None:
+        if self._mailbox.is_empty() and (loop := self._loop()) is not None:
             # Only other threads' answers come now, and they read them themselves.
             self._reading = False
-            loop.remove_reader(self._client.fileno())
-            return
-        self._wake(self._client.pump(self._mailbox))
+            loop.remove_reader(self.client.fileno())
+        else:
+            self.client.pump(self._mailbox)
 
-    def _wake_mailbox(self) -> None:
-        self._wake(self._mailbox.take())
 
-    def _wake(self, tokens: list[int]) -> None:
-        for token in tokens:
-            future = self._waiting.pop(token, None)
-            if future is not None and not future.done():
-                future.set_result(None)
+class HomeWatch(LoopWatch):
+    """The same for a replica's loop, whose worker reads the answers with the requests."""
+
+    def __init__(self, client: _core.Client, home: _Home) -> None:
+        super().__init__(client, home.loop)
+        home.worker.adopt(client, self._mailbox)
+        self.wait = self._mailbox.wait  # type: ignore[method-assign]  # nothing to add to it
+
+
+@dataclass
+class _Home:
+    """The replica in this process, if there is one."""
+
+    loop: asyncio.AbstractEventLoop
+    worker: _core.Worker
+    watch: HomeWatch | None = None
 
 
 _current: Caller | None = None
 _identity: tuple[str, bytes] | None = None
+_home: _Home | None = None
 _exiting = False
 _lock = threading.Lock()
 
@@ -178,6 +183,19 @@ def introduce(node_id: str, token: bytes) -> None:
     """Tell a replica's process what a driver asks Ray for: its first call comes from a loop, which must not block."""
     global _identity
     _identity = node_id, token
+
+
+def settle(loop: asyncio.AbstractEventLoop, worker: _core.Worker) -> None:
+    """The calls of this loop go through this worker's poller from now on."""
+    global _home
+    _home = _Home(loop, worker)
+
+
+def unsettle(worker: _core.Worker) -> None:
+    """The worker closes."""
+    global _home
+    if _home is not None and _home.worker is worker:
+        _home = None
 
 
 def _connect() -> Caller:

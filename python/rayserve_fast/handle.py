@@ -12,7 +12,7 @@ import asyncio
 import random
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -263,10 +263,9 @@ class _Response:
         # Signals are for the main thread, which must not sleep through them.
         return call.wait(timeout_s, threading.current_thread() is threading.main_thread())
 
-    async def _wait_in_loop(self, call: AnyCall) -> None:
-        if not call.ready():
-            watch = self._check_process().watch(asyncio.get_running_loop())
-            await watch.wait(call)  # type: ignore[arg-type]  # each kind of caller with its own kind of call
+    def _waiting(self, call: AnyCall) -> Awaitable[None]:
+        watch = self._check_process().watch(asyncio.get_running_loop())
+        return watch.wait(call)  # type: ignore[arg-type]  # each kind of caller with its own kind of call
 
     def _check_process(self) -> AnyCaller:
         assert self._caller is not None, "a call has a caller"
@@ -348,11 +347,9 @@ class DeploymentResponse(_Response):
         return self._answer()
 
     def __await__(self) -> Generator[Any, None, Any]:
-        return self._wait().__await__()
-
-    async def _wait(self) -> Any:
         if (call := self._call) is not None:
-            await self._wait_in_loop(call)
+            if not call.ready():
+                yield from self._waiting(call).__await__()
             self._settle(call)
         return self._answer()
 
@@ -403,7 +400,8 @@ class DeploymentResponseGenerator(_Response):
         while not self._items:
             if (call := self._call) is None:
                 raise self._error or StopAsyncIteration
-            await self._wait_in_loop(call)
+            if not call.ready():
+                await self._waiting(call)
             self._take(call)
         return _load_item(self._items.popleft())
 

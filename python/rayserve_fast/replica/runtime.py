@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import cloudpickle
 
-from rayserve_fast import multiplex
+from rayserve_fast import caller, multiplex
 from rayserve_fast._core import Worker
 from rayserve_fast.context import ReplicaContext, _serve_request_context, _set_replica_context
 from rayserve_fast.controlplane.options import session_header
@@ -186,6 +186,7 @@ class ReplicaRuntime:
         multiplex.listen(user.context, self._announce)
         self._loop.loop.add_reader(worker.fileno(), worker.tick)
         _abandon_in_child(worker)
+        caller.settle(self._loop.loop, worker)
         return ReplicaAddress(spec.replica_id, node_id, self._unix, tcp)
 
     def _announce(self, models: list[str]) -> None:
@@ -229,6 +230,7 @@ class ReplicaRuntime:
         """On the loop's thread."""
         worker = self._worker
         if worker is not None:
+            caller.unsettle(worker)
             self._loop.loop.remove_reader(worker.fileno())
             worker.close()
         if self._unix is not None:

@@ -19,9 +19,18 @@ struct Tokens {
     signalled: bool,
 }
 
+impl Tokens {
+    fn signal(&mut self, mut write: &UnixStream) {
+        if !self.signalled {
+            // The one byte is always accepted: the last was read when the tokens were taken.
+            self.signalled = write.write(&[1]).is_ok();
+        }
+    }
+}
+
 /// One loop's finished calls.
 #[derive(Debug)]
-pub(super) struct Mailbox {
+pub(crate) struct Mailbox {
     tokens: Mutex<Tokens>,
     read: UnixStream,
     write: UnixStream,
@@ -48,10 +57,14 @@ impl Mailbox {
     pub(super) fn deliver(&self, token: u64) {
         let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
         tokens.done.push(token);
-        if !tokens.polling && !tokens.signalled {
-            // The one byte is always accepted: the last was read when the tokens were taken.
-            tokens.signalled = (&self.write).write(&[1]).is_ok();
+        if !tokens.polling {
+            tokens.signal(&self.write);
         }
+    }
+
+    /// Has the loop read, as somebody who had the turn may have left something.
+    pub(super) fn call(&self) {
+        self.tokens.lock().unwrap_or_else(PoisonError::into_inner).signal(&self.write);
     }
 
     /// The tokens since the last time.

@@ -9,10 +9,11 @@ mod pending;
 mod router;
 mod tender;
 mod turns;
+mod waiting;
 
 use std::{
-    os::fd::RawFd,
-    sync::Arc,
+    os::fd::{AsRawFd, RawFd},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::{Duration, Instant},
 };
 
@@ -33,8 +34,11 @@ use rayserve_dataplane::{
 
 use self::{
     pending::{Outcome, Pending},
-    turns::{Caller, Wait},
+    turns::Wait,
+    waiting::Waiting,
 };
+pub(crate) use self::{turns::Caller, waiting::Desk};
+use crate::worker::replica::Replica;
 
 /// How long the main thread sleeps before it looks for signals; other threads get none.
 const SIGNALS: Duration = Duration::from_millis(100);
@@ -45,14 +49,16 @@ type Texts = (PyBackedStr, PyBackedStr, PyBackedStr, PyBackedStr, PyBackedStr, P
 /// All handle calls of one process.
 #[pyclass(frozen, module = "rayserve_fast._core")]
 pub(crate) struct Client {
-    caller: Arc<Caller>,
+    pub(crate) caller: Arc<Caller>,
+    /// The replica whose loop flushes what it calls.
+    home: Mutex<Weak<Replica>>,
 }
 
 #[pymethods]
 impl Client {
     #[new]
     fn new(node_id: String, token: &[u8]) -> PyResult<Self> {
-        Ok(Self { caller: Arc::new(Caller::new(node_id, token)?) })
+        Ok(Self { caller: Arc::new(Caller::new(node_id, token)?), home: Mutex::default() })
     }
 
     #[expect(clippy::needless_pass_by_value, reason = "what a Python argument becomes is owned")]
@@ -79,8 +85,14 @@ impl Client {
         }
         let affinity = Affinity::new(multiplexed_model_id.as_bytes(), session_id.as_bytes());
         let call = Pending::new(deployment, affinity, out.freeze(), stream);
-        if !self.caller.begin(&call) {
+        let home = lock(&self.home).upgrade().filter(|replica| replica.on_loop());
+        if !self.caller.begin(&call, home.is_some()) {
             return Err(PyRuntimeError::new_err("handles are closed: the interpreter exits"));
+        }
+        if let Some(replica) = home
+            && !replica.called(py)?
+        {
+            self.caller.flush();
         }
         Ok(Call { caller: Arc::clone(&self.caller), call })
     }
@@ -109,12 +121,13 @@ impl Client {
     }
 
     fn fileno(&self) -> RawFd {
-        self.caller.fd()
+        self.caller.as_raw_fd()
     }
 
-    fn pump(&self, py: Python<'_>, mailbox: &Mailbox) -> Vec<u64> {
-        py.detach(|| self.caller.pump(&mailbox.mailbox));
-        mailbox.mailbox.take()
+    /// Reads what has come, and ends the waits that it ends.
+    fn pump(&self, py: Python<'_>, mailbox: &Mailbox) -> PyResult<()> {
+        py.detach(|| self.caller.pump(mailbox.desk.mailbox()));
+        mailbox.desk.wake(py)
     }
 
     fn close(&self, py: Python<'_>) {
@@ -134,25 +147,31 @@ impl Client {
     }
 }
 
-/// Where an asyncio loop learns which of its calls have ended.
+/// Where the tasks of an asyncio loop wait for their calls.
 #[pyclass(frozen, module = "rayserve_fast._core")]
 pub(crate) struct Mailbox {
-    mailbox: Arc<mailbox::Mailbox>,
+    pub(crate) desk: Arc<Desk>,
 }
 
 #[pymethods]
 impl Mailbox {
     #[new]
-    fn new() -> PyResult<Self> {
-        Ok(Self { mailbox: Arc::new(mailbox::Mailbox::new()?) })
+    fn new(event_loop: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Ok(Self { desk: Arc::new(Desk::new(event_loop)?) })
     }
 
     fn fileno(&self) -> RawFd {
-        self.mailbox.fd()
+        self.desk.mailbox().fd()
     }
 
-    fn take(&self) -> Vec<u64> {
-        self.mailbox.take()
+    /// What `await` waits on.
+    fn wait(&self, py: Python<'_>, call: &Call) -> PyResult<Py<Waiting>> {
+        self.desk.wait(py, &call.caller, &call.call)
+    }
+
+    /// Whether no task waits.
+    fn is_empty(&self) -> bool {
+        self.desk.is_empty()
     }
 }
 
@@ -195,15 +214,6 @@ impl Call {
         py.detach(|| self.caller.cancel(&self.call))
     }
 
-    /// False: the call has ended, and no token will come.
-    fn notify(&self, mailbox: &Mailbox, token: u64) -> bool {
-        self.caller.notify(&self.call, &mailbox.mailbox, token)
-    }
-
-    fn forget(&self, token: u64) {
-        self.caller.forget(&self.call, token);
-    }
-
     /// What became of the call: a word and what belongs to it, or None while it runs.
     fn outcome<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let Some(outcome) = self.call.outcome() else { return Ok(None) };
@@ -230,6 +240,17 @@ impl Call {
         };
         Ok(Some(told))
     }
+}
+
+impl Client {
+    /// Has the replica's loop send what it calls with its own answers.
+    pub(crate) fn settle_in(&self, replica: &Arc<Replica>) {
+        *lock(&self.home) = Arc::downgrade(replica);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// An item of a stream, as `values.loads` takes it.

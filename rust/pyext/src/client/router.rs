@@ -82,8 +82,8 @@ impl Router {
         self.links.iter().filter(|(_, link)| link.deadline().is_none()).count()
     }
 
-    /// Starts a call: it is on its way, queued or refused when this returns.
-    pub(super) fn begin(&mut self, call: &Arc<Pending>) {
+    /// Starts a call: it is on its way (or, with `cork`, at the next [`Self::settle`]), queued or refused when this returns.
+    pub(super) fn begin(&mut self, call: &Arc<Pending>, cork: bool) {
         self.calls += 1;
         self.outstanding += 1;
         if !self.used.contains(&call.deployment) {
@@ -91,7 +91,7 @@ impl Router {
             self.apply();
         }
         self.route(call);
-        self.settle();
+        if cork { self.act() } else { self.settle() }
     }
 
     fn route(&mut self, call: &Arc<Pending>) {
@@ -127,7 +127,9 @@ impl Router {
             let place = self.engine.returned(lease);
             return self.again(call, place);
         };
-        self.unflushed.push(index);
+        if self.unflushed.last() != Some(&index) {
+            self.unflushed.push(index);
+        }
         if let Err(lease) = self.links[index].send_call(call, lease, index) {
             self.engine.unsent(lease);
             self.finish(call, Outcome::Refused(Error::Internal("a million calls are open on one link".into())));
@@ -217,27 +219,31 @@ impl Router {
     }
 
     /// Carries out what the engine wants done, and hands the kernel what that has produced.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         loop {
-            while let Some(action) = self.engine.next_action() {
-                match action {
-                    Action::Start(call, lease) => self.send(&call, lease),
-                    Action::Refuse(call, error) => self.finish(&call, Outcome::Refused(error)),
-                    Action::Open(key, replica) => self.open(key, replica),
-                    Action::Close(key) => self.leave(key),
-                    Action::Unused(key, count) => {
-                        if let Some(&index) = self.by_key.get(&key) {
-                            self.links[index].send(Header::new(Kind::Unused, 0).aux(count));
-                            self.unflushed.push(index);
-                        }
-                    }
-                }
-            }
+            self.act();
             let Some(index) = self.unflushed.pop() else { return };
             if let Some(link) = self.links.get_mut(index)
                 && let Err(error) = link.flush()
             {
                 self.close(index, &error.to_string());
+            }
+        }
+    }
+
+    fn act(&mut self) {
+        while let Some(action) = self.engine.next_action() {
+            match action {
+                Action::Start(call, lease) => self.send(&call, lease),
+                Action::Refuse(call, error) => self.finish(&call, Outcome::Refused(error)),
+                Action::Open(key, replica) => self.open(key, replica),
+                Action::Close(key) => self.leave(key),
+                Action::Unused(key, count) => {
+                    if let Some(&index) = self.by_key.get(&key) {
+                        self.links[index].send(Header::new(Kind::Unused, 0).aux(count));
+                        self.unflushed.push(index);
+                    }
+                }
             }
         }
     }

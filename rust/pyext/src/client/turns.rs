@@ -23,6 +23,9 @@ use mio::{Events, Poll, Token, Waker};
 use super::{mailbox::Mailbox, pending::Pending, router::Router, tender::TenderState};
 
 const WAKER: Token = Token(usize::MAX);
+/// More than a process has links with news at once: a loop is told of them only once.
+const EVENTS: usize = 1024;
+
 /// Who has the turn.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Turn {
@@ -32,13 +35,15 @@ pub(super) enum Turn {
     Tender,
 }
 
-pub(super) struct State {
+pub(crate) struct State {
     pub(super) router: Router,
     pub(super) turn: Turn,
     /// Turns taken, so that the tender sees whether anybody is about.
     pub(super) turns: u64,
     /// Threads that wait for the turn or for their call.
     asleep: Vec<Thread>,
+    /// Loops that found the turn taken when something had come: their poller does not tell them again.
+    missed: Vec<Arc<Mailbox>>,
     /// One of them has been woken to take the turn and has not run yet.
     heir: bool,
     /// The tender is to give the turn back.
@@ -59,7 +64,7 @@ pub(super) enum Wait {
 }
 
 /// All the calls of one process.
-pub(super) struct Caller {
+pub(crate) struct Caller {
     state: Mutex<State>,
     /// Locked by whoever has the turn.
     poll: Mutex<(Poll, Events)>,
@@ -78,13 +83,14 @@ impl Caller {
             turn: Turn::Free,
             turns: 0,
             asleep: Vec::new(),
+            missed: Vec::new(),
             heir: false,
             wanted: false,
             closed: false,
             tender: TenderState::default(),
         };
         let fd = poll.as_raw_fd();
-        let poll = Mutex::new((poll, Events::with_capacity(64)));
+        let poll = Mutex::new((poll, Events::with_capacity(EVENTS)));
         Ok(Self { state: Mutex::new(state), poll, fd, waker, tender: Condvar::new() })
     }
 
@@ -92,18 +98,13 @@ impl Caller {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Readable when a turn would find something to do; for an asyncio loop.
-    pub(super) fn fd(&self) -> RawFd {
-        self.fd
-    }
-
-    /// Starts a call; `false` when the caller is closed.
-    pub(super) fn begin(&self, call: &Arc<Pending>) -> bool {
+    /// Starts a call; `false` when the caller is closed. With `cork`, somebody calls [`Self::flush`] soon.
+    pub(super) fn begin(&self, call: &Arc<Pending>, cork: bool) -> bool {
         let mut state = self.lock();
         if state.closed {
             return false;
         }
-        state.router.begin(call);
+        state.router.begin(call, cork);
         if state.router.doubts {
             self.relieve(&mut state);
         }
@@ -111,6 +112,11 @@ impl Caller {
             self.tender.notify_one();
         }
         true
+    }
+
+    /// Sends what was corked.
+    pub(crate) fn flush(&self) {
+        self.lock().router.settle();
     }
 
     pub(super) fn cancel(&self, call: &Arc<Pending>) -> bool {
@@ -209,11 +215,13 @@ impl Caller {
     }
 
     /// Moves what can be moved now, for an asyncio loop that was told that something is there.
-    pub(super) fn pump(&self, mailbox: &Mailbox) {
-        let state = self.lock();
+    pub(crate) fn pump(&self, mailbox: &Arc<Mailbox>) {
+        let mut state = self.lock();
         if state.turn == Turn::Free {
             mailbox.polling();
             drop(self.lead(state, Turn::Waiter, Some(Instant::now()), |_| true));
+        } else {
+            state.missed.push(Arc::clone(mailbox));
         }
     }
 
@@ -282,6 +290,13 @@ impl Caller {
     }
 }
 
+/// Readable when a turn would find something to do; for an asyncio loop.
+impl AsRawFd for Caller {
+    fn as_raw_fd(&self) -> RawFd {
+        self.fd
+    }
+}
+
 /// A panic while somebody has the turn costs that one its call, not everybody else the turn.
 struct HasTurn<'c>(&'c Caller);
 
@@ -297,6 +312,7 @@ impl State {
     fn free_turn(&mut self) {
         self.turn = Turn::Free;
         self.wanted = false;
+        self.missed.drain(..).for_each(|mailbox| mailbox.call());
         self.pass_on();
     }
 

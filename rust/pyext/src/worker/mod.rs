@@ -3,6 +3,7 @@
 //! `replica/runtime.py` makes one on the user's event loop and has the loop watch [`Worker::fileno`]; everything else
 //! happens in [`Worker::tick`] and in callbacks of the loop, or in the pool's threads when they take and finish jobs.
 
+mod calls;
 pub(crate) mod hooks;
 pub(crate) mod items;
 pub(crate) mod link;
@@ -36,6 +37,7 @@ use self::pool::Pool;
 use self::replica::{Callbacks, Posted, Replica};
 use self::run::{Http, HttpKind, Running};
 use self::step::Stepper;
+use crate::client::{Client, Mailbox};
 
 /// While jobs are queued or answers unsent, somebody looks after them this often; the loop's timers are no finer.
 const LOOK_S: f64 = 0.001;
@@ -119,6 +121,13 @@ impl Worker {
         let method = |name: &str| slf.getattr(name).map(Bound::unbind);
         let callbacks = Callbacks { flush: method("flush")?, expire: method("expire")?, reclaim: method("reclaim")? };
         *lock(&replica.callbacks) = Some(callbacks);
+        Ok(())
+    }
+
+    /// Has the loop make its handle calls, and wait for them, through this worker's poller.
+    fn adopt(&self, client: &Client, mailbox: &Mailbox) -> PyResult<()> {
+        self.replica.adopt(client.caller.clone(), mailbox.desk.clone())?;
+        client.settle_in(&self.replica);
         Ok(())
     }
 

@@ -20,6 +20,7 @@ use rayserve_dataplane::vigil::Vigil;
 use rayserve_dataplane::wire::hello::{HelloError, Step};
 use rayserve_dataplane::wire::{CallView, Decoder, Frame, Header, Kind, MAX_PAYLOAD, RequestHeadView, WireError, flag};
 
+use super::calls::CALLS;
 use super::items;
 use super::link::{Link, Socket, lock};
 use super::replica::{Replica, Request, STALE, Work, count};
@@ -97,7 +98,7 @@ impl Poller {
             listeners: Vec::new(),
             backlog: VecDeque::new(),
             greeting: Vec::new(),
-            next: WAKER.0 + 1,
+            next: CALLS.0,
             vigil: Vigil::default(),
             token,
             replica_id,
@@ -148,6 +149,8 @@ impl Poller {
                 if !self.backlog.iter().any(|known| Arc::ptr_eq(known, &link)) {
                     self.backlog.push_back(link);
                 }
+            } else if token == CALLS {
+                outcome = outcome.and(replica.read_calls(py));
             } else if token != WAKER {
                 outcome = outcome.and(self.accept(py, replica, token));
             }

@@ -17,6 +17,7 @@ use rayserve_dataplane::engine::limit::{Admission, Limit, Next};
 use rayserve_dataplane::wire::models::put_models;
 use rayserve_dataplane::wire::{CallView, Fault, Header, Kind, RequestHeadView, flag};
 
+use super::calls::Calls;
 use super::hooks::Hooks;
 use super::link::{Link, Outgoing, lock};
 use super::pool::Pool;
@@ -103,6 +104,7 @@ pub(crate) struct Replica {
     turn: AtomicU64,
     draining: AtomicBool,
     pub(crate) posted: Mutex<VecDeque<Posted>>,
+    pub(super) calls: Mutex<Option<Arc<Calls>>>,
     pub(crate) thread: OnceLock<ThreadId>,
 }
 
@@ -149,6 +151,7 @@ impl Replica {
             turn: AtomicU64::new(0),
             draining: AtomicBool::new(false),
             posted: Mutex::default(),
+            calls: Mutex::default(),
             thread: OnceLock::new(),
         }
     }
@@ -394,6 +397,7 @@ impl Replica {
 
     /// Sends what all links have to send.
     pub(crate) fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        self.flush_calls();
         let mut outcome = Ok(());
         for link in self.outgoing.take_dirty() {
             // An error of one link must not leave the others marked as being flushed.

@@ -6,12 +6,13 @@ use pyo3::prelude::*;
 
 use super::{link::lock, poll::Poller, replica::Replica};
 
-/// Looks out for the next frame if no request is in flight; whether there is one. The loop's other work is held up for the
+/// Looks out for the next frame if no request is in flight, or one that waits for another replica; whether there is one. The loop's other work is held up for the
 /// time of a [`Vigil`] at most, and other threads have the interpreter meanwhile.
 pub(crate) fn stay_up(py: Python<'_>, replica: &Replica, poller: &mut Poller) -> bool {
     let now = Instant::now();
     poller.vigil.event(now);
-    if lock(&replica.limit).load() > 0 || !poller.vigil.stays(now) {
+    let busy = lock(&replica.limit).load() > 0 && !replica.awaits();
+    if busy || !poller.vigil.stays(now) {
         return false;
     }
     py.detach(|| {

@@ -1,0 +1,277 @@
+//! What `await response` waits on: a future of asyncio's kind, resolved by whoever reads the answer on the loop's thread.
+//!
+//! A task that waits is stepped right where its answer is read, instead of by way of `loop.call_soon`: what it sends next
+//! shares the flush of the same tick. It goes by the protocol of `asyncio.Future` that tasks know (`_asyncio_future_blocking`),
+//! and belongs to one wait of one task; the call itself knows nothing of it.
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use pyo3::exceptions::PyRuntimeError;
+use pyo3::intern;
+use pyo3::prelude::*;
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyDict, PyWeakrefMethods, PyWeakrefReference};
+use slab::Slab;
+
+use super::{mailbox::Mailbox, pending::Pending, turns::Caller};
+
+pyo3::import_exception!(asyncio, CancelledError);
+
+/// Of a token, its place in the slab; the rest is its serial number.
+const INDEX_BITS: u32 = 24;
+
+#[derive(Default, Clone, Copy, PartialEq, Eq)]
+enum State {
+    #[default]
+    Pending,
+    Done,
+    Cancelled,
+}
+
+#[derive(Default)]
+struct Inner {
+    state: State,
+    /// Set while a task takes it over, by the protocol.
+    blocking: bool,
+    callbacks: Vec<(Py<PyAny>, Option<Py<PyAny>>)>,
+}
+
+/// One wait for one call.
+#[pyclass(frozen, freelist = 128, module = "rayserve_fast._core")]
+pub(crate) struct Waiting {
+    desk: Arc<Desk>,
+    /// To stop waiting: the caller, the call and the token in the mailbox.
+    call: (Arc<Caller>, Arc<Pending>, u64),
+    inner: Mutex<Inner>,
+}
+
+/// One loop's waits, by the tokens of its mailbox.
+pub(crate) struct Desk {
+    mailbox: Arc<Mailbox>,
+    /// Weak, as the loop is the key under which this is kept.
+    event_loop: Py<PyWeakrefReference>,
+    waits: Mutex<Waits>,
+}
+
+#[derive(Default)]
+struct Waits {
+    open: Slab<(u64, Option<Py<Waiting>>)>,
+    /// Makes tokens unique: one may lie in the mailbox when its place in the slab is taken again.
+    serial: u64,
+}
+
+impl Waits {
+    fn reserve(&mut self) -> u64 {
+        self.serial += 1;
+        let token = self.serial << INDEX_BITS | self.open.vacant_key() as u64;
+        self.open.insert((token, None));
+        token
+    }
+
+    fn remove(&mut self, token: u64) -> Option<Py<Waiting>> {
+        let index = index_of(token);
+        self.open.get(index).filter(|(other, _)| *other == token)?;
+        self.open.remove(index).1
+    }
+}
+
+fn index_of(token: u64) -> usize {
+    (token & ((1 << INDEX_BITS) - 1)) as usize
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Desk {
+    pub(crate) fn mailbox(&self) -> &Arc<Mailbox> {
+        &self.mailbox
+    }
+
+    pub(super) fn new(event_loop: &Bound<'_, PyAny>) -> PyResult<Self> {
+        Ok(Self {
+            mailbox: Arc::new(Mailbox::new()?),
+            event_loop: PyWeakrefReference::new(event_loop)?.unbind(),
+            waits: Mutex::default(),
+        })
+    }
+
+    /// A wait for the call, which is over at once if there is something to take.
+    pub(super) fn wait(
+        self: &Arc<Self>,
+        py: Python<'_>,
+        caller: &Arc<Caller>,
+        call: &Arc<Pending>,
+    ) -> PyResult<Py<Waiting>> {
+        let token = lock(&self.waits).reserve();
+        let call = (Arc::clone(caller), Arc::clone(call), token);
+        let waiting = Py::new(py, Waiting { desk: Arc::clone(self), call, inner: Mutex::default() })?;
+        lock(&self.waits).open[index_of(token)].1 = Some(waiting.clone_ref(py));
+        let (caller, call, _) = &waiting.get().call;
+        if !caller.notify(call, &self.mailbox, token) {
+            let over = lock(&self.waits).remove(token);
+            drop(over);
+            lock(&waiting.get().inner).state = State::Done;
+        }
+        Ok(waiting)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        lock(&self.waits).open.is_empty()
+    }
+
+    /// Ends the waits of what the mailbox holds; on the loop's thread, outside every task.
+    pub(crate) fn wake(&self, py: Python<'_>) -> PyResult<()> {
+        let tokens = self.mailbox.take();
+        if tokens.is_empty() {
+            return Ok(());
+        }
+        let entered = current_task(py)?;
+        let mut outcome = Ok(());
+        for token in tokens {
+            let waiting = lock(&self.waits).remove(token);
+            if let Some(waiting) = waiting {
+                outcome = outcome.and(waiting.get().end(waiting.bind(py), State::Done, entered));
+            }
+        }
+        outcome
+    }
+}
+
+/// Whether a task of this loop runs on this thread now: somebody runs the loop from within it.
+fn current_task(py: Python<'_>) -> PyResult<bool> {
+    static CURRENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    Ok(!CURRENT.import(py, "asyncio", "current_task")?.call0()?.is_none())
+}
+
+impl Waiting {
+    /// Ends the wait and steps whoever waits: at once, or soon if no task can be entered here.
+    fn end(&self, this: &Bound<'_, Self>, state: State, soon: bool) -> PyResult<()> {
+        let py = this.py();
+        let callbacks = {
+            let mut inner = lock(&self.inner);
+            if inner.state != State::Pending {
+                return Ok(());
+            }
+            inner.state = state;
+            std::mem::take(&mut inner.callbacks)
+        };
+        let mut outcome = Ok(());
+        for (callback, context) in callbacks {
+            let called = match context {
+                _ if soon => self.call_soon(this, &callback, context),
+                Some(context) => context.call_method1(py, intern!(py, "run"), (callback, this)).map(drop),
+                None => callback.call1(py, (this,)).map(drop),
+            };
+            outcome = outcome.and(called);
+        }
+        outcome
+    }
+
+    fn call_soon(&self, this: &Bound<'_, Self>, callback: &Py<PyAny>, context: Option<Py<PyAny>>) -> PyResult<()> {
+        let keywords = PyDict::new(this.py());
+        keywords.set_item("context", context)?;
+        let Some(event_loop) = self.desk.event_loop.bind(this.py()).upgrade() else { return Ok(()) };
+        event_loop.call_method("call_soon", (callback, this), Some(&keywords)).map(drop)
+    }
+}
+
+#[pymethods]
+impl Waiting {
+    fn __await__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __iter__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
+        slf
+    }
+
+    fn __next__(slf: Bound<'_, Self>) -> PyResult<Option<Bound<'_, Self>>> {
+        let mut inner = lock(&slf.get().inner);
+        match inner.state {
+            State::Done => Ok(None),
+            State::Cancelled => Err(CancelledError::new_err(())),
+            State::Pending if inner.blocking => Err(PyRuntimeError::new_err("await wasn't used with future")),
+            State::Pending => {
+                inner.blocking = true;
+                drop(inner);
+                Ok(Some(slf))
+            }
+        }
+    }
+
+    #[getter]
+    fn _asyncio_future_blocking(&self) -> bool {
+        lock(&self.inner).blocking
+    }
+
+    #[setter(_asyncio_future_blocking)]
+    fn set_blocking(&self, blocking: bool) {
+        lock(&self.inner).blocking = blocking;
+    }
+
+    fn get_loop<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
+        self.desk.event_loop.bind(py).upgrade()
+    }
+
+    #[pyo3(signature = (callback, *, context=None))]
+    fn add_done_callback(slf: &Bound<'_, Self>, callback: Py<PyAny>, context: Option<Py<PyAny>>) -> PyResult<()> {
+        let this = slf.get();
+        let mut inner = lock(&this.inner);
+        if inner.state == State::Pending {
+            inner.callbacks.push((callback, context));
+            return Ok(());
+        }
+        drop(inner);
+        this.call_soon(slf, &callback, context)
+    }
+
+    fn remove_done_callback(&self, callback: &Bound<'_, PyAny>) -> PyResult<usize> {
+        let callbacks = std::mem::take(&mut lock(&self.inner).callbacks);
+        let before = callbacks.len();
+        let mut left = Vec::new();
+        for (other, context) in callbacks {
+            if !other.bind(callback.py()).eq(callback)? {
+                left.push((other, context));
+            }
+        }
+        let gone = before - left.len();
+        lock(&self.inner).callbacks = left;
+        Ok(gone)
+    }
+
+    #[pyo3(signature = (msg=None))]
+    fn cancel(slf: &Bound<'_, Self>, msg: Option<Py<PyAny>>) -> PyResult<bool> {
+        drop(msg);
+        let this = slf.get();
+        if lock(&this.inner).state != State::Pending {
+            return Ok(false);
+        }
+        let (caller, call, token) = &this.call;
+        caller.forget(call, *token);
+        let forgotten = lock(&this.desk.waits).remove(*token);
+        drop(forgotten);
+        this.end(slf, State::Cancelled, true)?;
+        Ok(true)
+    }
+
+    fn cancelled(&self) -> bool {
+        lock(&self.inner).state == State::Cancelled
+    }
+
+    fn done(&self) -> bool {
+        lock(&self.inner).state != State::Pending
+    }
+
+    fn result(&self) -> PyResult<()> {
+        match lock(&self.inner).state {
+            State::Done => Ok(()),
+            State::Cancelled => Err(CancelledError::new_err(())),
+            State::Pending => Err(PyRuntimeError::new_err("the call has not ended")),
+        }
+    }
+
+    fn exception(&self) -> PyResult<()> {
+        self.result()
+    }
+}
