@@ -10,7 +10,7 @@ from bench import envs, peers, plot, report, run, works
 
 RESULTS = Path(__file__).resolve().parent / "results"
 QUICK = run.Settings(rounds=1, seconds=1, warm_s=0, connections=(1, 8, 64))
-QUICK_CELLS = {"upload_1m": (8,), "download_1m": (8,), "async_noop": (1, 64)}  # the other works: 64 only
+QUICK_CELLS = {"upload_1m": (8,), "download_1m": (8,), "async_noop": (1, 64)}  # the others by HTTP: 64 only
 
 
 def main() -> None:
@@ -33,6 +33,8 @@ def main() -> None:
             + ", ".join(peers.BY_NAME)
             + "; works: "
             + ", ".join(works.BY_NAME)
+            + "; groups of works: "
+            + ", ".join(works.GROUPS)
         ),
     )
     parser.add_argument("--rounds", type=int, help="rounds over the peers (default 3)")
@@ -48,7 +50,7 @@ def main() -> None:
     if wish.action == "run":
         run.save(measure(wish), path)
     elif wish.action == "venvs":
-        interpreters(selected(peers.BY_NAME, wish.only), wish.ours_python)
+        interpreters(chosen_peers(wish.only), wish.ours_python)
         return
     raw = json.loads(path.read_text())
     if wish.action == "readme":
@@ -63,22 +65,25 @@ def main() -> None:
 def measure(wish: argparse.Namespace) -> dict:
     """The raw result of the run that the arguments describe."""
     names = {name for name in wish.only.split(",") if name}
-    if unknown := names - set(peers.BY_NAME) - set(works.BY_NAME):
+    if unknown := names - set(peers.BY_NAME) - set(works.BY_NAME) - set(works.GROUPS):
         raise SystemExit(f"--only: unknown {', '.join(sorted(unknown))}; see --help")
     base = QUICK if wish.quick else run.Settings()
     counts = tuple(map(int, wish.connections.split(","))) if wish.connections else base.connections
     settings = run.Settings(wish.rounds or base.rounds, wish.seconds or base.seconds, base.warm_s, counts)
-    chosen = selected(peers.BY_NAME, wish.only)
-    todo = selected(works.BY_NAME, wish.only)
+    chosen = chosen_peers(wish.only)
+    todo = [work for work in works.WORKS if names & {work.name, work.group}] or list(works.WORKS)
     if wish.quick and not wish.connections:
-        todo = [works.with_connections(work, QUICK_CELLS.get(work.name, (64,))) for work in todo]
+        todo = [
+            works.with_connections(work, QUICK_CELLS.get(work.name, (64,))) if work.group == works.HTTP else work
+            for work in todo
+        ]
     return run.run(chosen, todo, settings, interpreters(chosen, wish.ours_python))
 
 
-def selected(known: dict, only: str) -> list:
-    """Those of `known` that `only` names, or all when it names none of them."""
-    named = [each for name, each in known.items() if name in only.split(",")]
-    return named or list(known.values())
+def chosen_peers(only: str) -> list[peers.Peer]:
+    """The peers that `only` names, or all when it names none of them."""
+    named = [peer for peer in peers.PEERS if peer.name in only.split(",")]
+    return named or list(peers.PEERS)
 
 
 def interpreters(chosen: list[peers.Peer], ours: Path | None) -> dict[str, Path]:

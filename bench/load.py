@@ -1,6 +1,7 @@
-"""The load generator: wrk as a subprocess, its result as a dictionary, and single requests to check answers.
+"""The load: wrk as a subprocess, calls that the application makes itself, and single requests to check answers.
 
 wrk runs with one thread in every cell: it can saturate each peer with it, and more would take cores from the servers.
+Every load gives the same dictionary.
 """
 
 from __future__ import annotations
@@ -55,6 +56,27 @@ def parse(output: str) -> dict:
     result["seconds"] = result.pop("duration_us") / 1e6
     result["rps"] = result["requests"] / result["seconds"] if result["seconds"] else 0.0
     return result
+
+
+def inside(url: str, callers: int, seconds: float) -> dict:
+    """Let the `Caller` at `url` make calls for `seconds`."""
+    before = time.process_time()
+    status, body = request(f"{url}&callers={callers}&seconds={seconds}", timeout_s=seconds + 60)
+    if status != 200:
+        raise RuntimeError(f"{url} answered {status} {body[:200]!r}")
+    return from_times(body) | {"client_cpu_s": time.process_time() - before}
+
+
+def from_times(times: bytes) -> dict:
+    """The result of native doubles: how many seconds all calls together took, then how many each did."""
+    took, *each = memoryview(times).cast("d").tolist()
+    if not each:
+        raise ValueError("the application made no call")
+    each.sort()
+    shares = {"p50_us": 0.5, "p90_us": 0.9, "p99_us": 0.99}
+    result: dict = {name: each[int(share * (len(each) - 1))] * 1e6 for name, share in shares.items()}
+    result |= {"max_us": each[-1] * 1e6, "requests": len(each), "seconds": took, "rps": len(each) / took}
+    return result | {"errors": {}}
 
 
 def request(url: str, body: bytes = b"", content_type: str = "", timeout_s: float = 10.0) -> tuple[int, bytes]:

@@ -7,6 +7,7 @@ listens on the loopback, except that Ray Serve's HAProxy mode insists on all int
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -16,9 +17,10 @@ import socket
 import subprocess
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from bench import envs, load
 from bench.works import Work
@@ -28,6 +30,10 @@ BEST_MODE = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+}
+DRIVER_VARIABLES = {
+    "RAY_AUTH_MODE": "token",  # what a local Ray asks for
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "1",  # Ray Serve's default; the best mode has no `.result()` without it
 }
 HAPROXY_CONFIG = """global
   maxconn 4096
@@ -76,17 +82,17 @@ class Visit:
         self.peer, self.python, self.apps, self.log = peer, python, apps, log
         self.times: dict[str, float] = {}  # what the peer reported about its start
         self.stack = contextlib.ExitStack()
-        self.base, self.app = "", ""
+        self.base, self.app, self.url, self.address = "", "", "", ""
 
     def __enter__(self) -> Visit:
         if self.peer.kind == "serve":
             port = free_port()
             try:
-                self.times = self.stack.enter_context(serving(self.peer, self.python, self.apps, port, self.log))
+                told = self.stack.enter_context(serving(self.peer, self.python, self.apps, port, self.log))
             except BaseException:
                 self.stack.close()
                 raise
-            self.base = f"http://127.0.0.1:{port}"
+            self.base, self.address, self.times = f"http://127.0.0.1:{port}", told["address"], told["times"]
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -95,19 +101,25 @@ class Visit:
     def endpoint(self, work: Work) -> str:
         """The URL at which `work` is served now."""
         if self.peer.kind == "serve":
-            url = f"{self.base}/{work.app}{work.path}" if work.app else f"{self.base}{work.path}"
+            self.url = f"{self.base}/{work.app}{work.path}" if work.app else f"{self.base}{work.path}"
         else:
             if self.app != work.app:
                 self.stack.close()
                 self.base = self.stack.enter_context(asgi_server(self.peer.kind, self.python, work.app, self.log))
                 self.app = work.app
-            url = self.base + (work.path or "/")
-        load.wait_for(url, work.answer, work.body, work.content_type)
-        return url
+            self.url = self.base + (work.path or "/")
+        load.wait_for(self.url, work.answer, work.body, work.content_type)
+        return self.url
+
+    def driver(self, work: Work) -> Callable[[int, float], dict]:
+        """A driver script that calls the work's application; it stays until the visit ends."""
+        script = Script(self.peer, self.python, work.app, self.address, self.log)
+        self.stack.callback(script.close)
+        return script.load
 
 
 @contextlib.contextmanager
-def serving(peer: Peer, python: Path, apps: list[str], port: int, log: Path) -> Iterator[dict[str, float]]:
+def serving(peer: Peer, python: Path, apps: list[str], port: int, log: Path) -> Iterator[dict[str, Any]]:
     """`host.py` in the peer's environment, on a local Ray with a temporary folder of its own."""
     folder = tempfile.mkdtemp(prefix="rsb-")  # short: Ray's Unix sockets live below it
     haproxy = {
@@ -146,7 +158,7 @@ def serving(peer: Peer, python: Path, apps: list[str], port: int, log: Path) -> 
                 text=True,
             )
         try:
-            yield ready(host, log)
+            yield json.loads(awaited(host, "READY ", log))
         finally:
             assert host.stdin is not None
             host.stdin.close()
@@ -155,20 +167,56 @@ def serving(peer: Peer, python: Path, apps: list[str], port: int, log: Path) -> 
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def ready(host: subprocess.Popen[str], log: Path, timeout_s: float = 180.0) -> dict[str, float]:
-    """Wait for the host's READY line; what it printed before goes to the log."""
-    assert host.stdout is not None
-    timer = threading.Timer(timeout_s, host.kill)
+class Script:
+    """`driver.py` in the peer's environment, in the cluster of the host that is running."""
+
+    def __init__(self, peer: Peer, python: Path, app: str, address: str, log: Path) -> None:
+        wish = {"module": peer.module, "address": address, "app": app}
+        self.log = log
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                [str(python), "-m", "bench.driver", json.dumps(wish)],
+                cwd=FOLDER,
+                env=environ(python) | {"RAY_USAGE_STATS_ENABLED": "0"} | peer.variables | DRIVER_VARIABLES,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                text=True,
+            )
+        try:
+            awaited(self.process, "READY ", log)
+        except BaseException:
+            self.close()
+            raise
+
+    def load(self, _: int, seconds: float) -> dict:
+        """Let the script call for `seconds`."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{seconds}\n")
+        self.process.stdin.flush()
+        times = awaited(self.process, "TIMES ", self.log, seconds + 60)
+        return load.from_times(base64.b64decode(times)) | {"client_cpu_s": 0.0}  # its CPU time is the caller's
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        end(self.process, 10)
+
+
+def awaited(process: subprocess.Popen[str], word: str, log: Path, timeout_s: float = 180.0) -> str:
+    """Wait for the line that begins with `word`, and give the rest of it; what is printed before goes to the log."""
+    assert process.stdout is not None
+    timer = threading.Timer(timeout_s, process.kill)
     timer.start()
     try:
-        for line in host.stdout:
-            if line.startswith("READY "):
-                return dict(json.loads(line.removeprefix("READY ")))
+        for line in process.stdout:
+            if line.startswith(word):
+                return line.removeprefix(word)
             with log.open("a") as output:
                 output.write(line)
     finally:
         timer.cancel()
-    raise RuntimeError(f"the host ended before it was ready (code {host.wait()}); see {log}")
+    raise RuntimeError(f"{process.args[2]} ended without {word.strip()} (code {process.wait()}); see {log}")
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def render(raw: dict, connections: int = 64) -> str:
                 y += BAR
         y += GAP
     body = "\n".join(marks)
-    title = f"Requests per second, {connections} connections (logarithmic)"
+    title = f"Requests or calls per second, {connections} at once (logarithmic)"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{LABEL + WIDTH}" height="{y:.0f}" font-family="sans-serif" '
         f'font-size="11">\n<rect width="100%" height="100%" fill="white"/>\n'

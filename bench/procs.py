@@ -18,10 +18,17 @@ from pathlib import Path
 PROC = Path("/proc")
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 PR_SET_CHILD_SUBREAPER = 36
-ROLES = (
+Roles = tuple[tuple[str, re.Pattern[str]], ...]
+ROLES: Roles = (
     ("proxy", re.compile(r"haproxy|proxy", re.IGNORECASE)),
     ("replica", re.compile(r"replica", re.IGNORECASE)),
 )
+
+
+def call_roles(app: str) -> Roles:
+    """The roles where deployments of `app` call each other; what serves other applications has none."""
+    callee = re.compile(rf":{app}:(Callee|Link)")
+    return (("callee", callee), ("caller", re.compile(rf":{app}:|bench\.driver")), ROLES[0])
 
 
 @dataclass(frozen=True)
@@ -95,9 +102,9 @@ def title(pid: int) -> str:
     return " ".join([os.path.basename(word) for word in words if word and not word.startswith("-")][:2])
 
 
-def role(name: str, otherwise: str = "other") -> str:
-    """`proxy`, `replica` or `otherwise` (on Ray: raylet, GCS, controllers, drivers), by the title of the process."""
-    return next((known for known, pattern in ROLES if pattern.search(name)), otherwise)
+def role(name: str, otherwise: str = "other", roles: Roles = ROLES) -> str:
+    """One of `roles` or `otherwise` (on Ray: raylet, GCS, controllers, drivers), by the title of the process."""
+    return next((known for known, pattern in roles if pattern.search(name)), otherwise)
 
 
 def measure(root: int) -> dict[int, Usage]:
@@ -105,7 +112,9 @@ def measure(root: int) -> dict[int, Usage]:
     return {pid: each for pid in descendants(root) if (each := usage(pid)) is not None}
 
 
-def spent(before: dict[int, Usage], after: dict[int, Usage], otherwise: str = "other") -> list[dict]:
+def spent(
+    before: dict[int, Usage], after: dict[int, Usage], otherwise: str = "other", roles: Roles = ROLES
+) -> list[dict]:
     """What each process used between two measurements, the idle ones left out."""
     rows = []
     for pid, now in after.items():
@@ -118,7 +127,7 @@ def spent(before: dict[int, Usage], after: dict[int, Usage], otherwise: str = "o
         switches = sum(waited for waited, _ in more) + forced
         cpu_s = now.cpu_s - then.cpu_s
         if cpu_s > 0 or switches > 0:
-            row = {"pid": pid, "title": now.title, "role": role(now.title, otherwise)}
+            row = {"pid": pid, "title": now.title, "role": role(now.title, otherwise, roles)}
             rows.append(row | {"cpu_s": round(cpu_s, 3), "switches": switches, "involuntary": forced})
     return rows
 

@@ -11,9 +11,9 @@ from statistics import median
 from typing import Any
 
 from bench.targets import TARGETS, US
-from bench.works import BY_NAME, WORKS
+from bench.works import BY_NAME, HANDLES, HTTP, WORKS, Work
 
-ROLES = ("proxy", "replica", "other")
+ROLES = {HTTP: ("proxy", "replica", "other"), HANDLES: ("proxy", "caller", "callee", "other")}
 MARKS = re.compile(r"(<!-- bench:begin[^>]*-->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
 
@@ -41,13 +41,13 @@ class Medians:
 
 def summary(samples: list[dict]) -> dict[str, Any]:
     """The medians of one cell over its rounds."""
-    rates = [sample["rps"] for sample in samples]
+    rates, roles = [sample["rps"] for sample in samples], ROLES[BY_NAME[samples[0]["work"]].group]
     cell: dict[str, Any] = {"rps": median(rates), "errors": {}, "rounds": len(samples)}
     cell["spread"] = (max(rates) - min(rates)) / 2 / cell["rps"] if cell["rps"] else 0.0
     for name in ("p50_us", "p99_us", "foreign_cpus"):
         cell[name] = median(sample[name] for sample in samples)
     for name, unit in (("cpu_s", 1e6), ("switches", 1), ("involuntary", 1)):
-        per_role = {role: [cost(sample, role, name) * unit for sample in samples] for role in ROLES}
+        per_role = {role: [cost(sample, role, name) * unit for sample in samples] for role in roles}
         cell["cpu_us" if name == "cpu_s" else name] = {role: median(values) for role, values in per_role.items()}
     for sample in samples:
         for kind, count in sample["errors"].items():
@@ -94,8 +94,7 @@ def render(raw: dict) -> str:
     """The whole report as Markdown."""
     medians = Medians(raw)
     parts = [heading(raw, medians), "## Targets\n\n" + targets_table(medians)]
-    parts.append("## Requests per second, 64 connections\n\n" + overview(medians, "rps", 64))
-    parts.append("## Median latency, 1 connection\n\n" + overview(medians, "p50_us", 1))
+    parts += [f"## {title}\n\n{rows}" for title, rows in overviews(medians)]
     for work in WORKS:
         rows = [key for key in medians.cells if key[1] == work.name]
         if rows:
@@ -110,17 +109,10 @@ def render(raw: dict) -> str:
 
 
 def readme_section(raw: dict) -> str:
-    """What the README shows: the targets and the two overviews."""
+    """What the README shows: the targets and the overviews."""
     medians = Medians(raw)
-    parts = [
-        targets_table(medians),
-        "Requests per second at 64 connections:",
-        overview(medians, "rps", 64),
-        "Median latency at 1 connection:",
-        overview(medians, "p50_us", 1),
-        conditions(raw, medians),
-    ]
-    return "\n\n".join(parts)
+    parts = [f"{title}:\n\n{rows}" for title, rows in overviews(medians)]
+    return "\n\n".join([targets_table(medians), *parts, conditions(raw, medians)])
 
 
 def replace_section(text: str, section: str) -> str:
@@ -176,16 +168,34 @@ def targets_table(medians: Medians) -> str:
     return table(["work, one replica", "target", "measured", "met"], rows)
 
 
-def overview(medians: Medians, figure: str, connections: int) -> str:
-    """Works by peers: the figure, and in brackets how many times better ours is."""
-    peers = [peer for peer in medians.raw["peers"] if any(key[0] == peer for key in medians.cells)]
-    rows = []
-    for work in WORKS:
-        cells = {peer: medians.cells.get((peer, work.name, connections)) for peer in peers}
-        if any(cells.values()):
-            ours = cells.get(US)
-            rows.append([work.title] + [figure_of(cells[peer], ours, figure) for peer in peers])
-    return table(["work"] + [medians.raw["peers"][peer]["title"] for peer in peers], rows)
+def overviews(medians: Medians) -> list[tuple[str, str]]:
+    """The tables that compare the peers at a glance, with their titles; one without a figure is left out."""
+    http = [work for work in WORKS if work.group == HTTP]
+    calls = [(work, count) for work in WORKS if work.group == HANDLES for count in work.connections]
+    tables = [
+        ("Requests per second, 64 connections", "rps", [(work.title, work, 64) for work in http]),
+        ("Median latency, 1 connection", "p50_us", [(work.title, work, 1) for work in http]),
+        (
+            "Calls, items or requests per second through handles",
+            "rps",
+            [(f"{work.title}, {count} {work.source}{'s' * (count > 1)}", work, count) for work, count in calls],
+        ),
+    ]
+    rendered = [(title, overview(medians, figure, lines)) for title, figure, lines in tables]
+    return [(title, rows) for title, rows in rendered if rows]
+
+
+def overview(medians: Medians, figure: str, lines: list[tuple[str, Work, int]]) -> str:
+    """Cells by peers: the figure, and in brackets how many times better ours is. Empty when none was measured."""
+    titles, cells = medians.raw["peers"], medians.cells
+    found = [(title, {peer: cells.get((peer, work.name, count)) for peer in titles}) for title, work, count in lines]
+    peers = [peer for peer in titles if any(line[peer] for _, line in found)]
+    rows = [
+        [title] + [figure_of(line[peer], line.get(US), figure) for peer in peers]
+        for title, line in found
+        if any(line.values())
+    ]
+    return table(["work"] + [titles[peer]["title"] for peer in peers], rows) if rows else ""
 
 
 def figure_of(cell: dict | None, ours: dict | None, figure: str) -> str:
@@ -204,8 +214,9 @@ def better(ours: dict, theirs: dict, figure: str) -> float:
 
 def details(medians: Medians, work: str) -> str:
     """Every cell of one work."""
-    rows = []
-    for connections in BY_NAME[work].connections:
+    rows, about_work = [], BY_NAME[work]
+    unit, roles = about_work.unit, " / ".join(ROLES[about_work.group])
+    for connections in about_work.connections:
         for peer, about in medians.raw["peers"].items():
             cell = medians.cells.get((peer, work, connections))
             if cell is None:
@@ -230,15 +241,15 @@ def details(medians: Medians, work: str) -> str:
             )
     return table(
         [
-            "connections",
+            f"{about_work.source}s",
             "peer",
-            "requests/s",
+            f"{unit}s/s",
             "spread",
             "ours is",
             "p50 µs",
             "p99 µs",
-            "CPU µs a request, proxy / replica / other",
-            "switches a request, proxy / replica / other",
+            f"CPU µs per {unit}, {roles}",
+            f"switches per {unit}, {roles}",
             "of them forced",
             "errors",
         ],
@@ -247,7 +258,7 @@ def details(medians: Medians, work: str) -> str:
 
 
 def by_role(values: dict[str, float], form: str) -> str:
-    return " / ".join(form.format(values[role]) for role in ROLES)
+    return " / ".join(form.format(value) for value in values.values())
 
 
 def times(ratio: float) -> str:

@@ -1,4 +1,4 @@
-"""Measure: rounds over the peers, a visit each, a cell for every work and number of connections.
+"""Measure: rounds over the peers, a visit each for a group of works, a cell for every work and number of connections.
 
 The peers take turns and every round starts with another one, so a disturbance of the machine does not always hit the
 same peer; the report takes medians over the rounds. Each cell also records how much CPU foreign processes took
@@ -17,11 +17,15 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 from bench import envs, load, peers, procs
 from bench.apps import SLEEP_S
-from bench.works import EVERYONE, OURS, SERVES, Work
+from bench.works import DRIVER, EVERYONE, GROUPS, HANDLES, INSIDE, OURS, SERVES, Work
+
+Load = Callable[[int, float], dict]  # connections or callers, seconds
 
 
 @dataclass(frozen=True)
@@ -55,11 +59,13 @@ def run(chosen: list[peers.Peer], works: list[Work], settings: Settings, pythons
     for number in range(settings.rounds):
         turn = number % len(chosen)
         result["scalars"].append({"name": "one_thread_sleeps_per_s", "value": one_thread_sleeps(), "round": number})
-        for peer in chosen[turn:] + chosen[:turn]:
-            print(f"bench: round {number + 1}/{settings.rounds}, {peer.title}", file=sys.stderr, flush=True)
+        for group, peer in product(GROUPS, chosen[turn:] + chosen[:turn]):
+            if not (todo := [work for work in suited(works, peer) if work.group == group]):
+                continue
+            print(f"bench: round {number + 1}/{settings.rounds}, {group}, {peer.title}", file=sys.stderr, flush=True)
             for _ in range(2):  # a peer that does not come up gets one more chance
                 try:
-                    visit(peer, pythons[peer.name], suited(works, peer), settings, number, result)
+                    visit(peer, pythons[peer.name], todo, settings, number, result)
                     break
                 except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                     failure(result, peer, number, "", error)
@@ -82,8 +88,6 @@ def suited(works: list[Work], peer: peers.Peer) -> list[Work]:
 
 def visit(peer: peers.Peer, python: Path, works: list[Work], settings: Settings, number: int, result: dict) -> None:
     """Start the peer, measure each of its cells once, stop it."""
-    if not works:
-        return
     apps = list(dict.fromkeys(work.app for work in works if work.app)) or ["async_noop"]
     log = peers.FOLDER / f"{peer.name}.log"
     with peers.Visit(peer, python, apps, log) as running:
@@ -94,28 +98,39 @@ def visit(peer: peers.Peer, python: Path, works: list[Work], settings: Settings,
             ]
         for work in works:
             try:
-                url = running.endpoint(work)
-                body = body_file(work)
-                measure = cell_of(peer, work, url, body)
+                make_load = load_of(running, work)
+                measure = cell_of(running, work, make_load)
                 widest = [count for count in work.connections if count in settings.connections]
                 if settings.warm_s and widest:
-                    load.wrk(url, widest[-1], settings.warm_s, body, work.content_type)
+                    make_load(widest[-1], settings.warm_s)
                 for connections in widest:
                     result["samples"].append(measure(connections, settings.seconds) | {"round": number})
             except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                 failure(result, peer, number, work.name, error)
 
 
-def cell_of(peer: peers.Peer, work: Work, url: str, body: Path | None) -> Callable[[int, int], dict]:
-    """A function that measures one cell: wrk's result with what it cost the peer's processes."""
+def load_of(running: peers.Visit, work: Work) -> Load:
+    """A function that loads the peer with `work`, whose answer has been checked."""
+    if work.by == DRIVER:
+        return running.driver(work)
+    url, body = running.endpoint(work), body_file(work)
+    if work.by == INSIDE:
+        return partial(load.inside, url)
+    return lambda connections, seconds: load.wrk(url, connections, seconds, body, work.content_type)
 
-    def measure(connections: int, seconds: int) -> dict:
-        stuck = load.one_stuck_handler(url) if work.stuck else nullcontext([])
+
+def cell_of(running: peers.Visit, work: Work, make_load: Load) -> Load:
+    """A function that measures one cell: the load's result with what it cost the peer's processes."""
+    peer = running.peer
+    roles = procs.call_roles(work.app) if work.group == HANDLES else procs.ROLES
+
+    def measure(connections: int, seconds: float) -> dict:
+        stuck = load.one_stuck_handler(running.url) if work.stuck else nullcontext([])
         with stuck as statuses:
             before, busy = procs.measure(os.getpid()), procs.busy_s()
-            sample = load.wrk(url, connections, seconds, body, work.content_type)
+            sample = make_load(connections, seconds)
             after, busy = procs.measure(os.getpid()), procs.busy_s() - busy
-        processes = procs.spent(before, after, "other" if peer.kind == "serve" else "replica")
+        processes = procs.spent(before, after, "other" if peer.kind == "serve" else "replica", roles)
         own = sum(process["cpu_s"] for process in processes) + sample["client_cpu_s"]
         sample["errors"]["stuck_client"] = sum(status != 200 for status in statuses)
         sample["foreign_cpus"] = round(max(0.0, busy - own) / sample["seconds"], 3)

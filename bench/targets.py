@@ -29,7 +29,7 @@ class Target:
 
 
 def rate(work: str, connections: int, peer: str, own: str = "") -> Callable[[Cell, object], float]:
-    """Our requests per second for `work` over those of `peer` for `own` (the same work unless given)."""
+    """Our requests (or calls) per second for `work` over those of `peer` for `own` (the same work unless given)."""
     return lambda cell, _: cell(US, work, connections)["rps"] / cell(peer, own or work, connections)["rps"]
 
 
@@ -100,6 +100,15 @@ TARGETS = (
         "proxy CPU per request, 64 connections", "at most 1.7x `/-/healthz` by the same proxy", 1.7, proxy_cost, True
     ),
     Target("context switches per request, 64 connections", "at most 0.3 over proxy and replica", 0.3, switches, True),
+    Target("sequential calls from one deployment to another", "at least 50x the best mode", 50, rate("calls", 1, BEST)),
+    Target("64 concurrent calls from one to another", "at least 100x the best mode", 100, rate("calls", 64, BEST)),
+    Target("sequential `.result()` from a driver script", "at least 20x the best mode", 20, rate("driver", 1, BEST)),
+    Target("1 MiB numpy array echoed, bytes/s, one caller", "at least 6x the best mode", 6, rate("array", 1, BEST)),
+    Target("1 MiB numpy array echoed, bytes/s, 8 callers", "at least 6x the best mode", 6, rate("array", 8, BEST)),
+    Target("items of a streaming call", "at least 40x the best mode", 40, rate("items", 1, BEST)),
+    Target("FastAPI, call with 10 KB, 64 connections", "at least 8x the best mode", 8, rate("fastapi_call", 64, BEST)),
+    Target("SSE through two deployments, 64 connections", "at least 10x the best mode", 10, rate("events", 64, BEST)),
+    Target("a chain of five deployments, 64 concurrent", "at least 20x the best mode", 20, rate("chain", 64, BEST)),
     Target("first `serve.run` of a no-op on a running Ray", "at most 2.5 s", 2.5, deploy_time("first_deploy_s"), True),
     Target("a further `serve.run`", "at most 1 s", 1.0, deploy_time("next_deploy_s"), True),
 )

@@ -1,17 +1,23 @@
 """What is measured: one `Work` is one kind of request against one application, at some numbers of connections.
 
 The works are data; `run.py` measures them, `report.py` prints them and `targets.py` compares them. Every answer is
-checked once against `answer` before its cell is measured, so a fast wrong peer does not win.
+checked against `answer` before its cell is measured, so a fast wrong peer does not win. The works of a group share a
+visit. Those by wrk are HTTP requests; those by `INSIDE` are calls that a deployment makes, those by `DRIVER` are calls
+that a script makes, and their `connections` are callers at once.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bench.apps import CHUNK, CHUNKS, ONE_MIB
+from bench.calls import EVENT, TEXT_LENGTH
 
 EVERYONE, SERVES, OURS = "everyone", "serves", "ours"  # which peers a work is for
+HTTP, HANDLES = "http", "handles"  # groups
+WRK, INSIDE, DRIVER = "wrk", "inside", "driver"  # who makes the load
 RECORD = json.dumps({"user": 42, "name": "Ada", "scores": [0.5, 0.25, 1.0], "active": True}, separators=(",", ":"))
 
 
@@ -29,6 +35,20 @@ class Work:
     connections: tuple[int, ...] = (1, 8, 64)
     peers: str = EVERYONE
     stuck: bool = False  # one further client keeps one handler blocked all the time
+    group: str = HTTP
+    by: str = WRK
+    unit: str = "request"  # what is counted
+
+    @property
+    def source(self) -> str:
+        """What the requests come from, so many at once."""
+        return "connection" if self.by == WRK else "caller"
+
+
+def calls(name: str, title: str, app: str, path: str, connections: tuple[int, ...], **more: Any) -> Work:
+    """A work of calls that a deployment makes."""
+    about: dict[str, Any] = {"peers": SERVES, "group": HANDLES, "by": INSIDE, "unit": "call", "answer": b"True"} | more
+    return Work(name, title, app, path=path, connections=connections, **about)
 
 
 WORKS = (
@@ -44,7 +64,32 @@ WORKS = (
     Work("default_limit", "async no-op, default limit of 5", "default_limit", connections=(64,), peers=SERVES),
     Work("sync_sleep", "sync sleep of 0.3 ms, limit 64", "sync_sleep", connections=(64,), peers=SERVES),
     Work("sync_stuck", "the same, one handler stuck", "sync_sleep", connections=(64,), peers=SERVES, stuck=True),
+    calls("calls", "call from a deployment to another", "calls", "?what=empty", (1, 64)),
+    calls("driver", "call from a driver script, `.result()`", "driven", "", (1,), by=DRIVER),
+    calls("array", "1 MiB array, echoed (calls/s are MiB/s)", "calls", "?what=array", (1, 8)),
+    calls("items", "items of a streaming call", "calls", "?what=items", (1,), unit="item"),
+    calls("chain", "call through a chain of five", "chain", "?what=empty", (64,)),
+    Work(
+        "fastapi_call",
+        "FastAPI route, a call with 10 KB",
+        "fastapi_call",
+        b'{"length":%d}' % TEXT_LENGTH,
+        path="/length",
+        connections=(64,),
+        peers=SERVES,
+        group=HANDLES,
+    ),
+    Work(
+        "events",
+        "50 SSE chunks through two deployments",
+        "events",
+        EVENT.encode() * CHUNKS,
+        connections=(64,),
+        peers=SERVES,
+        group=HANDLES,
+    ),
 )
+GROUPS = (HTTP, HANDLES)
 BY_NAME = {work.name: work for work in WORKS}
 
 

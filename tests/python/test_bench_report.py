@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -181,6 +182,64 @@ def test_what_was_spent_counts_new_threads_in_full_and_leaves_idle_processes_out
 )
 def test_a_process_belongs_to_a_role_by_its_title(title: str, role: str) -> None:
     assert procs.role(title) == role
+
+
+@pytest.mark.parametrize(
+    ("title", "role"),
+    [
+        ("ray::ServeReplica:calls:Caller", "caller"),
+        ("ray::ServeReplica:calls:Callee.handle_request_with_rejection", "callee"),
+        ("ray::ServeReplica:chain:Callee", "other"),
+        ("python bench.driver", "caller"),
+        ("python bench.host", "other"),
+        ("haproxy haproxy.cfg", "proxy"),
+    ],
+)
+def test_a_work_of_calls_tells_callers_from_callees_and_from_other_applications(title: str, role: str) -> None:
+    assert procs.role(title, roles=procs.call_roles("calls")) == role
+
+
+def test_every_link_of_a_chain_is_a_callee() -> None:
+    roles = procs.call_roles("chain")
+    assert [procs.role(f"ray::ServeReplica:chain:{name}", roles=roles) for name in ("Caller", "Link1", "Link5")] == [
+        "caller",
+        "callee",
+        "callee",
+    ]
+
+
+def test_the_times_of_calls_become_a_rate_and_percentiles() -> None:
+    each = [number / 1000 for number in range(100, 0, -1)]
+    result = load.from_times(array("d", [0.5, *each]).tobytes())
+    assert (result["requests"], result["rps"], result["seconds"]) == (100, 200.0, 0.5)
+    assert (result["p50_us"], result["p99_us"], result["max_us"]) == pytest.approx((50e3, 99e3, 100e3))
+
+
+def test_an_application_that_made_no_call_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no call"):
+        load.from_times(array("d", [1.0]).tobytes())
+
+
+def test_calls_show_their_own_unit_and_what_each_side_spent() -> None:
+    spent = {"pid": 1, "title": "t", "cpu_s": 1.0, "switches": 50, "involuntary": 0}
+    processes = [spent | {"role": "caller"}, spent | {"role": "callee", "cpu_s": 0.5}]
+    raw = run_of([sample("rayserve-fast", "items", 1, 1e5, processes=processes)])
+    text = report.details(report.Medians(raw), "items")
+    assert text.startswith("| callers | peer | items/s |")
+    assert "CPU µs per item, proxy / caller / callee / other" in text
+    assert "| 0.0 / 10.0 / 5.0 / 0.0 |" in text
+
+
+def test_calls_and_http_requests_are_compared_in_tables_of_their_own() -> None:
+    raw = run_of([sample("rayserve-fast", work, 64, 50.0) for work in ("async_noop", "calls", "chain")])
+    tables = dict(report.overviews(report.Medians(raw)))
+    http, calls = (
+        tables["Requests per second, 64 connections"],
+        tables["Calls, items or requests per second through handles"],
+    )
+    assert len(tables) == 2  # nothing was measured at one connection
+    assert ("async no-op" in http, "chain" in http) == (True, False)
+    assert ("async no-op" in calls, "chain of five, 64 callers" in calls) == (False, True)
 
 
 def test_system_calls_are_counted_per_request() -> None:
