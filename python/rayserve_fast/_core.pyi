@@ -152,6 +152,7 @@ class RequestHead(_RequestContext):
     def scope(self) -> dict[str, Any]:
         """The ASGI connection scope."""
 
+    def read(self) -> Awaitable[bytes | None]: ...
     def receive(self) -> Awaitable[dict[str, Any]]:
         """ASGI receive; after the body it waits for the disconnect."""
 

@@ -58,6 +58,14 @@ class PlainHead:
     def body(self) -> bytes | None:
         return self.chunks[0] if len(self.chunks) == 1 else None
 
+    async def read(self) -> bytes | None:
+        body = b""
+        while (message := await self.receive())["type"] == "http.request":
+            body += message["body"]
+            if not message["more_body"]:
+                return body
+        return None
+
     async def receive(self) -> dict[str, Any]:
         if not self.pending:
             return {"type": "http.disconnect"}

@@ -1,4 +1,4 @@
-"""Bodies and answers in pieces: windows, fairness, disconnect, ASGI rules."""
+"""Answers in pieces: windows, fairness, disconnect, ASGI rules."""
 
 from __future__ import annotations
 
@@ -16,53 +16,46 @@ from worker_replica import serving
 WINDOW = 256 * 1024
 
 
-async def echo(request: Any) -> bytes:
-    return await request.body()  # type: ignore[no-any-return]
+def test_items_that_come_together_share_a_frame() -> None:
+    async def handler() -> Any:
+        async def items() -> Any:
+            for number in range(200):
+                yield b"%03d;" % number
 
-
-async def counts(request: Any) -> list[int]:
-    sizes = [len(chunk) async for chunk in request.stream()]
-    return [sum(sizes), sum(1 for size in sizes if size)]
-
-
-def send_body(link: wire.Link, stream: int, body: bytes) -> None:
-    """Sends BODY frames as the window allows."""
-    window = WINDOW
-    for at in range(0, len(body), 32768):
-        piece = body[at : at + 32768]
-        while window < len(piece):
-            got = link.frame()
-            assert got.kind == wire.WINDOW, got
-            window += got.aux
-        link.send(wire.BODY, stream, payload=piece)
-        window -= len(piece)
-    link.send(wire.BODY, stream, flags=wire.FIN)
-
-
-@pytest.mark.parametrize("handler", [echo, counts])
-def test_a_long_body_arrives_within_the_window(handler: Any) -> None:
-    body = bytes(range(256)) * 8192  # 2 MiB
-    with serving(handler) as replica:
-        link = replica.link()
-        link.request(1, fin=False, method="POST")
-        send_body(link, 1, body)
-        answer = link.answer(1)
-        while answer.last.kind == wire.WINDOW:
-            answer = link.answer(1)
-        got = answer.body
-        assert got == body if handler is echo else json.loads(got)[0] == len(body)
-
-
-def test_a_sender_that_exceeds_the_window_loses_its_link() -> None:
-    async def handler() -> None:
-        await asyncio.sleep(60)
+        return StreamingResponse(items())
 
     with serving(handler) as replica:
-        link = replica.link()
-        link.request(1, fin=False)
-        link.sock.sendall(wire.frame(wire.BODY, 1, payload=bytes(32768)) * 9)
-        with pytest.raises(wire.Refused):
-            link.frame()
+        answer = replica.link().get()
+        assert answer.body == b"".join(b"%03d;" % number for number in range(200))
+        assert len(answer.frames) < 100
+
+
+def test_an_item_that_took_long_to_make_is_not_held_back_for_the_next() -> None:
+    async def handler() -> Any:
+        async def items() -> Any:
+            for number in range(3):
+                time.sleep(0.002)  # without letting the loop go round
+                yield b"%d;" % number
+
+        return StreamingResponse(items())
+
+    with serving(handler) as replica:
+        chunks = [frame.payload for frame in replica.link().get().frames if frame.kind == wire.CHUNK]
+        assert [chunk for chunk in chunks if chunk] == [b"0;", b"1;", b"2;"]
+
+
+def test_an_error_behind_items_of_the_same_moment_comes_after_them() -> None:
+    async def handler() -> Any:
+        async def items() -> Any:
+            yield b"one"
+            raise ValueError("at once")
+
+        return StreamingResponse(items())
+
+    with serving(handler) as replica:
+        answer = replica.link().get()
+        assert (answer.status, answer.body) == (200, b"one")
+        assert (answer.last.kind, answer.last.aux) == (wire.ERROR, wire.ABORTED)
 
 
 def test_an_answer_stops_at_the_window_and_goes_on_with_credit() -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from rayserve_fast.controlplane.process import Place, serve_at_normal_priority
+from rayserve_fast.replica.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from rayserve_fast.controlplane.spec import DeploymentConfig, DriverEnv, ReplicaAddress, ReplicaSpec
@@ -92,6 +93,7 @@ class ReplicaActor:
 
         become(spec.deployment.driver, spec.deployment.config.ray_actor_options.get("runtime_env") or {})
         serve_at_normal_priority()
+        keep_freed_memory()
         self._lock = sockets.prepare(spec.socket_dir)
         from rayserve_fast import caller
         from rayserve_fast.replica.runtime import ReplicaRuntime

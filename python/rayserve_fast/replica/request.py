@@ -14,12 +14,12 @@ disconnect, which spares Starlette a listening task for each stream.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from starlette.datastructures import Headers, QueryParams
-from starlette.requests import Request as StarletteRequest, empty_send
+from starlette.requests import ClientDisconnect, Request as StarletteRequest, empty_send
 
 if TYPE_CHECKING:
     from starlette.types import Message, Receive, Scope
@@ -59,6 +59,9 @@ class Head(Protocol):
     @property
     def body(self) -> bytes | None:
         """The whole body, or None while it is still arriving."""
+
+    def read(self) -> Awaitable[bytes | None]:
+        """The whole body as soon as it has arrived, or None if the client goes away before."""
 
     @property
     def disconnected(self) -> bool: ...
@@ -151,11 +154,16 @@ class Request(StarletteRequest):
         if "_body" in self.__dict__:
             return self._body
         # Once somebody holds `receive`, the body may be on its way through there.
-        inline = None if "_receive" in self.__dict__ else self._head.body
-        if inline is None:
+        if "_receive" in self.__dict__:
             return await super().body()
-        self._body = inline
-        return inline
+        body = self._head.body
+        if body is None:
+            body = await self._head.read()
+        if body is None:
+            self._is_disconnected = True
+            raise ClientDisconnect
+        self._body = body
+        return body
 
     async def json(self) -> Any:
         if "_json" not in self.__dict__:

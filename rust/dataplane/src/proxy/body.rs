@@ -247,7 +247,7 @@ impl Upload {
             }
             if !self.pending.is_empty() {
                 let room = ready!(to.poll_room(cx)).min(MAX_CHUNK).min(self.pending.len());
-                to.send(&self.pending.split_to(room));
+                to.send(self.pending.split_to(room));
             } else if let Some(kept) = self.kept.get(self.next) {
                 self.pending = kept.clone();
                 self.next += 1;

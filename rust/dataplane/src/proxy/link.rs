@@ -8,14 +8,14 @@ use std::{
     cell::{Cell, RefCell},
     convert::Infallible,
     future::poll_fn,
-    io,
+    io::{self, IoSlice},
     pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, Waker},
     time::Duration,
 };
 
-use bytes::{Buf, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::{
     io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
     net::{TcpStream, UnixStream},
@@ -31,7 +31,7 @@ use crate::{
     engine::{Lease, ReplicaKey, Streams},
     snapshot, tcp,
     wire::{
-        Decoder, Header, Kind, MAX_PAYLOAD, WireError, flag,
+        Decoder, Header, Kind, MAX_PAYLOAD, Spool, WireError, flag,
         hello::{Caller, HelloError, MAX_HELLO, Role, Step},
         models::models,
         put,
@@ -44,6 +44,8 @@ const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const LAST_BACKOFF: Duration = Duration::from_secs(1);
 /// Bytes read at once: bodies in large pieces cost a third less than in pieces of 64 KiB.
 const READ: usize = 256 * 1024;
+/// Parts of the outbox that one write takes.
+const SLICES: usize = 32;
 /// Body senders wait while more than this is unsent: requests and answers of others stay quick.
 pub(super) const HIGH_WATER: usize = 512 * 1024;
 
@@ -72,7 +74,7 @@ enum Down {
 /// Frames on their way out, with offsets that say what the kernel has taken.
 #[derive(Default)]
 struct Outbox {
-    bytes: BytesMut,
+    spool: Spool,
     queued: u64,
     written: u64,
     /// The link's task, when there is nothing to write.
@@ -151,10 +153,22 @@ impl Link {
 
     /// Appends frames and returns the offset at which they end.
     pub(super) fn write(&self, fill: impl FnOnce(&mut BytesMut)) -> u64 {
+        self.spool(|spool| fill(spool.tail()))
+    }
+
+    /// The same for a frame whose payload need not be copied.
+    pub(super) fn write_shared(&self, header: Header, payload: Bytes) {
+        self.spool(|spool| {
+            spool.tail().put_slice(&header.encode(payload.len()));
+            spool.push(payload);
+        });
+    }
+
+    fn spool(&self, fill: impl FnOnce(&mut Spool)) -> u64 {
         let outbox = &mut *self.outbox.borrow_mut();
-        let before = outbox.bytes.len();
-        fill(&mut outbox.bytes);
-        outbox.queued += (outbox.bytes.len() - before) as u64;
+        let before = outbox.spool.remaining();
+        fill(&mut outbox.spool);
+        outbox.queued += (outbox.spool.remaining() - before) as u64;
         if let Some(writer) = outbox.writer.take() {
             writer.wake();
         }
@@ -173,7 +187,7 @@ impl Link {
     /// Whether a body sender may go on; if not it is woken when it may.
     pub(super) fn poll_room(&self, cx: &Context<'_>) -> Poll<()> {
         let outbox = &mut *self.outbox.borrow_mut();
-        if outbox.bytes.len() < HIGH_WATER {
+        if outbox.spool.remaining() < HIGH_WATER {
             return Poll::Ready(());
         }
         if !outbox.senders.iter().any(|waker| waker.will_wake(cx.waker())) {
@@ -317,7 +331,7 @@ impl Link {
                 }
             }
             shard.settle();
-            if buf.capacity() - buf.len() < READ / 4 {
+            if !buf.try_reclaim(READ) && buf.capacity() - buf.len() < READ / 4 {
                 buf.reserve(READ);
             }
             match reader.read_buf(&mut buf).await {
@@ -328,7 +342,7 @@ impl Link {
         }
     }
 
-    fn frame(self: &Rc<Self>, shard: &Rc<Shard>, header: &Header, payload: bytes::Bytes) -> Result<(), WireError> {
+    fn frame(self: &Rc<Self>, shard: &Rc<Shard>, header: &Header, payload: Bytes) -> Result<(), WireError> {
         match header.kind {
             Kind::Response | Kind::Chunk | Kind::Error | Kind::Busy | Kind::Returned | Kind::Window => {
                 return Stream::receive(shard, self, header, payload);
@@ -350,19 +364,21 @@ impl Link {
                     return Poll::Ready(Down::Left);
                 }
                 let outbox = &mut *self.outbox.borrow_mut();
-                if outbox.bytes.is_empty() {
+                if !outbox.spool.has_remaining() {
                     outbox.writer = Some(cx.waker().clone());
                     return Poll::Pending;
                 }
-                match Pin::new(&mut writer).poll_write(cx, &outbox.bytes) {
+                let mut slices = [IoSlice::new(&[]); SLICES];
+                let count = outbox.spool.chunks_vectored(&mut slices);
+                match Pin::new(&mut writer).poll_write_vectored(cx, &slices[..count]) {
                     Poll::Ready(Ok(n)) => {
-                        outbox.bytes.advance(n);
+                        outbox.spool.advance(n);
                         outbox.written += n as u64;
                     }
                     Poll::Ready(Err(error)) => return Poll::Ready(error.into()),
                     Poll::Pending => return Poll::Pending,
                 }
-                if outbox.bytes.len() < HIGH_WATER / 2 {
+                if outbox.spool.remaining() < HIGH_WATER / 2 {
                     outbox.senders.drain(..).for_each(Waker::wake);
                 }
             }

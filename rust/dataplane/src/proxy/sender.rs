@@ -7,12 +7,14 @@ use std::{
     task::{Context, Poll},
 };
 
+use bytes::Bytes;
+
 use super::{
     link::Link,
     shard::Shard,
     stream::{Fate, wake},
 };
-use crate::wire::{Header, Kind, flag, put};
+use crate::wire::{Header, Kind, flag};
 
 /// The sending half, for the request's body.
 pub(super) struct Sender {
@@ -65,10 +67,9 @@ impl Sender {
         self.link.with(self.id, |stream| stream.sender = Some(cx.waker().clone()));
     }
 
-    pub(super) fn send(&self, bytes: &[u8]) {
+    pub(super) fn send(&self, bytes: Bytes) {
         self.link.with(self.id, |stream| stream.window = stream.window.saturating_sub(bytes.len() as u32));
-        let header = Header::new(Kind::Body, self.id);
-        self.link.write(|out| put(out, header, &[bytes]));
+        self.link.write_shared(Header::new(Kind::Body, self.id), bytes);
     }
 
     pub(super) fn finish(&self) {

@@ -23,8 +23,8 @@ use crate::{
     wire::{Fault, Header, Kind, ResponseHeadView, WINDOW, WireError, flag},
 };
 
-/// Window given back at once: a quarter, so that the sender never runs dry and a WINDOW frame is rare.
-const WINDOW_STEP: u32 = WINDOW / 4;
+/// Window given back at once: half of it, so that a WINDOW frame is rare and the sender has the other half meanwhile.
+const WINDOW_STEP: u32 = WINDOW / 2;
 
 /// How a stream answers.
 pub(super) enum Outcome {

@@ -1,7 +1,8 @@
 //! The frame: a 16-byte header and a payload.
 //!
 //! [`put`] appends one to an output buffer, so that many frames share a system call; [`Decoder`] takes them off an input
-//! buffer, however the bytes were split. A payload is a slice of what was read, not a copy.
+//! buffer, however the bytes were split. A payload is a slice of what was read, not a copy. Body frames are handed out in
+//! the pieces in which they arrive, as where one ends means nothing.
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
@@ -51,6 +52,13 @@ pub enum Kind {
     Models = 49,
     Batch = 50,
     Upgrade = 60,
+}
+
+impl Kind {
+    /// Body bytes and nothing else.
+    fn is_body(self) -> bool {
+        matches!(self, Self::Body | Self::Chunk)
+    }
 }
 
 impl TryFrom<u8> for Kind {
@@ -120,6 +128,10 @@ impl Header {
         Self { flags: self.flags | flags, ..self }
     }
 
+    fn without(self, flags: u8) -> Self {
+        Self { flags: self.flags & !flags, ..self }
+    }
+
     /// Whether all these bits of [`flag`] are set.
     pub fn has(&self, flags: u8) -> bool {
         self.flags & flags == flags
@@ -181,7 +193,8 @@ impl Decoder {
         Self { max_payload, header: None }
     }
 
-    /// The next whole frame, or `None` until more bytes have come; room for them is then reserved.
+    /// The next frame, or `None` until more bytes have come; room for those of a whole frame is then reserved. Of a body
+    /// frame also what has come of it, with FIN only on its last piece.
     ///
     /// # Errors
     /// The bytes cannot be a frame; the link is of no further use.
@@ -192,6 +205,15 @@ impl Decoder {
             None => self.read_header(buf)?,
         };
         if buf.len() < len {
+            if header.kind.is_body() && !buf.is_empty() {
+                let payload = buf.split().freeze();
+                self.header = Some((header, len - payload.len()));
+                return Ok(Some(Frame { header: header.without(flag::FIN), payload }));
+            }
+            if header.kind.is_body() {
+                self.header = Some((header, len));
+                return Ok(None);
+            }
             // A large frame arrives in one piece of memory: the reserve is what the peer announced, bounded by the limit.
             buf.reserve(len - buf.len());
             self.header = Some((header, len));
@@ -239,12 +261,32 @@ mod tests {
                 put(&mut bytes, *header, &[front, back]);
             }
             let (mut decoder, mut buf, mut read) = (Decoder::new(1024), BytesMut::new(), Vec::new());
+            let mut open: Option<(Header, Vec<u8>, usize)> = None;
             let mut cuts = cuts.into_iter().cycle();
             while !bytes.is_empty() {
                 let cut = cuts.next().unwrap_or(1).min(bytes.len());
                 buf.extend_from_slice(&bytes.split_to(cut));
                 while let Some(frame) = decoder.next(&mut buf)? {
-                    read.push((frame.header, frame.payload.to_vec()));
+                    match &mut open {
+                        Some((header, body, left)) => {
+                            prop_assert_eq!(frame.header.without(flag::FIN), Header::without(*header, flag::FIN));
+                            body.extend_from_slice(&frame.payload);
+                            *left -= frame.payload.len();
+                            prop_assert_eq!(frame.header.flags, if *left == 0 { header.flags } else { header.flags & !flag::FIN });
+                        }
+                        None => {
+                            let (header, whole) = frames[read.len()].clone();
+                            let left = whole.len() - frame.payload.len();
+                            prop_assert!(left == 0 || header.kind.is_body(), "a whole frame");
+                            let flags = if left == 0 { header.flags } else { header.flags & !flag::FIN };
+                            prop_assert_eq!(frame.header, Header { flags, ..header });
+                            open = Some((header, frame.payload.to_vec(), left));
+                        }
+                    }
+                    if let Some((header, body, 0)) = &open {
+                        read.push((*header, body.clone()));
+                        open = None;
+                    }
                 }
             }
             prop_assert_eq!(read, frames);

@@ -8,10 +8,12 @@ pub mod frame;
 pub mod head;
 pub mod hello;
 pub mod models;
+pub mod spool;
 
 pub use call::CallView;
 pub use frame::{Decoder, Frame, HEADER_LEN, Header, Kind, flag, put};
 pub use head::{RequestHeadView, ResponseHeadView};
+pub use spool::Spool;
 
 /// Body bytes that may be under way in one direction of one stream.
 pub const WINDOW: u32 = 256 * 1024;

@@ -1,29 +1,24 @@
-//! ASGI over a stream: the scope, `receive` and `send`.
+//! ASGI over a stream: the scope and `send`; `receive.rs` has the other direction.
 //!
-//! Both callables do their work when they are called and return something to await: the shared [`Ready`] when there is
-//! nothing to wait for, so that the task goes on without going round the loop, else a future. `send` waits while body
-//! bytes wait for the window; `receive` waits for body bytes and after them for the real disconnect. A stream that never
-//! has to wait is made to after 64 KiB or a millisecond, or nobody else would run.
+//! Both callables do their work when they are called and return something to await: [`Done`] or a [`Ready`] when there is
+//! nothing to wait for, so that the task goes on without going round the loop, else a future. What `send` is given waits in
+//! the stream for the next flush, where pieces share a frame; `send` waits while much of it does, for the window. A stream
+//! that never has to wait is made to after 64 KiB or a millisecond, or nobody else would run.
 
-use std::collections::VecDeque;
-use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use bytes::Bytes;
 use pyo3::exceptions::{PyOSError, PyRuntimeError, PyStopIteration, PyTypeError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyBytes, PyDict, PyString};
-use rayserve_dataplane::wire::{Header, Kind, MAX_INLINE};
+use rayserve_dataplane::wire::MAX_INLINE;
 
+use super::receive::wake_readers;
 use super::request::RequestHead;
 use super::response;
-use crate::worker::replica::Replica;
-use crate::worker::stream::{Answer, Head, Pace, Stream, Woken};
-
-const STEADY_BYTES: usize = 64 * 1024;
-const STEADY_TIME: Duration = Duration::from_millis(1);
+use crate::worker::replica::{Replica, STALE};
+use crate::worker::stream::{Answer, Head, Stream, Woken};
 
 /// The scope's keys besides its type.
 const KEYS: [&str; 12] = [
@@ -43,9 +38,16 @@ const KEYS: [&str; 12] = [
 
 /// An awaitable that is done; with `pause`, it lets the loop go round once.
 #[pyclass(module = "rayserve_fast._core")]
-struct Ready {
+pub(super) struct Ready {
     value: Option<Py<PyAny>>,
     pause: bool,
+}
+
+impl Ready {
+    pub(super) fn with(value: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
+        let py = value.py();
+        Ok(Bound::new(py, Self { value: Some(value.unbind()), pause: false })?.into_any())
+    }
 }
 
 #[pymethods]
@@ -126,93 +128,6 @@ pub(super) fn scope<'py>(head: &Bound<'py, RequestHead>) -> PyResult<Bound<'py, 
     Ok(scope)
 }
 
-/// The next message of the request; after the body, the disconnect.
-pub(super) fn receive<'py>(py: Python<'py>, head: &RequestHead) -> PyResult<Bound<'py, PyAny>> {
-    let stream = &head.stream;
-    if let Some(message) = message(py, stream)? {
-        head.replica.settle(py)?;
-        return Ok(Bound::new(py, Ready { value: Some(message.into_any().unbind()), pause: false })?.into_any());
-    }
-    let future = head.replica.hooks.create_future.bind(py).call0()?;
-    let waiting = std::mem::take(&mut stream.state().inbox.readers);
-    let mut readers = vec![future.clone().unbind()];
-    for other in waiting {
-        // One that was cancelled is forgotten: `is_disconnected()` leaves one behind each time.
-        if !is_done(other.bind(py))? {
-            readers.push(other);
-        }
-    }
-    stream.state().inbox.readers = readers;
-    Ok(future)
-}
-
-/// Resolves the futures of those `receive()` that wait, as far as there is something for them now.
-pub(crate) fn wake_readers(py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
-    let mut waiting = std::mem::take(&mut stream.state().inbox.readers);
-    while let Some(reader) = waiting.pop() {
-        let future = reader.bind(py);
-        if is_done(future)? {
-            continue;
-        }
-        let Some(message) = message(py, stream)? else {
-            waiting.push(reader);
-            break;
-        };
-        future.call_method1(intern!(py, "set_result"), (message,))?;
-    }
-    stream.state().inbox.readers = waiting;
-    Ok(())
-}
-
-/// The whole body, if it has come and nothing of it was received; `receive` still gives it.
-pub(super) fn whole_body<'py>(py: Python<'py>, stream: &Arc<Stream>) -> Option<Bound<'py, PyBytes>> {
-    let chunks = {
-        let state = stream.state();
-        (state.inbox.fin && !state.inbox.begun).then(|| state.inbox.chunks.clone())?
-    };
-    Some(joined(py, &chunks))
-}
-
-/// What `receive` gives now, or None if it has to wait.
-fn message<'py>(py: Python<'py>, stream: &Arc<Stream>) -> PyResult<Option<Bound<'py, PyDict>>> {
-    let mut state = stream.state();
-    let over = state.cancelled || (state.inbox.taken && state.answer == Answer::Complete);
-    if !over && (state.inbox.taken || (state.inbox.chunks.is_empty() && !state.inbox.fin)) {
-        return Ok(None);
-    }
-    let taken = (!over).then(|| (state.inbox.take(), !state.inbox.fin));
-    drop(state);
-    let message = PyDict::new(py);
-    let kind = intern!(py, "type");
-    let Some(((chunks, credit), more)) = taken else {
-        message.set_item(kind, intern!(py, "http.disconnect"))?;
-        return Ok(Some(message));
-    };
-    if credit > 0 {
-        stream.link.put(Header::new(Kind::Window, stream.id).aux(credit), &[]);
-    }
-    message.set_item(kind, intern!(py, "http.request"))?;
-    message.set_item(intern!(py, "body"), joined(py, &chunks))?;
-    message.set_item(intern!(py, "more_body"), more)?;
-    Ok(Some(message))
-}
-
-fn joined<'py>(py: Python<'py>, chunks: &VecDeque<Bytes>) -> Bound<'py, PyBytes> {
-    if let (Some(only), 1) = (chunks.front(), chunks.len()) {
-        return PyBytes::new(py, only);
-    }
-    let len = chunks.iter().map(Bytes::len).sum();
-    PyBytes::new_with(py, len, |mut to| {
-        for chunk in chunks {
-            let (here, rest) = to.split_at_mut(chunk.len());
-            here.copy_from_slice(chunk);
-            to = rest;
-        }
-        Ok(())
-    })
-    .expect("memory for a body that is in memory already")
-}
-
 /// Takes one message of the application.
 pub(super) fn send<'py>(head: &RequestHead, message: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyAny>> {
     let py = message.py();
@@ -276,6 +191,7 @@ fn body<'py>(head: &RequestHead, message: &Bound<'py, PyDict>) -> PyResult<Bound
     if !more {
         state.answer = Answer::Complete;
         if len <= MAX_INLINE
+            && !state.outbox.has_body()
             && let Some(start) = state.outbox.head.take()
         {
             drop(state);
@@ -286,55 +202,48 @@ fn body<'py>(head: &RequestHead, message: &Bound<'py, PyDict>) -> PyResult<Bound
         }
     }
     let wants_turn = state.outbox.push(piece, !more);
+    let (full, now, began) = (state.outbox.is_full(), Instant::now(), state.began);
+    let pace = &mut state.outbox.pace;
+    let slow = pace.last.replace(now).or(began).is_some_and(|last| now - last >= STALE);
+    let breathless = !full && pace.is_breathless(replica.turn(), len, now);
     drop(state);
     if wants_turn {
-        let mut woken = Woken::new();
-        stream.link.enqueue(stream, &mut woken);
-        resolve(py, woken)?;
+        stream.link.enqueue(stream);
     }
     if !more {
         wake_readers(py, stream)?;
     }
-    replica.settle(py)?;
-    wait_for_room(head, py, len)
+    // A piece that took long to make is not held back for the next one.
+    if slow {
+        replica.flush(py)?
+    } else {
+        replica.settle(py)?
+    }
+    match (full, breathless) {
+        (true, _) => wait_for_room(head, py),
+        (false, true) => pause(py),
+        (false, false) => done(py),
+    }
 }
 
-/// Suspends the application while its bytes wait for the window, and now and then in any case.
-fn wait_for_room<'py>(head: &RequestHead, py: Python<'py>, len: usize) -> PyResult<Bound<'py, PyAny>> {
-    let stream = &head.stream;
-    let full = stream.state().outbox.is_full();
-    if full {
-        let future = head.replica.hooks.create_future.bind(py).call0()?;
-        let mut state = stream.state();
-        // What was put while the future was made may have been the last of it.
-        if state.outbox.is_full() {
-            let replaced = state.outbox.writer.replace(future.clone().unbind());
-            drop(state);
-            resolve(py, replaced.into_iter().collect())?;
-            return Ok(future);
-        }
+/// Suspends the application while many of its bytes wait for the window.
+fn wait_for_room<'py>(head: &RequestHead, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+    let future = head.replica.hooks.create_future.bind(py).call0()?;
+    let mut state = head.stream.state();
+    // What was flushed meanwhile may have been the most of it.
+    if !state.outbox.is_full() {
+        drop(state);
+        return done(py);
     }
-    if is_breathless(&head.replica, stream, len) { pause(py) } else { done(py) }
+    let replaced = state.outbox.writer.replace(future.clone().unbind());
+    drop(state);
+    resolve(py, replaced.into_iter().collect())?;
+    Ok(future)
 }
 
 /// Whether a stream that never has to wait should let others run, now that it has sent `len` bytes more.
 pub(crate) fn is_breathless(replica: &Replica, stream: &Stream, len: usize) -> bool {
-    let turn = replica.turn();
-    let mut state = stream.state();
-    let (pace, now) = (&mut state.outbox.pace, Instant::now());
-    let since = match pace.since {
-        Some(since) if pace.turn == turn => since,
-        _ => {
-            *pace = Pace { turn, bytes: 0, since: Some(now) };
-            now
-        }
-    };
-    pace.bytes += len;
-    let pause = pace.bytes >= STEADY_BYTES || now - since >= STEADY_TIME;
-    if pause {
-        *pace = Pace::default();
-    }
-    pause
+    stream.state().outbox.pace.is_breathless(replica.turn(), len, Instant::now())
 }
 
 /// Lets the loop go round once.
@@ -373,7 +282,7 @@ pub(crate) fn missing(outcome: PyResult<Bound<'_, PyAny>>, answer: Answer) -> Op
     }
 }
 
-fn is_done(future: &Bound<'_, PyAny>) -> PyResult<bool> {
+pub(super) fn is_done(future: &Bound<'_, PyAny>) -> PyResult<bool> {
     future.call_method0(intern!(future.py(), "done"))?.is_truthy()
 }
 

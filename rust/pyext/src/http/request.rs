@@ -12,7 +12,7 @@ use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyString};
 use rayserve_dataplane::wire::head::{MODEL_HEADER, is_named};
 use rayserve_dataplane::wire::{CallView, RequestHeadView};
 
-use super::asgi;
+use super::{asgi, receive};
 use crate::convert::{pair, text, unquoted};
 use crate::worker::replica::Replica;
 use crate::worker::stream::Stream;
@@ -105,7 +105,12 @@ impl RequestHead {
     }
 
     fn receive<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
-        asgi::receive(py, self)
+        receive::receive(py, self)
+    }
+
+    /// The whole body, to be awaited; None if the client goes away before.
+    fn read<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+        receive::read(py, self)
     }
 
     fn send<'py>(&self, message: &Bound<'py, PyDict>) -> PyResult<Bound<'py, PyAny>> {
@@ -114,7 +119,7 @@ impl RequestHead {
 
     #[getter]
     fn body<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyBytes>> {
-        asgi::whole_body(py, &self.stream)
+        receive::whole_body(py, &self.stream)
     }
 
     #[getter]

@@ -13,7 +13,7 @@ use rayserve_dataplane::wire::head::put_response_head;
 use rayserve_dataplane::wire::{Header, Kind, MAX_INLINE, flag, frame};
 
 use crate::worker::replica::Replica;
-use crate::worker::stream::{Answer, Head, Stream, Woken, pairs};
+use crate::worker::stream::{Answer, Head, Stream, pairs};
 
 type Pairs = Vec<(PyBackedBytes, PyBackedBytes)>;
 
@@ -86,9 +86,7 @@ fn put_long(py: Python<'_>, stream: &Arc<Stream>, mut head: Head, body: PyBacked
     let wants_turn = state.outbox.push(body, true);
     drop(state);
     if wants_turn {
-        let mut woken = Woken::new();
-        stream.link.enqueue(stream, &mut woken);
-        debug_assert!(woken.is_empty(), "nobody waits to send");
+        stream.link.enqueue(stream);
     }
 }
 

@@ -7,7 +7,7 @@
 //! that nest, the link's output comes before the stream's state.
 
 use std::collections::VecDeque;
-use std::io::{self, ErrorKind, Write};
+use std::io::{self, ErrorKind, IoSlice, Write};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -16,13 +16,15 @@ use bytes::{Buf, BytesMut};
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
 use rayserve_dataplane::wire::hello::{Callee, MAX_HELLO};
-use rayserve_dataplane::wire::{Decoder, Header, flag, put};
+use rayserve_dataplane::wire::{Decoder, Header, Spool, flag, put};
 use rustix::io::Errno;
 
 use super::stream::{Stream, Turn, Woken};
 
 /// Chunks of long bodies are put while less than this is unsent.
-const ROOM: usize = 128 * 1024;
+const ROOM: usize = 256 * 1024;
+/// Parts of the buffer that one write takes.
+const SLICES: usize = 32;
 /// Free space that a read is offered.
 const READ: usize = 256 * 1024;
 /// A stream id's slab index.
@@ -50,6 +52,18 @@ impl Socket {
     pub(crate) fn register(&mut self, registry: &Registry, token: Token) -> io::Result<()> {
         each!(self, it => registry.register(it, token, Interest::READABLE))
     }
+
+    /// Whether the peer of a Unix socket runs under our own user.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn is_own(socket: &UnixStream) -> bool {
+        rustix::net::sockopt::socket_peercred(socket).is_ok_and(|peer| peer.uid == rustix::process::geteuid())
+    }
+
+    /// The directory's mode and the token have to do.
+    #[cfg(not(target_os = "linux"))]
+    pub(crate) fn is_own(_: &UnixStream) -> bool {
+        true
+    }
 }
 
 /// The reading side, which only the loop's thread uses.
@@ -64,7 +78,7 @@ pub(crate) struct Input {
 
 struct Output {
     socket: Option<Socket>,
-    buf: BytesMut,
+    spool: Spool,
     /// Among the dirty links already.
     dirty: bool,
     /// The kernel's buffer was full: the poller tells when it is not.
@@ -134,15 +148,20 @@ impl Link {
             callee: Some(Callee::default()),
             ended: false,
         };
-        let output =
-            Output { socket: Some(socket), buf: BytesMut::new(), dirty: false, blocked: false, turns: VecDeque::new() };
+        let output = Output {
+            socket: Some(socket),
+            spool: Spool::default(),
+            dirty: false,
+            blocked: false,
+            turns: VecDeque::new(),
+        };
         Self { token, outgoing, input: Mutex::new(input), output: Mutex::new(output), streams: Mutex::default() }
     }
 
     /// Reads once; whether the peer may have more. An end of file is an error.
     #[expect(unsafe_code, reason = "clearing the space before each read would cost more than the read")]
     pub(crate) fn read(&self, buf: &mut BytesMut) -> io::Result<bool> {
-        if buf.capacity() - buf.len() < READ / 16 {
+        if !buf.try_reclaim(READ) && buf.capacity() - buf.len() < READ / 16 {
             buf.reserve(READ);
         }
         let output = lock(&self.output);
@@ -171,23 +190,22 @@ impl Link {
     pub(crate) fn put_with(self: &Arc<Self>, fill: impl FnOnce(&mut BytesMut)) {
         let mut output = lock(&self.output);
         if output.socket.is_some() {
-            fill(&mut output.buf);
+            fill(output.spool.tail());
             self.mark(output);
         }
     }
 
     /// Lets a stream with body bytes to send have its turns.
-    pub(crate) fn enqueue(self: &Arc<Self>, stream: &Arc<Stream>, woken: &mut Woken) {
+    pub(crate) fn enqueue(self: &Arc<Self>, stream: &Arc<Stream>) {
         let mut output = lock(&self.output);
         if output.socket.is_some() {
             output.turns.push_back(stream.clone());
-            self.pump(&mut output, woken);
             self.mark(output);
         }
     }
 
     fn mark(self: &Arc<Self>, mut output: MutexGuard<'_, Output>) {
-        let news = !output.dirty && !output.blocked && !output.buf.is_empty();
+        let news = !output.dirty && !output.blocked;
         output.dirty |= news;
         drop(output);
         if news {
@@ -201,13 +219,15 @@ impl Link {
         output.dirty = false;
         loop {
             self.pump(&mut output, woken);
-            let Output { socket: Some(socket), buf, .. } = &mut *output else { return Ok(()) };
-            if buf.is_empty() {
+            let Output { socket: Some(socket), spool, .. } = &mut *output else { return Ok(()) };
+            let mut slices = [IoSlice::new(&[]); SLICES];
+            let count = spool.chunks_vectored(&mut slices);
+            if count == 0 {
                 break;
             }
-            match each!(socket, it => it.write(buf)) {
+            match each!(socket, it => it.write_vectored(&slices[..count])) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                Ok(sent) => buf.advance(sent),
+                Ok(sent) => spool.advance(sent),
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) if error.kind() == ErrorKind::WouldBlock => {
                     return output.block(true, registry, self.token);
@@ -248,9 +268,9 @@ impl Link {
     /// that would take it off the parent's.
     pub(crate) fn close(&self) -> Vec<Arc<Stream>> {
         let mut output = lock(&self.output);
-        let (socket, turns) = (output.socket.take(), std::mem::take(&mut output.turns));
+        let left = (output.socket.take(), std::mem::take(&mut output.turns), std::mem::take(&mut output.spool));
         drop(output);
-        drop((socket, turns));
+        drop(left);
         std::mem::take(&mut *lock(&self.streams)).into_iter().flatten().collect()
     }
 
@@ -260,7 +280,7 @@ impl Link {
 
     /// Whether the kernel has every byte of every answer.
     pub(crate) fn is_quiet(&self) -> bool {
-        lock(&self.output).buf.is_empty() && self.open_streams() == 0
+        !lock(&self.output).spool.has_remaining() && self.open_streams() == 0
     }
 
     pub(crate) fn open_streams(&self) -> usize {
@@ -268,9 +288,9 @@ impl Link {
     }
 
     fn pump(&self, output: &mut Output, woken: &mut Woken) {
-        while output.buf.len() < ROOM {
+        while output.spool.remaining() < ROOM {
             let Some(stream) = output.turns.pop_front() else { break };
-            match stream.put_chunk(&mut output.buf, woken) {
+            match stream.put_chunk(&mut output.spool, woken) {
                 Turn::Again => output.turns.push_back(stream),
                 Turn::Wait => {}
                 Turn::Last => self.remove(stream.id),

@@ -24,8 +24,8 @@ use super::calls::CALLS;
 use super::items;
 use super::link::{Link, Socket, lock};
 use super::replica::{Replica, Request, STALE, Work, count};
-use super::stream::{Stream, Woken};
-use crate::http::asgi;
+use super::stream::Stream;
+use crate::http::receive;
 
 /// The waker's token; links count from there.
 pub(crate) const WAKER: Token = Token(0);
@@ -177,7 +177,7 @@ impl Poller {
             };
             let accepted = match listener {
                 Listener::Unix(it) => it.accept().map(|(socket, _)| {
-                    (is_own(&socket) && tcp::widen(&socket).is_ok()).then_some(Socket::Unix(socket))
+                    (Socket::is_own(&socket) && tcp::widen(&socket).is_ok()).then_some(Socket::Unix(socket))
                 }),
                 Listener::Tcp(it) => {
                     it.accept().map(|(socket, _)| tcp::prepare(&socket).is_ok().then_some(Socket::Tcp(socket)))
@@ -226,8 +226,12 @@ impl Poller {
             (std::mem::take(&mut input.buf), input.ended)
         };
         let read = link.read(&mut buf);
-        let decoded = self.decode(py, replica, link, &mut buf, budget);
+        let mut fed = Vec::new();
+        let decoded = self.decode(py, replica, link, &mut buf, budget, &mut fed);
         lock(&link.input).buf = buf;
+        // Once for all pieces of a body that have come together.
+        let woken = fed.iter().fold(Ok(()), |outcome, stream| outcome.and(receive::wake_readers(py, stream)));
+        let decoded = decoded.and_then(|all| woken.map(|()| all).map_err(Broken::from));
         match (decoded, read) {
             (Err(Broken::Python(error)), _) => {
                 self.backlog.push_back(link.clone());
@@ -251,6 +255,7 @@ impl Poller {
         link: &Arc<Link>,
         buf: &mut BytesMut,
         budget: &mut Budget,
+        fed: &mut Vec<Arc<Stream>>,
     ) -> Result<bool, Broken> {
         loop {
             if budget.is_spent() {
@@ -262,7 +267,7 @@ impl Poller {
             if lock(&link.input).callee.is_some() {
                 self.greet(replica, link, &frame)?;
             } else {
-                handle(py, replica, link, frame)?;
+                handle(py, replica, link, frame, fed)?;
             }
             if replica.outgoing.since().is_some_and(|since| since.elapsed() >= STALE) {
                 replica.flush(py)?;
@@ -298,8 +303,14 @@ impl Budget {
     }
 }
 
-/// One frame of a trusted link.
-fn handle(py: Python<'_>, replica: &Arc<Replica>, link: &Arc<Link>, frame: Frame) -> Result<(), Broken> {
+/// One frame of a trusted link; `fed`: the streams whose readers have to be told of it.
+fn handle(
+    py: Python<'_>,
+    replica: &Arc<Replica>,
+    link: &Arc<Link>,
+    frame: Frame,
+    fed: &mut Vec<Arc<Stream>>,
+) -> Result<(), Broken> {
     let Frame { header, payload } = frame;
     match header.kind {
         Kind::Request | Kind::Call => {
@@ -322,10 +333,12 @@ fn handle(py: Python<'_>, replica: &Arc<Replica>, link: &Arc<Link>, frame: Frame
         Kind::Body => {
             // Without a stream: the answer and the rest of the body have crossed.
             if let Some(stream) = link.stream(header.stream) {
-                if !stream.body(payload, header.has(flag::FIN)) {
+                if !stream.body(py, payload, header.has(flag::FIN)) {
                     return Err(Broken::Peer);
                 }
-                asgi::wake_readers(py, &stream)?;
+                if !fed.iter().any(|known| Arc::ptr_eq(known, &stream)) {
+                    fed.push(stream);
+                }
             }
         }
         Kind::Cancel => {
@@ -338,9 +351,7 @@ fn handle(py: Python<'_>, replica: &Arc<Replica>, link: &Arc<Link>, frame: Frame
             if let Some(stream) = link.stream(header.stream) {
                 items::widen(py, &stream, header.aux)?;
                 if stream.widen(header.aux) {
-                    let mut woken = Woken::new();
-                    link.enqueue(&stream, &mut woken);
-                    asgi::resolve(py, woken)?;
+                    link.enqueue(&stream);
                 }
             }
         }
@@ -354,18 +365,6 @@ fn handle(py: Python<'_>, replica: &Arc<Replica>, link: &Arc<Link>, frame: Frame
         _ => return Err(Broken::Peer),
     }
     Ok(())
-}
-
-/// Whether the peer of a Unix socket runs under our own user.
-#[cfg(target_os = "linux")]
-fn is_own(socket: &mio::net::UnixStream) -> bool {
-    rustix::net::sockopt::socket_peercred(socket).is_ok_and(|peer| peer.uid == rustix::process::geteuid())
-}
-
-/// The directory's mode and the token have to do.
-#[cfg(not(target_os = "linux"))]
-fn is_own(_: &mio::net::UnixStream) -> bool {
-    true
 }
 
 /// The poller for the length of a tick; a panic does not lose it.

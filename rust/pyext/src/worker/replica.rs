@@ -24,7 +24,7 @@ use super::pool::Pool;
 use super::run::{Http, Running};
 use super::step::Stepper;
 use super::stream::{Stream, Woken};
-use crate::http::asgi;
+use crate::http::{asgi, receive};
 
 /// Unsent answers are flushed when the oldest is older than this.
 pub(crate) const STALE: Duration = Duration::from_micros(200);
@@ -281,7 +281,7 @@ impl Replica {
             running.replica().finish(py, &running, false, None, Ok(py.None().into_bound(py)));
         }
         // Both futures and the task belong to the loop, on whose thread this runs.
-        asgi::wake_readers(py, stream)?;
+        receive::wake_readers(py, stream)?;
         asgi::fail_writer(py, stream)?;
         if let Some(task) = task {
             task.bind(py).call_method0(pyo3::intern!(py, "cancel"))?;
@@ -386,11 +386,9 @@ impl Replica {
         self.turn.fetch_add(1, Ordering::Relaxed);
         let headed = std::mem::take(&mut *lock(&self.headed));
         for stream in headed {
-            let mut woken = Woken::new();
             if stream.wants_head() {
-                stream.link.enqueue(&stream, &mut woken);
+                stream.link.enqueue(&stream);
             }
-            self.resolve(py, woken)?;
         }
         self.flush(py)
     }

@@ -352,7 +352,7 @@ impl Replica {
                 let encoded = self.hooks.failed.bind(py).call1((object, error.into_value(py)))?;
                 let answer = {
                     let mut state = stream.state();
-                    if state.answer == Answer::Headed && state.outbox.head.is_some() {
+                    if state.answer == Answer::Headed && state.outbox.head.is_some() && !state.outbox.has_body() {
                         state.outbox.clear();
                         state.answer = Answer::Nothing;
                     }
@@ -360,7 +360,8 @@ impl Replica {
                 };
                 match answer {
                     Answer::Nothing => response::put_encoded(stream, encoded.cast()?)?,
-                    Answer::Headed => self.end_with(stream, Fault::Aborted, b""),
+                    // What the application has sent before it failed is sent.
+                    Answer::Headed => self.flush(py).map(|()| self.end_with(stream, Fault::Aborted, b""))?,
                     Answer::Complete => {}
                 }
             }

@@ -5,23 +5,31 @@
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::{Buf, BufMut, Bytes, BytesMut};
 use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use rayserve_dataplane::wire::head::put_response_head;
+use rayserve_dataplane::wire::spool::{LISTED, Spool};
 use rayserve_dataplane::wire::{Header, Kind, MAX_CHUNK, WINDOW, flag, frame};
 
 use super::items::Items;
 use super::link::{Link, lock};
 use super::step::Started;
+use crate::http::gather::Gather;
 
 /// Futures to resolve once no lock is held.
 pub(crate) type Woken = Vec<Py<PyAny>>;
 
 /// Consumed body bytes are credited to the sender in steps of half the window: it can send the other half meanwhile.
 const CREDIT_STEP: u32 = WINDOW / 2;
+
+/// A stream that never has to wait is made to after so much of either.
+const STEADY_BYTES: usize = 64 * 1024;
+const STEADY_TIME: Duration = Duration::from_millis(1);
+/// An application waits while so many of its bytes have not been put into the link's buffer.
+const FULL: usize = 64 * 1024;
 
 /// How far the answer is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -77,12 +85,15 @@ pub(crate) struct Inbox {
     uncredited: u32,
     /// The futures of those `receive()` that wait, the first one last.
     pub(crate) readers: Vec<Py<PyAny>>,
+    /// The futures of those who wait for the whole body, and what has come of it.
+    pub(crate) gatherers: Vec<Py<PyAny>>,
+    pub(crate) gather: Option<Gather>,
 }
 
 /// The response's head until it is sent, and body bytes that wait for the window or their turn.
 pub(crate) struct Outbox {
     pub(crate) head: Option<Head>,
-    body: VecDeque<(PyBackedBytes, usize)>,
+    body: Spool,
     fin: bool,
     window: u32,
     /// The stream waits in the link's turns.
@@ -104,13 +115,34 @@ pub(crate) struct Pace {
     pub(crate) turn: u64,
     pub(crate) bytes: usize,
     pub(crate) since: Option<Instant>,
+    /// When the last piece came.
+    pub(crate) last: Option<Instant>,
+}
+
+impl Pace {
+    /// Whether the stream should let others run, now that it has sent `len` bytes more.
+    pub(crate) fn is_breathless(&mut self, turn: u64, len: usize, now: Instant) -> bool {
+        let since = match self.since {
+            Some(since) if self.turn == turn => since,
+            _ => {
+                *self = Self { turn, bytes: 0, since: Some(now), ..*self };
+                now
+            }
+        };
+        self.bytes += len;
+        let long = self.bytes >= STEADY_BYTES || now - since >= STEADY_TIME;
+        if long {
+            self.since = None;
+        }
+        long
+    }
 }
 
 impl Stream {
     pub(crate) fn new(link: Arc<Link>, id: u32) -> Self {
         let outbox = Outbox {
             head: None,
-            body: VecDeque::new(),
+            body: Spool::default(),
             fin: false,
             window: WINDOW,
             queued: false,
@@ -150,7 +182,7 @@ impl Stream {
     }
 
     /// A BODY frame; `false`: the sender has exceeded its window.
-    pub(crate) fn body(&self, chunk: Bytes, fin: bool) -> bool {
+    pub(crate) fn body(&self, py: Python<'_>, chunk: Bytes, fin: bool) -> bool {
         let mut state = self.state();
         let inbox = &mut state.inbox;
         inbox.unread += chunk.len() as u32;
@@ -160,6 +192,9 @@ impl Stream {
         inbox.fin = fin;
         if !chunk.is_empty() {
             inbox.chunks.push_back(chunk);
+        }
+        if !inbox.gatherers.is_empty() {
+            inbox.gather_chunks(py);
         }
         true
     }
@@ -179,37 +214,21 @@ impl Stream {
     }
 
     /// Puts the head and at most one chunk.
-    pub(crate) fn put_chunk(&self, out: &mut BytesMut, woken: &mut Woken) -> Turn {
+    pub(crate) fn put_chunk(&self, out: &mut Spool, woken: &mut Woken) -> Turn {
         let mut state = self.state();
         let outbox = &mut state.outbox;
-        outbox.put_head(self.id, out);
-        let limit = MAX_CHUNK.min(outbox.window as usize);
-        let chunk = self.link.outgoing.stamp(Header::new(Kind::Chunk, self.id), 1);
-        // Small pieces share a frame.
-        let start = out.len();
-        frame::put_with(out, chunk, |out| {
-            let mut room = limit;
-            while let Some((piece, at)) = outbox.body.front_mut() {
-                let take = room.min(piece.len() - *at);
-                out.extend_from_slice(&piece[*at..*at + take]);
-                (*at, room) = (*at + take, room - take);
-                if *at < piece.len() {
-                    break;
-                }
-                outbox.body.pop_front();
-            }
-            outbox.window -= (limit - room) as u32;
-        });
-        let last = outbox.fin && outbox.body.is_empty();
-        if last {
-            out[start + 5] |= flag::FIN;
-        } else if out.len() == start + frame::HEADER_LEN {
-            out.truncate(start);
+        outbox.put_head(self.id, out.tail());
+        let len = outbox.body.remaining().min(MAX_CHUNK).min(outbox.window as usize);
+        let last = outbox.fin && len == outbox.body.remaining();
+        if len > 0 || last {
+            let header = Header::new(Kind::Chunk, self.id).with(if last { flag::FIN } else { 0 });
+            out.put(self.link.outgoing.stamp(header, 1), &mut outbox.body, len);
+            outbox.window -= len as u32;
         }
-        if outbox.body.is_empty() {
+        if !outbox.is_full() {
             woken.extend(outbox.writer.take());
         }
-        outbox.queued = !outbox.body.is_empty() && outbox.window > 0;
+        outbox.queued = outbox.has_body() && outbox.window > 0;
         if last {
             Turn::Last
         } else if outbox.queued {
@@ -225,8 +244,20 @@ impl Inbox {
     pub(crate) fn take(&mut self) -> (VecDeque<Bytes>, u32) {
         self.uncredited += std::mem::take(&mut self.unread);
         (self.begun, self.taken) = (true, self.fin);
-        let credit = if !self.fin && self.uncredited >= CREDIT_STEP { std::mem::take(&mut self.uncredited) } else { 0 };
+        let credit = self.credit();
         (std::mem::take(&mut self.chunks), credit)
+    }
+
+    /// Moves what has come into the whole body.
+    pub(crate) fn gather_chunks(&mut self, py: Python<'_>) {
+        self.uncredited += std::mem::take(&mut self.unread);
+        let Some(gather) = &mut self.gather else { return };
+        self.chunks.drain(..).for_each(|chunk| gather.push(py, &chunk));
+    }
+
+    /// The credit to send for what was consumed.
+    pub(crate) fn credit(&mut self) -> u32 {
+        if !self.fin && self.uncredited >= CREDIT_STEP { std::mem::take(&mut self.uncredited) } else { 0 }
     }
 }
 
@@ -234,15 +265,22 @@ impl Outbox {
     /// Takes body bytes in; whether the stream has to be given turns.
     pub(crate) fn push(&mut self, piece: PyBackedBytes, fin: bool) -> bool {
         self.fin |= fin;
-        if !piece.is_empty() {
-            self.body.push_back((piece, 0));
+        if piece.len() < LISTED {
+            self.body.tail().put_slice(&piece);
+        } else {
+            self.body.push(Bytes::from_owner(piece));
         }
         self.wants_turn()
     }
 
     /// Whether body bytes wait for the window or their turn.
+    pub(crate) fn has_body(&self) -> bool {
+        self.body.has_remaining()
+    }
+
+    /// Whether so many do that the application has to wait.
     pub(crate) fn is_full(&self) -> bool {
-        !self.body.is_empty()
+        self.body.remaining() >= FULL
     }
 
     /// Forgets what was not sent; the answer ends with another frame.
@@ -254,8 +292,8 @@ impl Outbox {
 
     fn wants_turn(&mut self) -> bool {
         let wants = !self.queued
-            && (self.fin || self.head.is_some() || !self.body.is_empty())
-            && (self.body.is_empty() || self.window > 0);
+            && (self.fin || self.head.is_some() || self.has_body())
+            && (!self.has_body() || self.window > 0);
         self.queued |= wants;
         wants
     }
