@@ -2,9 +2,9 @@
 
 mod support;
 
-use rayserve_dataplane::wire::{Kind, MAX_CHUNK, MAX_INLINE, WINDOW, flag};
+use rayserve_dataplane::wire::{Kind, MAX_CHUNK, MAX_INLINE, RequestHeadView, WINDOW, flag};
 use serde_json::json;
-use support::{Client, Served};
+use support::{Client, Served, replica::Got};
 
 fn start_chunked(client: &mut Client) {
     client.send("POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n");
@@ -141,6 +141,60 @@ fn a_client_that_does_not_read_holds_the_replica_at_the_window() {
     while replica.next().1.header.kind != Kind::Cancel {}
     replica.chunk(&got, b"", flag::FIN);
     served.settles("streams", 0);
+}
+
+#[test]
+fn a_small_request_stands_behind_a_bounded_part_of_large_bodies() {
+    const UPLOADS: usize = 16;
+    const LEN: usize = 1024 * 1024;
+    let (served, replicas) = Served::with(json!({}), json!({"max_ongoing_requests": 100}), 1);
+    let replica = &replicas[0];
+    replica.stop_reading();
+    let uploads: Vec<_> = (0..UPLOADS)
+        .map(|_| {
+            let mut client = served.client();
+            std::thread::spawn(move || {
+                client.post("/", &pattern(LEN));
+                assert_eq!(client.response().text(), "done");
+            })
+        })
+        .collect();
+    served.settles("streams", UPLOADS as u64);
+    let mut client = served.client();
+    client.get("/small");
+    served.settles("streams", UPLOADS as u64 + 1);
+    replica.go_on_reading();
+    let (mut body, mut before, mut small, mut finished) = (0, 0, None, 0);
+    let mut requests = std::collections::HashMap::new();
+    while finished < UPLOADS {
+        let (link, frame) = replica.next();
+        if frame.header.kind == Kind::Request {
+            let head = RequestHeadView::parse(frame.payload).expect("a head");
+            let got = Got { link, header: frame.header, head };
+            if got.head.path() == b"/small" {
+                (before, small) = (body, Some(got));
+            } else {
+                requests.insert(got.header.stream, got);
+            }
+            continue;
+        }
+        assert_eq!(frame.header.kind, Kind::Body);
+        body += frame.payload.len();
+        let upload = &requests[&frame.header.stream];
+        if frame.header.has(flag::FIN) {
+            replica.answer(upload, "done");
+            finished += 1;
+        } else {
+            replica.send(upload, Kind::Window, 0, frame.payload.len() as u32, b"");
+        }
+    }
+    assert_eq!(body, UPLOADS * LEN);
+    assert!(before < 2 * LEN, "{before} bytes went before it");
+    replica.answer(&small.expect("it came"), "small");
+    assert_eq!(client.response().text(), "small");
+    for upload in uploads {
+        upload.join().expect("an answer");
+    }
 }
 
 #[test]

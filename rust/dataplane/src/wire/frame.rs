@@ -261,31 +261,19 @@ mod tests {
                 put(&mut bytes, *header, &[front, back]);
             }
             let (mut decoder, mut buf, mut read) = (Decoder::new(1024), BytesMut::new(), Vec::new());
-            let mut open: Option<(Header, Vec<u8>, usize)> = None;
+            let mut part = Vec::new();
             let mut cuts = cuts.into_iter().cycle();
             while !bytes.is_empty() {
                 let cut = cuts.next().unwrap_or(1).min(bytes.len());
                 buf.extend_from_slice(&bytes.split_to(cut));
                 while let Some(frame) = decoder.next(&mut buf)? {
-                    match &mut open {
-                        Some((header, body, left)) => {
-                            prop_assert_eq!(frame.header.without(flag::FIN), Header::without(*header, flag::FIN));
-                            body.extend_from_slice(&frame.payload);
-                            *left -= frame.payload.len();
-                            prop_assert_eq!(frame.header.flags, if *left == 0 { header.flags } else { header.flags & !flag::FIN });
-                        }
-                        None => {
-                            let (header, whole) = frames[read.len()].clone();
-                            let left = whole.len() - frame.payload.len();
-                            prop_assert!(left == 0 || header.kind.is_body(), "a whole frame");
-                            let flags = if left == 0 { header.flags } else { header.flags & !flag::FIN };
-                            prop_assert_eq!(frame.header, Header { flags, ..header });
-                            open = Some((header, frame.payload.to_vec(), left));
-                        }
-                    }
-                    if let Some((header, body, 0)) = &open {
-                        read.push((*header, body.clone()));
-                        open = None;
+                    let (header, whole) = &frames[read.len()];
+                    part.extend_from_slice(&frame.payload);
+                    let last = part.len() == whole.len();
+                    prop_assert!(last || header.kind.is_body());
+                    prop_assert_eq!(frame.header, if last { *header } else { header.without(flag::FIN) });
+                    if last {
+                        read.push((frame.header, std::mem::take(&mut part)));
                     }
                 }
             }

@@ -142,6 +142,10 @@ impl Replica {
         self.reading.store(false, Ordering::SeqCst);
     }
 
+    pub fn go_on_reading(&self) {
+        self.reading.store(true, Ordering::SeqCst);
+    }
+
     pub fn stop_answering_pings(&self) {
         self.pongs.store(false, Ordering::SeqCst);
     }

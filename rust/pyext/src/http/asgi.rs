@@ -215,9 +215,9 @@ fn body<'py>(head: &RequestHead, message: &Bound<'py, PyDict>) -> PyResult<Bound
     }
     // A piece that took long to make is not held back for the next one.
     if slow {
-        replica.flush(py)?
+        replica.flush(py)?;
     } else {
-        replica.settle(py)?
+        replica.settle(py)?;
     }
     match (full, breathless) {
         (true, _) => wait_for_room(head, py),

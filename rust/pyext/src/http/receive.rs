@@ -161,6 +161,8 @@ fn joined<'py>(py: Python<'py>, chunks: &VecDeque<Bytes>) -> PyResult<Bound<'py,
         return Ok(PyBytes::new(py, only));
     }
     let mut whole = Gather::new(py, Some(chunks.iter().map(Bytes::len).sum()));
-    chunks.iter().for_each(|chunk| whole.push(py, chunk));
+    for chunk in chunks {
+        whole.push(py, chunk);
+    }
     whole.finish(py)
 }

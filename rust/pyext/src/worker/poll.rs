@@ -227,11 +227,12 @@ impl Poller {
         };
         let read = link.read(&mut buf);
         let mut fed = Vec::new();
-        let decoded = self.decode(py, replica, link, &mut buf, budget, &mut fed);
+        let mut decoded = self.decode(py, replica, link, &mut buf, budget, &mut fed);
         lock(&link.input).buf = buf;
-        // Once for all pieces of a body that have come together.
-        let woken = fed.iter().fold(Ok(()), |outcome, stream| outcome.and(receive::wake_readers(py, stream)));
-        let decoded = decoded.and_then(|all| woken.map(|()| all).map_err(Broken::from));
+        for stream in fed {
+            let woken = receive::wake_readers(py, &stream).map_err(Broken::from);
+            decoded = decoded.and_then(|all| woken.map(|()| all));
+        }
         match (decoded, read) {
             (Err(Broken::Python(error)), _) => {
                 self.backlog.push_back(link.clone());
@@ -303,7 +304,7 @@ impl Budget {
     }
 }
 
-/// One frame of a trusted link; `fed`: the streams whose readers have to be told of it.
+/// One frame of a trusted link; `fed`: streams whose readers are told once, of all pieces that have come together.
 fn handle(
     py: Python<'_>,
     replica: &Arc<Replica>,
