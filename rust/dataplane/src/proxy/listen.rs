@@ -323,3 +323,64 @@ impl Write for Watched {
         Pin::new(&mut self.inner).poll_shutdown(cx)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use tokio::{
+        io::AsyncWriteExt,
+        runtime::{Builder, LocalOptions},
+    };
+
+    use super::{
+        super::{Config, Proxy},
+        *,
+    };
+
+    const CONFIG: &str = r#"{"host": "127.0.0.1", "port": 0, "root_path": "", "request_timeout_s": null, "shards": 1,
+        "keep_alive_timeout_s": 90.0, "max_head_bytes": 65536, "max_body_bytes": null, "node_id": "n", "token": "00",
+        "snapshot_path": null, "session_header": "x-session-id"}"#;
+    const ALLOWED: u64 = 5;
+
+    /// Sends one part a tick; after how many of them the connection is cut, if it is.
+    async fn cut_after(parts: impl Iterator<Item = &[u8]>) -> Option<u64> {
+        let proxy = Proxy::new(Config::parse(CONFIG.as_bytes()).expect("valid"));
+        let shard = Shard::new(Arc::clone(&proxy.shared), Arc::default());
+        let listener = bind("127.0.0.1", 0).expect("port 0 is free");
+        let address = listener.local_addr().expect("bound");
+        let listener = tokio::net::TcpListener::from_std(listener).expect("non-blocking");
+        let accepting = tokio::task::spawn_local(accept(Rc::clone(&shard), listener));
+        let mut client = TcpStream::connect(address).await.expect("it listens");
+        while shard.conns.borrow().is_empty() {
+            sleep(Duration::from_millis(1)).await;
+        }
+        let conn = shard.conns.borrow().iter().next().map(|(_, conn)| Rc::clone(conn)).expect("it is there");
+        for part in parts {
+            const UNSEEN: u64 = u64::MAX;
+            conn.last_io.set(UNSEEN);
+            client.write_all(part).await.expect("an open connection");
+            while conn.last_io.get() == UNSEEN || conn.open.get() > 0 {
+                sleep(Duration::from_millis(1)).await;
+            }
+            shard.tick.set(shard.tick.get() + 1);
+            conn.sweep(shard.tick.get(), 1000, ALLOWED);
+            if conn.verdict.get() == Verdict::Drop {
+                accepting.abort();
+                return Some(shard.tick.get());
+            }
+        }
+        accepting.abort();
+        None
+    }
+
+    #[test]
+    fn a_head_that_trickles_in_is_cut_and_a_client_of_many_whole_ones_is_not() {
+        let runtime =
+            Builder::new_current_thread().enable_all().build_local(LocalOptions::default()).expect("a runtime");
+        let trickle = b"GET / HTTP/1.1\r\nhost: h".chunks(1);
+        assert_eq!(runtime.block_on(cut_after(trickle)), Some(ALLOWED));
+        let whole = std::iter::repeat_n(&b"GET /-/healthz HTTP/1.1\r\nhost: h\r\n\r\n"[..], 12);
+        assert_eq!(runtime.block_on(cut_after(whole)), None);
+    }
+}
