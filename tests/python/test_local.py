@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from fastapi import FastAPI
 from ray import cloudpickle
+from ray.exceptions import ActorDiedError
 
 from rayserve_fast import serve
 from rayserve_fast.handle import DeploymentHandle
@@ -168,6 +169,20 @@ def test_calls_that_wait_go_on_to_the_next_version() -> None:
     release.set()
     assert running.result(timeout_s=10) == 1
     deploying.join(10)
+
+
+def test_a_call_that_does_not_end_is_cut_off_when_its_deployment_goes() -> None:
+    @serve.deployment(graceful_shutdown_timeout_s=0.1)
+    class Stuck:
+        def __call__(self) -> None:
+            release.wait(30)
+
+    release = threading.Event()
+    response = run(Stuck.bind()).remote()
+    serve.delete("default")
+    with pytest.raises(ActorDiedError, match="Stuck"):
+        response.result(timeout_s=10)
+    release.set()
 
 
 def test_options_that_need_a_process_are_named(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ not when a call is cancelled.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import secrets
@@ -51,7 +52,7 @@ class LocalReplica:
             code_version=spec.code_version,
         )
         self._changed = threading.Condition()  # guards the next three
-        self._running = 0
+        self._running: set[LocalHead] = set()
         self._waiting: deque[LocalHead] = deque()
         self._open = True
         self._loop = UserLoop(f"serve-{spec.name}")
@@ -76,14 +77,14 @@ class LocalReplica:
         with self._changed:
             if not self._open:
                 return False
-            if self._running >= self._config.max_ongoing_requests:
+            if len(self._running) >= self._config.max_ongoing_requests:
                 if 0 <= limit <= len(self._waiting):
                     policy = self._config.backpressure
                     call.finish("backpressure", len(self._waiting), limit, policy.status_code, policy.retry_after_s)
                 else:
                     self._waiting.append(call)
                 return True
-            self._running += 1
+            self._running.add(call)
         self._start(call)
         return True
 
@@ -93,7 +94,8 @@ class LocalReplica:
             if call in self._waiting:
                 self._waiting.remove(call)
                 return
-        self._loop.loop.call_soon_threadsafe(lambda: call.task and call.task.cancel())
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and with it the task has ended
+            self._loop.loop.call_soon_threadsafe(lambda: call.task and call.task.cancel())
 
     def drain(self) -> deque[LocalHead]:
         """Take no more calls; those that wait."""
@@ -103,9 +105,12 @@ class LocalReplica:
             return waiting
 
     def stop(self) -> None:
-        """After `drain`: let the calls that run come to their end, then the user's object."""
+        """After `drain`: let the calls that run come to their end, cut off those that do not, end the user's object."""
         with self._changed:
             self._changed.wait_for(lambda: not self._running, self._config.graceful_shutdown_timeout_s)
+            left = list(self._running)
+        for call in left:
+            call.finish("died", "its deployment has been deleted or replaced")
         self._end()
 
     def _end(self) -> None:
@@ -174,10 +179,12 @@ class LocalReplica:
         if call.outcome is None:
             call.finish(*self._answer(call, result, error))
         with self._changed:
+            self._running.discard(call)
             following = self._waiting.popleft() if self._waiting else None
             if following is None:
-                self._running -= 1
                 self._changed.notify_all()
+            else:
+                self._running.add(following)
         if following is not None:
             self._start(following)
 
