@@ -53,7 +53,8 @@ def run(
         logging_config: accepted, has no effect yet.
         external_scaler_enabled: accepted, has no effect yet.
         controller_options: `runtime_env.env_vars` of the controller, when this call starts it.
-        _local_testing_mode: run it in this process, without Ray and HTTP; see docs/composition.md.
+        _local_testing_mode: run it in this process, without Ray and HTTP; see docs/composition.md. The environment
+            variable RAY_SERVE_FORCE_LOCAL_TESTING_MODE=1 does the same for every call.
 
     Returns:
         A handle to the ingress deployment.
@@ -135,6 +136,7 @@ def _run_many(
     controller_options: Mapping[str, Any] | ControllerOptions | None = None,
 ) -> list[DeploymentHandle]:
     from rayserve_fast.application import build_target, check_target
+    from rayserve_fast.config import forces_local_testing
     from rayserve_fast.handle import DeploymentHandle
 
     began = time.monotonic()
@@ -142,7 +144,7 @@ def _run_many(
         raise ValueError("No applications provided.")
     for target in targets:
         check_target(target)  # before Ray is started for nothing
-    if _local_testing_mode:
+    if _local_testing_mode or forces_local_testing():
         from rayserve_fast.local import applications
 
         return [applications.run(target) for target in targets]

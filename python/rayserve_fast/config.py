@@ -50,6 +50,11 @@ __all__ = [
 DEFAULT_ROUTER = "rayserve_fast.request_router:LeastLoadedRequestRouter"
 
 
+def forces_local_testing() -> bool:
+    """Whether the environment makes every `serve.run` of this process one in local testing mode."""
+    return os.environ.get("RAY_SERVE_FORCE_LOCAL_TESTING_MODE") == "1"
+
+
 class ProxyLocation(str, Enum):
     """On which nodes proxies take traffic in.
 

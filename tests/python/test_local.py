@@ -185,6 +185,12 @@ def test_a_call_that_does_not_end_is_cut_off_when_its_deployment_goes() -> None:
     release.set()
 
 
+def test_the_environment_can_force_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_SERVE_FORCE_LOCAL_TESTING_MODE", "1")
+    assert serve.run(Model.bind()).remote().result(timeout_s=10) == "from the network"
+    assert "default" in applications
+
+
 def test_options_that_need_a_process_are_named(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "ray.serve"):
         run(Model.options(ray_actor_options={"num_gpus": 1, "runtime_env": {"env_vars": {"A": "1"}}}).bind())
