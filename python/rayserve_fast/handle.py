@@ -167,7 +167,7 @@ class DeploymentHandle:
         )
         owner = self._caller()
         raw = [buffer.raw() for buffer in buffers]
-        call = owner.client.begin(self._key, texts, pickle, raw, options.stream)
+        call = owner.client.begin(self._key, texts, pickle, raw, options.stream, context)
         return kind(self, request_id, owner, call)
 
     def _described(self) -> str:
@@ -294,6 +294,8 @@ class _Response:
                 self._handle.deployment_id, f"{self._handle.deployment_id} does not exist."
             )
         if kind == "cancelled":
+            if not self._cancelled and asyncio._get_running_loop() is not None:
+                raise asyncio.CancelledError  # with the request that the call belongs to, and that waits here
             raise RequestCancelledError(self._request_id)
         if kind == "closed":
             raise RayServeException(f"{self._handle._described()} has not answered: Serve has been shut down.")
@@ -388,8 +390,8 @@ class DeploymentResponseGenerator(_Response):
     def __next__(self) -> Any:
         while not self._items:
             if (call := self._call) is None:
-                raise self._error or StopIteration
-            self._wait_here(call, None, "async for item in response")
+                raise self._take_error() or StopIteration
+            self._wait_here(call, None, "async for` or `await response.__anext__()")
             self._take(call)
         return _load_item(self._items.popleft())
 
@@ -399,11 +401,15 @@ class DeploymentResponseGenerator(_Response):
     async def __anext__(self) -> Any:
         while not self._items:
             if (call := self._call) is None:
-                raise self._error or StopAsyncIteration
+                raise self._take_error() or StopAsyncIteration
             if not call.ready():
                 await self._waiting(call)
             self._take(call)
         return _load_item(self._items.popleft())
+
+    def _take_error(self) -> BaseException | None:
+        error, self._error = self._error, None
+        return error
 
     def _take(self, call: AnyCall) -> None:
         """Take what has come; the end of the stream is looked at once its last item was taken."""
@@ -411,19 +417,20 @@ class DeploymentResponseGenerator(_Response):
         if items := call.items():
             self._items.extend(items)
         elif outcome is not None:
-            try:
-                self._read(*outcome)
-            except Exception as error:
-                self._error = error
             self._call = None
+            self._read(*outcome)
 
     def __await__(self) -> NoReturn:
-        raise TypeError("`DeploymentResponseGenerator` cannot be awaited directly. Use `async for` instead.")
+        raise TypeError(
+            "`DeploymentResponseGenerator` cannot be awaited directly. "
+            "Use `async for` or `await response.__anext__() instead`."
+        )
 
     def result(self, *, timeout_s: float | None = None) -> NoReturn:
         """Always an error: a stream has items and no result."""
         raise TypeError(
-            "`DeploymentResponseGenerator` doesn't support `.result()`. Use iteration instead: `for item in generator`."
+            "`DeploymentResponseGenerator` doesn't support `.result()`. Use iteration instead: `for item in response` "
+            "(outside deployments) or `async for item in response` (inside deployments)."
         )
 
     def __reduce__(self) -> NoReturn:

@@ -11,7 +11,6 @@ import logging
 import threading
 from typing import TYPE_CHECKING
 
-from rayserve_fast.context import _serve_request_context
 from rayserve_fast.handle import DeploymentHandle
 from rayserve_fast.local.build import LocalBuilder, warn
 from rayserve_fast.local.call import LocalCall, LocalHead
@@ -96,11 +95,11 @@ class Applications:
         return self
 
     def begin(
-        self, key: str, texts: tuple[str, ...], pickle: bytes, buffers: Sequence[Buffer], stream: bool
+        self, key: str, texts: tuple[str, ...], pickle: bytes, buffers: Sequence[Buffer], stream: bool, parent: object
     ) -> LocalCall:
         """A call, on its way; the arguments are those of `_core.Client.begin`."""
         head = LocalHead(key, texts, pickle, [bytearray(buffer) for buffer in buffers], stream)
-        if isinstance(parent := _serve_request_context.get(), LocalHead):
+        if isinstance(parent, LocalHead):
             parent.adopt(head)
         self._route(head)
         return LocalCall(head)

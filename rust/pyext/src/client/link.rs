@@ -175,7 +175,7 @@ impl Link {
         let end = self.appended + (HEADER_LEN + payload.len()) as u64;
         let sent = Sent { call: Arc::clone(call), lease, end };
         let stream = self.streams.insert(sent).map_err(|sent| sent.lease)?;
-        let header = Header::new(Kind::Call, stream).with(flag::FIN | flags);
+        let header = Header::new(Kind::Call, stream).with(flag::FIN | flags).aux(call.left_ms());
         self.appended = end;
         if payload.len() < SLICE_FROM {
             put(&mut self.tail, header, &[&payload]);

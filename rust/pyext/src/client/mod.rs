@@ -3,6 +3,7 @@
 //! `turns.rs` decides which thread moves bytes and `tender.rs` does what is left; `router.rs` carries out the engine's
 //! actions, `link.rs` owns a socket, `pending.rs` is a call, `mailbox.rs` reaches asyncio loops. This file converts.
 
+pub(crate) mod children;
 mod link;
 mod mailbox;
 mod pending;
@@ -38,7 +39,8 @@ use self::{
     waiting::Waiting,
 };
 pub(crate) use self::{turns::Caller, waiting::Desk};
-use crate::worker::replica::Replica;
+use crate::http::request as http;
+use crate::worker::{replica::Replica, stream::Stream};
 
 /// How long the main thread sleeps before it looks for signals; other threads get none.
 const SIGNALS: Duration = Duration::from_millis(100);
@@ -62,6 +64,7 @@ impl Client {
     }
 
     #[expect(clippy::needless_pass_by_value, reason = "what a Python argument becomes is owned")]
+    #[expect(clippy::too_many_arguments, reason = "called in one place")]
     fn begin(
         &self,
         py: Python<'_>,
@@ -70,6 +73,7 @@ impl Client {
         pickle: &[u8],
         buffers: Vec<PyBuffer<u8>>,
         stream: bool,
+        parent: &Bound<'_, PyAny>,
     ) -> PyResult<Call> {
         let (method, request_id, route, app, multiplexed_model_id, session_id) = &texts;
         let head = CallHead { method, request_id, route, app, multiplexed_model_id, session_id };
@@ -83,8 +87,13 @@ impl Client {
             out.resize(start + buffer.len_bytes(), 0);
             buffer.copy_to_slice(py, &mut out[start..])?;
         }
+        let parent = parent_of(parent);
+        let deadline = parent.as_ref().and_then(|parent| parent.state().children.deadline);
         let affinity = Affinity::new(multiplexed_model_id.as_bytes(), session_id.as_bytes());
-        let call = Pending::new(deployment, affinity, out.freeze(), stream);
+        let call = Pending::new(deployment, affinity, out.freeze(), stream, deadline);
+        if let Some(parent) = parent {
+            parent.state().children.add(&self.caller, &call);
+        }
         let home = lock(&self.home).upgrade().filter(|replica| replica.on_loop());
         if !self.caller.begin(&call, home.is_some()) {
             return Err(PyRuntimeError::new_err("handles are closed: the interpreter exits"));
@@ -247,6 +256,14 @@ impl Client {
     pub(crate) fn settle_in(&self, replica: &Arc<Replica>) {
         *lock(&self.home) = Arc::downgrade(replica);
     }
+}
+
+/// The request on whose behalf a call is made, if its context is that of one of this process's own.
+fn parent_of(context: &Bound<'_, PyAny>) -> Option<Arc<Stream>> {
+    if let Ok(head) = context.cast::<http::CallHead>() {
+        return Some(head.get().stream.clone());
+    }
+    context.cast::<http::RequestHead>().ok().map(|head| head.get().stream.clone())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -8,6 +8,7 @@ use std::{
     collections::VecDeque,
     sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     thread::Thread,
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -80,13 +81,21 @@ pub(super) struct Pending {
     /// The answer is a stream of items.
     pub(super) stream: bool,
     pub(super) affinity: Affinity,
+    /// When the time of the request is over that the call belongs to.
+    pub(super) deadline: Option<Instant>,
     inner: Mutex<Inner>,
     outcome: OnceLock<Outcome>,
 }
 
 impl Pending {
     /// `payload` is the whole payload of the CALL frame.
-    pub(super) fn new(deployment: String, affinity: Affinity, payload: Bytes, stream: bool) -> Arc<Self> {
+    pub(super) fn new(
+        deployment: String,
+        affinity: Affinity,
+        payload: Bytes,
+        stream: bool,
+        deadline: Option<Instant>,
+    ) -> Arc<Self> {
         let inner = Inner {
             place: Place::Unrouted,
             payload,
@@ -95,7 +104,7 @@ impl Pending {
             taken: 0,
             dropped: false,
         };
-        Arc::new(Self { deployment, stream, affinity, inner: Mutex::new(inner), outcome: OnceLock::new() })
+        Arc::new(Self { deployment, stream, affinity, deadline, inner: Mutex::new(inner), outcome: OnceLock::new() })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -108,6 +117,18 @@ impl Pending {
 
     pub(super) fn move_to(&self, place: Place) {
         self.inner().place = place;
+    }
+
+    /// Whether its time is over, unbegun.
+    pub(super) fn is_late(&self) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= Instant::now())
+    }
+
+    /// The time that is left, in milliseconds, as frames say it: 0 for no end.
+    pub(super) fn left_ms(&self) -> u32 {
+        let Some(deadline) = self.deadline else { return 0 };
+        let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+        u32::try_from(left).unwrap_or(u32::MAX).max(1)
     }
 
     /// The CALL frame's payload, which is kept until the call ends: it may have to be sent again.

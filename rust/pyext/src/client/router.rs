@@ -10,6 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use mio::{Registry, Token, event::Event};
 use rayserve_dataplane::{
     engine::{Action, Admission, Engine, Lease, Place as QueuePlace, ReplicaKey},
@@ -27,6 +28,8 @@ use super::{
 const RECONNECT: Duration = Duration::from_millis(50);
 /// How long a call waits for a controller that cannot be asked whether its deployment exists.
 const UNROUTED: Duration = Duration::from_secs(10);
+/// Why a call is not begun.
+const LATE: Bytes = Bytes::from_static(b"the time of the request was over before this call of it could begin");
 const SCRATCH: usize = 64 * 1024;
 
 /// See the module.
@@ -127,6 +130,10 @@ impl Router {
             let place = self.engine.returned(lease);
             return self.again(call, place);
         };
+        if call.is_late() {
+            self.engine.unsent(lease);
+            return self.finish(call, Outcome::Fault(Fault::Deadline, LATE));
+        }
         if self.unflushed.last() != Some(&index) {
             self.unflushed.push(index);
         }

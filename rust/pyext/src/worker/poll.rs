@@ -316,6 +316,10 @@ fn handle(
     match header.kind {
         Kind::Request | Kind::Call => {
             let stream = Arc::new(Stream::new(link.clone(), header.stream));
+            if header.aux > 0 {
+                let left = Duration::from_millis(header.aux.into());
+                stream.state().children.deadline = Instant::now().checked_add(left);
+            }
             if !link.insert(&stream) {
                 return Err(Broken::Peer);
             }

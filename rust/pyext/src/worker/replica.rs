@@ -267,6 +267,7 @@ impl Replica {
         state.cancelled = true;
         state.items.wake_thread();
         let task = state.task.as_ref().map(|started| started.task.clone_ref(py));
+        let children = state.children.take();
         drop(state);
         let mut held = lock(&self.held);
         let at = held.iter().position(|request| Arc::ptr_eq(&request.stream, stream));
@@ -286,6 +287,8 @@ impl Replica {
         if let Some(task) = task {
             task.bind(py).call_method0(pyo3::intern!(py, "cancel"))?;
         }
+        // After the task, which so hears of its own end and not of theirs.
+        children.cancel();
         Ok(())
     }
 

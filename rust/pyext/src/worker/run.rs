@@ -127,11 +127,15 @@ impl Replica {
 
     fn try_start(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<()> {
         let Request { stream, work } = request;
-        let cancelled = {
-            let mut state = stream.state();
-            state.began = Some(Instant::now());
-            state.cancelled
+        let (cancelled, late) = {
+            let (mut state, now) = (stream.state(), Instant::now());
+            state.began = Some(now);
+            (state.cancelled, state.children.deadline.is_some_and(|deadline| deadline <= now))
         };
+        if late {
+            self.end_with(&stream, Fault::Deadline, b"the time of the request was over before it could start");
+            return self.release(py, &stream);
+        }
         let (running, sync) = match work {
             Work::Http(view) => {
                 let head = Py::new(py, RequestHead { view, stream, replica: self.clone() })?;

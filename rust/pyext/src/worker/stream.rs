@@ -17,6 +17,7 @@ use rayserve_dataplane::wire::{Header, Kind, MAX_CHUNK, WINDOW, flag, frame};
 use super::items::Items;
 use super::link::{Link, lock};
 use super::step::Started;
+use crate::client::children::Children;
 use crate::http::gather::Gather;
 
 /// Futures to resolve once no lock is held.
@@ -62,6 +63,7 @@ pub(crate) struct State {
     pub(crate) inbox: Inbox,
     pub(crate) outbox: Outbox,
     pub(crate) items: Items,
+    pub(crate) children: Children,
     pub(crate) answer: Answer,
     /// The caller has lost interest: CANCEL, or the link is gone.
     pub(crate) cancelled: bool,
@@ -153,6 +155,7 @@ impl Stream {
             inbox: Inbox::default(),
             outbox,
             items: Items::default(),
+            children: Children::default(),
             answer: Answer::Nothing,
             cancelled: false,
             began: None,
