@@ -70,8 +70,8 @@ def measure(wish: argparse.Namespace) -> dict:
     base = QUICK if wish.quick else run.Settings()
     counts = tuple(map(int, wish.connections.split(","))) if wish.connections else base.connections
     settings = run.Settings(wish.rounds or base.rounds, wish.seconds or base.seconds, base.warm_s, counts)
-    chosen = chosen_peers(wish.only)
     todo = [work for work in works.WORKS if names & {work.name, work.group}] or list(works.WORKS)
+    chosen = [peer for peer in chosen_peers(wish.only) if run.suited(todo, peer)]
     if wish.quick and not wish.connections:
         todo = [
             works.with_connections(work, QUICK_CELLS.get(work.name, (64,))) if work.group == works.HTTP else work

@@ -5,7 +5,8 @@ reason. What concerns calls alone is measured where they are made: an ingress `C
 many seconds, and answers with the time that each took. HTTP has no part in those figures but for the one request that
 starts the loop. In the title of a replica's process stands its deployment, so the bench can tell callers from callees.
 
-Left out: every option of a handle but `stream`. Each framework calls as it does by default in its mode.
+Left out: options of handles but `stream`. Each framework calls as it does by default in its mode; only arrays are also
+sent by Ray's references, which that mode may prefer for them.
 """
 
 from __future__ import annotations
@@ -67,33 +68,35 @@ def applications(serve: Any) -> dict[str, Any]:
             self.callee = callee
             self.items = callee.options(method_name="items", stream=True)
             self.values = {"empty": b"", "array": numpy.arange(numbers, dtype="float64")}
+            self.referring = callee.options(_by_reference=True)
 
         async def __call__(self, request):
             wish = request.query_params
+            callee = self.referring if "by_reference" in wish else self.callee
             value, seconds = self.values.get(wish["what"]), float(wish.get("seconds", 0))
             if not seconds:
-                return await self.answer(value)
+                return await self.answer(callee, value)
             times, began = array("d", [0.0]), clock()
             loop = self.stream if value is None else self.call
-            await asyncio.gather(*(loop(value, times, began + seconds) for _ in range(int(wish["callers"]))))
+            await asyncio.gather(*(loop(callee, value, times, began + seconds) for _ in range(int(wish["callers"]))))
             times[0] = clock() - began
             return Response(times.tobytes())
 
-        async def answer(self, value):
+        async def answer(self, callee, value):
             if value is None:
                 return str([item async for item in self.items.remote(item_count)] == list(range(item_count)))
-            answer = await self.callee.remote(value)
+            answer = await callee.remote(value)
             return str(type(answer) is type(value) and bytes(answer) == bytes(value))
 
-        async def call(self, value, times, until):
+        async def call(self, callee, value, times, until):
             last = clock()
             while last < until:
-                await self.callee.remote(value)
+                await callee.remote(value)
                 now = clock()
                 times.append(now - last)
                 last = now
 
-        async def stream(self, _, times, until):
+        async def stream(self, callee, _, times, until):
             last = clock()
             while last < until:
                 async for _ in self.items.remote(item_count):

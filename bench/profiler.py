@@ -1,8 +1,8 @@
 """Look inside one process under load: system calls, counters, samples, Python frames, each per request.
 
 `python -m bench.profiler strace --role proxy` starts a peer (ours unless `--peer` says otherwise), finds the process of
-that role which works for the chosen application, attaches the tool to it while wrk runs, and prints what the tool saw
-over the requests that wrk counted. A tool slows its process, strace the most: read counts and shares, not rates.
+that role which works for the chosen application, attaches the tool to it while the load runs, and prints what the tool
+saw over the requests that were counted. A tool slows its process, strace the most: read counts and shares, not rates.
 
 strace: calls per request by name. perf: hardware and scheduler counters per request, as far as the machine has them.
 samples: the hottest functions of the process by perf. pyspy: the hottest Python (and native) frames.
@@ -21,8 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import envs, load, peers, procs, run, works
+from bench import envs, peers, procs, run, works
 
+PROCESSES = ["proxy", "replica", "caller", "callee"]  # the last two in works of handles
 COUNTERS = "instructions:u,instructions:k,cycles,task-clock,context-switches,cpu-migrations,page-faults"
 
 
@@ -30,9 +31,9 @@ def main() -> None:
     """Parse the arguments, serve, attach, load, print."""
     parser = argparse.ArgumentParser(prog="bench.profiler", description="what one process does per request, under load")
     parser.add_argument("tool", choices=["strace", "perf", "samples", "pyspy"])
-    parser.add_argument("--role", default="proxy", choices=["proxy", "replica"], help="which process (default: proxy)")
+    parser.add_argument("--role", default="proxy", choices=PROCESSES, help="which process (default: proxy)")
     parser.add_argument("--work", default="async_noop", choices=list(works.BY_NAME))
-    parser.add_argument("--connections", type=int, default=64)
+    parser.add_argument("--connections", type=int, help="or callers (default: the most that the work has)")
     parser.add_argument("--seconds", type=int, default=5)
     parser.add_argument("--peer", default="rayserve-fast", choices=list(peers.BY_NAME))
     parser.add_argument(
@@ -45,25 +46,23 @@ def main() -> None:
     peers.FOLDER.mkdir(exist_ok=True)
     try:
         with peers.Visit(peer, python, [work.app or "async_noop"], peers.FOLDER / "profiler.log") as running:
-            url, body = running.endpoint(work), run.body_file(work)
-            pid = busiest(
-                peer, wish.role, lambda seconds: load.wrk(url, wish.connections, seconds, body, work.content_type)
-            )
+            make_load, count = run.load_of(running, work), wish.connections or work.connections[-1]
+            pid = busiest(peer, work, wish.role, lambda seconds: make_load(count, seconds))
             print(f"{wish.tool} on {procs.title(pid)} ({wish.role}, process {pid})")
-            print(f"{work.title}, {wish.connections} connections")
+            print(f"{work.title}, {count} {work.source}s")
             attached = Attached(wish.tool, pid, wish.seconds)
-            result = load.wrk(url, wish.connections, wish.seconds, body, work.content_type)
+            result = make_load(count, wish.seconds)
             print(attached.report(result["requests"]))
-            print(f"{result['requests']} requests in {result['seconds']:.1f} s, errors {result['errors']}")
+            print(f"{result['requests']} {work.unit}s in {result['seconds']:.1f} s, errors {result['errors']}")
     finally:
         procs.end_all(os.getpid())
 
 
-def busiest(peer: peers.Peer, role: str, load_for) -> int:
+def busiest(peer: peers.Peer, work: works.Work, role: str, load_for) -> int:
     """The process of `role` that used most CPU in a second of load, which also warms it."""
     before = procs.measure(os.getpid())
     load_for(1)
-    rows = procs.spent(before, procs.measure(os.getpid()), "other" if peer.kind == "serve" else "replica")
+    rows = run.spent(peer, work, before, procs.measure(os.getpid()))
     mine = [row for row in rows if row["role"] == role]
     if not mine:
         raise SystemExit(f"no process of role {role} worked; those that did: {[row['title'] for row in rows]}")

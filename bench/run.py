@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bench import envs, load, peers, procs
 from bench.apps import SLEEP_S
-from bench.works import DRIVER, EVERYONE, GROUPS, HANDLES, INSIDE, OURS, SERVES, Work
+from bench.works import DRIVER, EVERYONE, GROUPS, HANDLES, INSIDE, SERVES, Work
 
 Load = Callable[[int, float], dict]  # connections or callers, seconds
 
@@ -78,12 +78,8 @@ def run(chosen: list[peers.Peer], works: list[Work], settings: Settings, pythons
 
 def suited(works: list[Work], peer: peers.Peer) -> list[Work]:
     """The works that make sense for `peer`, those of one application next to each other."""
-    ours, serves = peer.module == "rayserve_fast", peer.kind == "serve"
-    return [
-        work
-        for work in works
-        if work.peers == EVERYONE or (work.peers == SERVES and serves) or (work.peers == OURS and ours)
-    ]
+    suiting = {EVERYONE, peer.name} | ({SERVES} if peer.kind == "serve" else set())
+    return [work for work in works if work.peers in suiting]
 
 
 def visit(peer: peers.Peer, python: Path, works: list[Work], settings: Settings, number: int, result: dict) -> None:
@@ -122,7 +118,6 @@ def load_of(running: peers.Visit, work: Work) -> Load:
 def cell_of(running: peers.Visit, work: Work, make_load: Load) -> Load:
     """A function that measures one cell: the load's result with what it cost the peer's processes."""
     peer = running.peer
-    roles = procs.call_roles(work.app) if work.group == HANDLES else procs.ROLES
 
     def measure(connections: int, seconds: float) -> dict:
         stuck = load.one_stuck_handler(running.url) if work.stuck else nullcontext([])
@@ -130,13 +125,19 @@ def cell_of(running: peers.Visit, work: Work, make_load: Load) -> Load:
             before, busy = procs.measure(os.getpid()), procs.busy_s()
             sample = make_load(connections, seconds)
             after, busy = procs.measure(os.getpid()), procs.busy_s() - busy
-        processes = procs.spent(before, after, "other" if peer.kind == "serve" else "replica", roles)
+        processes = spent(peer, work, before, after)
         own = sum(process["cpu_s"] for process in processes) + sample["client_cpu_s"]
         sample["errors"]["stuck_client"] = sum(status != 200 for status in statuses)
         sample["foreign_cpus"] = round(max(0.0, busy - own) / sample["seconds"], 3)
         return {"peer": peer.name, "work": work.name, "connections": connections, **sample, "processes": processes}
 
     return measure
+
+
+def spent(peer: peers.Peer, work: Work, before: dict[int, procs.Usage], after: dict[int, procs.Usage]) -> list[dict]:
+    """What each process of the peer used, under its role in the work."""
+    roles = procs.call_roles(work.app) if work.group == HANDLES else procs.ROLES
+    return procs.spent(before, after, "other" if peer.kind == "serve" else "replica", roles)
 
 
 def body_file(work: Work) -> Path | None:

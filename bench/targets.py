@@ -33,6 +33,17 @@ def rate(work: str, connections: int, peer: str, own: str = "") -> Callable[[Cel
     return lambda cell, _: cell(US, work, connections)["rps"] / cell(peer, own or work, connections)["rps"]
 
 
+def arrays(callers: int) -> Callable[[Cell, object], float]:
+    """Our arrays per second over those of the best mode, by value or by reference, whichever is faster."""
+
+    def ratio(cell: Cell, _: object) -> float:
+        return cell(US, "array", callers)["rps"] / max(
+            cell(BEST, work, callers)["rps"] for work in ("array", "array_ref")
+        )
+
+    return ratio
+
+
 def median_latency(work: str, peer: str) -> Callable[[Cell, object], float]:
     """Our p50 at one connection over that of `peer`."""
     return lambda cell, _: cell(US, work, 1)["p50_us"] / cell(peer, work, 1)["p50_us"]
@@ -103,8 +114,8 @@ TARGETS = (
     Target("sequential calls from one deployment to another", "at least 50x the best mode", 50, rate("calls", 1, BEST)),
     Target("64 concurrent calls from one to another", "at least 100x the best mode", 100, rate("calls", 64, BEST)),
     Target("sequential `.result()` from a driver script", "at least 20x the best mode", 20, rate("driver", 1, BEST)),
-    Target("1 MiB numpy array echoed, bytes/s, one caller", "at least 6x the best mode", 6, rate("array", 1, BEST)),
-    Target("1 MiB numpy array echoed, bytes/s, 8 callers", "at least 6x the best mode", 6, rate("array", 8, BEST)),
+    Target("1 MiB numpy array echoed, bytes/s, one caller", "at least 6x the best mode", 6, arrays(1)),
+    Target("1 MiB numpy array echoed, bytes/s, 8 callers", "at least 6x the best mode", 6, arrays(8)),
     Target("items of a streaming call", "at least 40x the best mode", 40, rate("items", 1, BEST)),
     Target("FastAPI, call with 10 KB, 64 connections", "at least 8x the best mode", 8, rate("fastapi_call", 64, BEST)),
     Target("SSE through two deployments, 64 connections", "at least 10x the best mode", 10, rate("events", 64, BEST)),

@@ -15,7 +15,7 @@ from typing import Any
 from bench.apps import CHUNK, CHUNKS, ONE_MIB
 from bench.calls import EVENT, TEXT_LENGTH
 
-EVERYONE, SERVES, OURS = "everyone", "serves", "ours"  # which peers a work is for
+EVERYONE, SERVES, OURS, BEST = "everyone", "serves", "rayserve-fast", "ray-serve-best"  # which peers a work is for
 HTTP, HANDLES = "http", "handles"  # groups
 WRK, INSIDE, DRIVER = "wrk", "inside", "driver"  # who makes the load
 RECORD = json.dumps({"user": 42, "name": "Ada", "scores": [0.5, 0.25, 1.0], "active": True}, separators=(",", ":"))
@@ -67,6 +67,7 @@ WORKS = (
     calls("calls", "call from a deployment to another", "calls", "?what=empty", (1, 64)),
     calls("driver", "call from a driver script, `.result()`", "driven", "", (1,), by=DRIVER),
     calls("array", "1 MiB array, echoed (calls/s are MiB/s)", "calls", "?what=array", (1, 8)),
+    calls("array_ref", "1 MiB array, by reference", "calls", "?what=array&by_reference=1", (1, 8), peers=BEST),
     calls("items", "items of a streaming call", "calls", "?what=items", (1,), unit="item"),
     calls("chain", "call through a chain of five", "chain", "?what=empty", (64,)),
     Work(

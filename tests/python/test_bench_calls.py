@@ -14,7 +14,7 @@ from bench import calls, driver, load, works
 from rayserve_fast import serve
 
 
-@pytest.mark.parametrize("name", ["calls", "array", "items", "chain"])
+@pytest.mark.parametrize("name", ["calls", "array", "array_ref", "items", "chain"])
 def test_a_caller_measures_calls_whose_answer_is_right(serve_instance: str, name: str) -> None:
     url, work = deployed(serve_instance, name), works.BY_NAME[name]
     load.wait_for(url, work.answer)

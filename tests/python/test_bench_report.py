@@ -230,6 +230,14 @@ def test_calls_show_their_own_unit_and_what_each_side_spent() -> None:
     assert "| 0.0 / 10.0 / 5.0 / 0.0 |" in text
 
 
+def test_arrays_are_held_against_the_faster_of_ray_serves_two_ways() -> None:
+    ours, by_value = sample("rayserve-fast", "array", 8, 1200.0), sample("ray-serve-best", "array", 8, 100.0)
+    raw = run_of([ours, by_value])
+    assert verdict(raw, "6x", "8 callers")["met"] is None
+    raw["samples"].append(sample("ray-serve-best", "array_ref", 8, 300.0))
+    assert verdict(raw, "6x", "8 callers")["measured"] == pytest.approx(4.0)
+
+
 def test_calls_and_http_requests_are_compared_in_tables_of_their_own() -> None:
     raw = run_of([sample("rayserve-fast", work, 64, 50.0) for work in ("async_noop", "calls", "chain")])
     tables = dict(report.overviews(report.Medians(raw)))
