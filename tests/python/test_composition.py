@@ -55,7 +55,7 @@ class Refused(ValueError):
 class Model:
     def __init__(self, factor: int = 2) -> None:
         self.factor = factor
-        self.cancelled = 0
+        self.hangs = self.cancelled = 0
         self.config: Any = None
 
     def reconfigure(self, config: Any) -> None:
@@ -78,11 +78,15 @@ class Model:
         raise Refused("on purpose", 42)
 
     async def hang(self) -> None:
+        self.hangs += 1
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
             self.cancelled += 1
             raise
+
+    async def hanging(self) -> int:
+        return self.hangs - self.cancelled
 
     async def cancellations(self) -> int:
         return self.cancelled
@@ -139,6 +143,12 @@ class Front:
         for name in sorted(self.stages.by_name):
             value = await self.stages.by_name[name].remote(value)
         return value, [await stage.remote(1) for stage in self.stages.all]
+
+    async def hang_many(self, n: int) -> None:
+        await asyncio.gather(*(self.model.hang.remote() for _ in range(n)))
+
+    def hang_sync(self) -> None:
+        self.model.hang.remote().result()
 
     async def contexts(self) -> tuple[str, dict[str, Any]]:
         child: dict[str, Any] = await self.model.options(multiplexed_model_id="m1", session_id="s1").context.remote()
@@ -274,6 +284,20 @@ def test_cancelling_reaches_the_coroutine_and_gives_the_slot_back(run: Run) -> N
         assert response.cancelled()
     assert queued.result(timeout_s=20) == 2
     until(lambda: handle.cancellations.remote().result(timeout_s=20) == 2)
+
+
+@pytest.mark.parametrize(("method", "args", "calls"), [("hang_many", (5,), 5), ("hang_sync", (), 1)])
+def test_cancelling_reaches_what_was_called_on_behalf_of_the_call(
+    run: Run, method: str, args: tuple[int, ...], calls: int
+) -> None:
+    handle = run(Front.bind(Model.bind()))
+    model = serve.get_deployment_handle("Model", "default")
+    response = handle.options(method_name=method).remote(*args)
+    until(lambda: model.hanging.remote().result(timeout_s=20) == calls)
+    response.cancel()
+    with pytest.raises(RequestCancelledError):
+        response.result(timeout_s=20)
+    until(lambda: model.cancellations.remote().result(timeout_s=20) == calls)
 
 
 def test_a_full_queue_is_back_pressure(run: Run) -> None:
@@ -442,3 +466,24 @@ def test_cancelling_a_stream_reaches_its_generator(run: Run) -> None:
     with pytest.raises(RequestCancelledError):
         list(items)
     until(lambda: handle.state.remote().result(timeout_s=20)[1] == ["CancelledError"])
+
+
+def test_models_are_multiplexed_behind_a_handle(run: Run) -> None:
+    @serve.deployment
+    class Models:
+        def __init__(self) -> None:
+            self.loads: list[str] = []
+
+        @serve.multiplexed(max_num_models_per_replica=2)
+        async def load(self, model_id: str) -> str:
+            self.loads.append(model_id)
+            return f"model {model_id}"
+
+        async def __call__(self) -> tuple[str, list[str]]:
+            return await self.load(serve.get_multiplexed_model_id()), self.loads
+
+    handle = run(Models.bind())
+    for model in ("a", "b", "a", "c", "a", "b"):
+        answer, loads = handle.options(multiplexed_model_id=model).remote().result(timeout_s=20)
+        assert answer == f"model {model}"
+    assert loads == ["a", "b", "c", "b"]
