@@ -284,7 +284,7 @@ def get_deployment_handle(
 
     Raises:
         RayServeException: Serve is not running, or no application was named outside a replica.
-        KeyError: there is no such deployment.
+        KeyError: there is no such deployment. A replica's event loop is not held up to ask: a call raises there.
     """
     from rayserve_fast import context
     from rayserve_fast.handle import DeploymentHandle
@@ -297,6 +297,8 @@ def get_deployment_handle(
         app_name = replica.app_name
     if (local := _local(app_name)) is not None:
         return local.deployment(deployment_name, app_name)
+    if asyncio._get_running_loop() is not None and context._current_replica() is not None:
+        return DeploymentHandle(deployment_name, app_name)  # the loop must not wait; a call says it if there is none
     controller = client.require()
     if _check_exists and not ray.get(controller.exists.remote(app_name, deployment_name)):
         raise KeyError(f"Deployment '{deployment_name}' in application '{app_name}' does not exist.")

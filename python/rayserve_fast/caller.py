@@ -18,10 +18,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import ray
+from ray.util.client import ray as ray_client
 
 from rayserve_fast import _core
 from rayserve_fast.controlplane import client
 from rayserve_fast.controlplane.client import NotRunningError
+from rayserve_fast.exceptions import RayServeException
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -204,6 +206,11 @@ def _connect() -> Caller:
             return _current
         if _exiting:
             raise RuntimeError("The interpreter exits: no more calls can be made.")
+        if ray_client.is_connected():
+            raise RayServeException(
+                "Handles do not work over Ray Client, as its process cannot reach the replicas' nodes: "
+                "make the calls in a Ray task or actor, or use HTTP."
+            )
         node_id, token = _identity or (ray.get_runtime_context().get_node_id(), client.cluster_token())
         return _set(Caller(node_id, token, _Controller(token)))
 
