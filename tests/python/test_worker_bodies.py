@@ -12,7 +12,7 @@ import pytest
 import wire_client as wire
 from worker_replica import serving
 
-WINDOW = 256 * 1024
+WINDOW = 512 * 1024
 
 
 async def echo(request: Any) -> bytes:
@@ -130,6 +130,6 @@ def test_a_sender_that_exceeds_the_window_loses_its_link() -> None:
     with serving(handler) as replica:
         link = replica.link()
         link.request(1, fin=False)
-        link.sock.sendall(wire.frame(wire.BODY, 1, payload=bytes(32768)) * 9)
+        link.sock.sendall(wire.frame(wire.BODY, 1, payload=bytes(32768)) * 17)
         with pytest.raises(wire.Refused):
             link.frame()

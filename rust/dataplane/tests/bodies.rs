@@ -2,7 +2,7 @@
 
 mod support;
 
-use rayserve_dataplane::wire::{Kind, MAX_CHUNK, MAX_INLINE, RequestHeadView, WINDOW, flag};
+use rayserve_dataplane::wire::{BODY_WINDOW, Kind, MAX_CHUNK, MAX_INLINE, RequestHeadView, WINDOW, flag};
 use serde_json::json;
 use support::{Client, Served, replica::Got};
 
@@ -71,21 +71,21 @@ fn the_answer_may_begin_before_the_request_ends() {
 fn an_upload_stops_at_the_window_and_goes_on_when_it_is_given_back() {
     let (served, replica) = Served::one();
     let mut client = served.client();
-    let len = WINDOW as usize + 100_000;
+    let len = BODY_WINDOW as usize + 100_000;
     let sending = std::thread::spawn(move || {
         client.post("/", &pattern(len));
         client
     });
     let got = replica.request();
     let mut body = Vec::new();
-    while body.len() < WINDOW as usize {
+    while body.len() < BODY_WINDOW as usize {
         let frame = replica.expect(Kind::Body);
         assert!(frame.payload.len() <= MAX_CHUNK);
         body.extend_from_slice(&frame.payload);
     }
-    assert_eq!(body.len(), WINDOW as usize);
+    assert_eq!(body.len(), BODY_WINDOW as usize);
     replica.is_quiet();
-    replica.send(&got, Kind::Window, 0, WINDOW, b"");
+    replica.send(&got, Kind::Window, 0, BODY_WINDOW, b"");
     body.extend(replica.body(&got));
     assert!(body == pattern(len));
     replica.answer(&got, "");

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     engine::Lease,
     error::Error,
-    wire::{Fault, Header, Kind, ResponseHeadView, WINDOW, WireError, flag},
+    wire::{BODY_WINDOW, Fault, Header, Kind, ResponseHeadView, WINDOW, WireError, flag},
 };
 
 /// Window given back at once: half of it, so that a WINDOW frame is rare and the sender has the other half meanwhile.
@@ -94,7 +94,7 @@ impl Stream {
             end: None,
             reader: None,
             sender: None,
-            window: WINDOW,
+            window: BODY_WINDOW,
             held: 0,
             consumed: 0,
         }
@@ -133,7 +133,7 @@ impl Stream {
         self.accepted |= !matches!(header.kind, Kind::Busy | Kind::Returned);
         match header.kind {
             Kind::Window => {
-                self.window = self.window.saturating_add(header.aux).min(WINDOW);
+                self.window = self.window.saturating_add(header.aux).min(BODY_WINDOW);
                 wake(&mut self.sender);
                 return Ok((false, 0));
             }

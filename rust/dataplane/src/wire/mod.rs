@@ -15,8 +15,10 @@ pub use frame::{Decoder, Frame, HEADER_LEN, Header, Kind, flag, put};
 pub use head::{RequestHeadView, ResponseHeadView};
 pub use spool::Spool;
 
-/// Body bytes that may be under way in one direction of one stream.
+/// Bytes of a response or of items that may be under way on one stream: what a slow client costs its proxy.
 pub const WINDOW: u32 = 256 * 1024;
+/// Bytes of a request's body that may be: fewer stops on the way, as a replica has few requests at a time.
+pub const BODY_WINDOW: u32 = 512 * 1024;
 /// Largest payload of a BODY or CHUNK frame: streams take turns, a large one never blocks a small one.
 pub const MAX_CHUNK: usize = 32 * 1024;
 /// Largest body that travels inside a REQUEST.

@@ -217,7 +217,7 @@ fn body<'py>(head: &RequestHead, message: &Bound<'py, PyDict>) -> PyResult<Bound
     if slow {
         replica.flush(py)?;
     } else {
-        replica.settle(py)?;
+        replica.settle_at(py, now)?;
     }
     match (full, breathless) {
         (true, _) => wait_for_room(head, py),

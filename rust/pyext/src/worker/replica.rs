@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, ThreadId};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use mio::{Registry, Token, Waker};
@@ -358,7 +358,12 @@ impl Replica {
 
     /// Called on the loop's thread after something was put: flushes what is stale, and sees to it that the rest is flushed.
     pub(crate) fn settle(&self, py: Python<'_>) -> PyResult<()> {
-        if self.outgoing.since().is_some_and(|since| since.elapsed() >= STALE) {
+        self.settle_at(py, Instant::now())
+    }
+
+    /// The same by the caller's clock.
+    pub(crate) fn settle_at(&self, py: Python<'_>, now: Instant) -> PyResult<()> {
+        if self.outgoing.since().is_some_and(|since| now.saturating_duration_since(since) >= STALE) {
             self.flush(py)?;
         }
         if self.ticking.load(Ordering::Relaxed) || self.scheduled.swap(true, Ordering::Relaxed) {

@@ -12,7 +12,7 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use rayserve_dataplane::wire::head::put_response_head;
 use rayserve_dataplane::wire::spool::{LISTED, Spool};
-use rayserve_dataplane::wire::{Header, Kind, MAX_CHUNK, WINDOW, flag, frame};
+use rayserve_dataplane::wire::{BODY_WINDOW, Header, Kind, MAX_CHUNK, WINDOW, flag, frame};
 
 use super::items::Items;
 use super::link::{Link, lock};
@@ -24,7 +24,7 @@ use crate::http::gather::Gather;
 pub(crate) type Woken = Vec<Py<PyAny>>;
 
 /// Consumed body bytes are credited to the sender in steps of half the window: it can send the other half meanwhile.
-const CREDIT_STEP: u32 = WINDOW / 2;
+const CREDIT_STEP: u32 = BODY_WINDOW / 2;
 
 /// A stream that never has to wait is made to after so much of either.
 const STEADY_BYTES: usize = 64 * 1024;
@@ -189,7 +189,7 @@ impl Stream {
         let mut state = self.state();
         let inbox = &mut state.inbox;
         inbox.unread += chunk.len() as u32;
-        if inbox.fin || inbox.unread + inbox.uncredited > WINDOW {
+        if inbox.fin || inbox.unread + inbox.uncredited > BODY_WINDOW {
             return false;
         }
         inbox.fin = fin;
