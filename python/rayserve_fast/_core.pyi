@@ -5,11 +5,13 @@ from __future__ import annotations
 from asyncio import AbstractEventLoop
 from collections.abc import Awaitable, Callable
 from contextvars import Context
-from typing import Any, Protocol, final
+from typing import Any, Protocol, TypeAlias, final
 
 __all__ = ["Call", "CallHead", "Client", "Mailbox", "Proxy", "RequestHead", "Worker", "__version__"]
 
 __version__: str
+
+_Buffer: TypeAlias = bytes | bytearray | memoryview
 
 @final
 class Proxy:
@@ -36,7 +38,11 @@ class Client:
         buffers: list[memoryview],
         stream: bool,
         parent: object,
-    ) -> Call: ...
+        needs: list[tuple[int, Call]],
+        keep: object,
+    ) -> Call | None:
+        """None: the value of one of `needs` has been taken, and must be sent like any other."""
+
     def publish(self, snapshot: bytes, fresh: bool) -> None: ...
     def unpublished(self, why: str) -> None: ...
     def announce(self) -> None: ...
@@ -171,8 +177,12 @@ class CallHead(_RequestContext):
     def put_item(self, pickle: bytes, buffers: list[memoryview]) -> Awaitable[None] | None:
         """Sends an item; what comes back is to be awaited before the next, a pool thread has waited already."""
 
-    def arguments(self) -> tuple[bytes, list[bytearray]]:
-        """The pickle of the pair of arguments, and its out-of-band buffers as writable copies."""
+    def arguments(self) -> tuple[_Buffer, list[_Buffer], list[tuple[int, _Buffer, list[_Buffer]]]]:
+        """The pickle of the pair of arguments, its out-of-band buffers, and the answers of other calls among them.
+
+        Those come with their place, pickle and buffers; None stands for them in the pair. The buffers are writable and
+        the receiver's own; they can be had once.
+        """
 
 @final
 class Worker:

@@ -3,7 +3,7 @@
 `.remote()` puts the call on its way before it returns, whether or not anybody waits for the answer. `.result()` reads
 the answer on the thread that waits, `await` on the loop that waits. No Ray task is involved.
 
-Not here yet: responses and object references as arguments, routing by model or session.
+Not here yet: routing by model or session.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from collections.abc import AsyncIterator, Awaitable, Generator, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-import ray
 from ray.exceptions import ActorDiedError
 
-from rayserve_fast import caller, values
+from rayserve_fast import answers, caller, values
 from rayserve_fast.context import _serve_request_context
 from rayserve_fast.controlplane.spec import DeploymentID
 from rayserve_fast.exceptions import (
@@ -143,20 +142,12 @@ class DeploymentHandle:
         """
         options = self._options
         kind = DeploymentResponseGenerator if options.stream else DeploymentResponse
-        for arg in (*args, *kwargs.values()):
-            if isinstance(arg, _NOT_YET):
-                raise RayServeException(
-                    f"A {type(arg).__name__} cannot be passed to a handle call yet: pass its value, "
-                    "`await response` or `ray.get(ref)`."
-                )
         context = _serve_request_context.get()
         request_id = (context.request_id if context else "") or new_request_id()
         try:
-            pickle, buffers = values.dump_arguments(args, kwargs)
+            packed = answers.pack(args, kwargs)
         except Exception as error:
-            failure = TypeError(f"The arguments of {self._described()} cannot be pickled: {error}")
-            failure.__cause__ = error
-            return kind(self, request_id, None, None, failure)
+            return kind(self, request_id, None, None, self._unsent(error))
         texts = (
             options.method_name,
             request_id,
@@ -166,9 +157,26 @@ class DeploymentHandle:
             options.session_id,
         )
         owner = self._caller()
-        raw = [buffer.raw() for buffer in buffers]
-        call = owner.client.begin(self._key, texts, pickle, raw, options.stream, context)
-        return kind(self, request_id, owner, call)
+        call = owner.client.begin(
+            self._key, texts, packed.pickle, packed.buffers, options.stream, context, packed.calls, packed.refs or None
+        )
+        if call is None:
+            answers.settle(packed.answers)
+            return self.remote(*args, **kwargs)
+        response = kind(self, request_id, owner, call)
+        if packed.answers:
+            response._answers = packed.answers
+        return response
+
+    def _unsent(self, error: Exception) -> BaseException:
+        """What becomes of a call whose arguments cannot be sent."""
+        if isinstance(error, answers.FailedAnswerError) and error.__cause__ is not None:
+            return error.__cause__
+        if isinstance(error, RayServeException) or type(error) is RuntimeError:
+            return error
+        failure = TypeError(f"The arguments of {self._described()} cannot be pickled: {error}")
+        failure.__cause__ = error
+        return failure
 
     def _described(self) -> str:
         return f"'{self.deployment_name}.{self._options.method_name}'"
@@ -219,13 +227,16 @@ def new_request_id() -> str:
 class _Response:
     """A call that is on its way, and how one waits for it and reads what became of it."""
 
+    #: Its arguments that are answers of other calls.
+    _answers: list[tuple[int, answers.Answer]] = []  # noqa: RUF012 - never changed, only replaced
+
     def __init__(
         self,
         handle: DeploymentHandle,
         request_id: str,
         owner: AnyCaller | None,
         call: AnyCall | None,
-        error: Exception | None = None,
+        error: BaseException | None = None,
     ) -> None:
         self._handle = handle
         self._caller = owner
@@ -281,6 +292,8 @@ class _Response:
             return None
         if kind == "fault":
             self._raise_fault(*rest)
+        if kind == "argument":
+            raise self._answers[rest[0]][1]._failure()
         if kind == "died":
             error = ActorDiedError()
             error.error_msg = f"{error.error_msg} {self._handle._described()}: {rest[0]}"
@@ -319,7 +332,7 @@ class _Response:
         return f"{kind}(deployment='{self._handle.deployment_name}', request_id='{self._request_id}')"
 
 
-class DeploymentResponse(_Response):
+class DeploymentResponse(_Response, answers.Answer):
     """The answer to a call, which is on its way already; made by `DeploymentHandle.remote`.
 
     The answer is read when it is asked for, once; asking again gives the same value or raises the same error.
@@ -366,14 +379,16 @@ class DeploymentResponse(_Response):
         except Exception as error:
             self._error = error
         self._call = None
+        self._answers = []
 
     def __reduce__(self) -> NoReturn:
         raise RayServeException(
-            "`DeploymentResponse` is not serializable. Only its value can be sent elsewhere: `await` it first."
+            "`DeploymentResponse` is not serializable. A handle call takes it as a top-level argument, not inside of a "
+            "list or another object; elsewhere only its value can be sent: `await` it first."
         )
 
 
-class DeploymentResponseGenerator(_Response):
+class DeploymentResponseGenerator(_Response, answers.Stream):
     """The items of a streaming call, in order; made by `handle.options(stream=True).method.remote()`.
 
     Iterate it once, with `for` or `async for`; every item is decoded when it is asked for. A method that is far ahead
@@ -441,7 +456,3 @@ class DeploymentResponseGenerator(_Response):
 
 def _load_item(item: Any) -> Any:
     return values.loads(item) if type(item) is bytes else values.loads(*item)
-
-
-#: Kinds of arguments that get here with composition; the reference resolves them.
-_NOT_YET = (DeploymentResponse, DeploymentResponseGenerator, ray.ObjectRef)

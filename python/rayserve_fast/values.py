@@ -21,7 +21,7 @@ from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeAlias
 
 import ray.util
-from ray import cloudpickle
+from ray import ObjectRef, cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
@@ -68,8 +68,11 @@ def _pickler() -> type[_PlainPickler]:
     return _ArrayPickler
 
 
-def dumps(value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
-    """Encode `value` as a pickle and the buffers that belong beside it; whatever pickling raises passes through."""
+def dumps(value: Any, refs: list[ObjectRef[Any]] | None = None) -> tuple[bytes, list[pickle.PickleBuffer]]:
+    """Encode `value` as a pickle and the buffers that belong beside it; whatever pickling raises passes through.
+
+    The references to Ray objects in it are added to `refs`: they must be kept alive until the other side has them.
+    """
     if type(value) in _SCALARS:
         return pickle.dumps(value, 5), []
     buffers: list[pickle.PickleBuffer] = []
@@ -78,8 +81,22 @@ def dumps(value: Any) -> tuple[bytes, list[pickle.PickleBuffer]]:
         _pickler()(out, 5, buffer_callback=buffers.append).dump(value)
     except _NotPlain:
         buffers.clear()
-        return cloudpickle.dumps(value, 5, buffer_callback=buffers.append), buffers
+        return _dump_objects(value, buffers, refs if refs is not None else []), buffers
     return out.getvalue(), buffers
+
+
+def _dump_objects(value: Any, buffers: list[pickle.PickleBuffer], refs: list[ObjectRef[Any]]) -> bytes:
+    """By cloudpickle. References are collected as for one of Ray's own messages: else Ray keeps them for ever."""
+    worker = ray._private.worker.global_worker
+    context = worker.get_serialization_context() if worker.connected else None
+    if context is None or context.is_in_band_serialization():
+        return bytes(cloudpickle.dumps(value, 5, buffer_callback=buffers.append))
+    context.set_in_band_serialization()
+    try:
+        return bytes(cloudpickle.dumps(value, 5, buffer_callback=buffers.append))
+    finally:
+        context.set_out_of_band_serialization()
+        refs.extend(context.get_and_clear_contained_object_refs())
 
 
 def loads(encoded: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
@@ -87,11 +104,26 @@ def loads(encoded: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
     return pickle.loads(encoded, buffers=buffers)
 
 
-def dump_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[bytes, list[pickle.PickleBuffer]]:
+def dump_arguments(
+    args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[ObjectRef[Any]] | None = None
+) -> tuple[bytes, list[pickle.PickleBuffer]]:
     """Encode the arguments of a call: the pair of tuple and dict."""
     if not kwargs and _SCALARS.issuperset(map(type, args)):
         return pickle.dumps((args, kwargs), 5), []
-    return dumps((args, kwargs))
+    return dumps((args, kwargs), refs)
+
+
+def load_arguments(
+    encoded: Buffer, buffers: Sequence[Buffer], relayed: Sequence[tuple[int, Buffer, Sequence[Buffer]]] = ()
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Decode what :func:`dump_arguments` made, with relayed answers in their places."""
+    args, kwargs = pickle.loads(encoded, buffers=buffers)
+    if relayed:
+        given = [*args, *kwargs.values()]
+        for slot, answer, parts in relayed:
+            given[slot] = pickle.loads(answer, buffers=parts)
+        args, kwargs = tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
+    return args, kwargs
 
 
 def dump_error(error: BaseException, function_name: str) -> bytes:

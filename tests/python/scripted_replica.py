@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from wire_client import value_at, value_bytes
 
 from rayserve_fast import caller, values
 from rayserve_fast.handle import DeploymentHandle
@@ -68,21 +69,19 @@ class Call:
             texts.append(payload[at : at + length].decode())
             at += length
         self.method, self.request_id, self.route, self.app, self.model_id, self.session_id = texts
-        count, size = struct.unpack_from("<IQ", payload, at)
-        sizes = struct.unpack_from(f"<{count}Q", payload, at + 12)
-        at += 12 + 8 * count
-        parts = []
-        for length in (size, *sizes):
-            parts.append(bytearray(payload[at : at + length]))
-            at += length
-        assert at == len(payload)
-        self.args, self.kwargs = values.loads(parts[0], parts[1:])
+        encoded, buffers, at = value_at(payload, at + -at % 16)
+        #: Arguments that other calls have answered: place, pickle, buffers.
+        self.relayed = []
+        while at < len(payload):
+            (slot,) = struct.unpack_from("<I", payload, at)
+            pickle, parts, at = value_at(payload, at + 4 + -(at + 4) % 16)
+            self.relayed.append((slot, pickle, [bytearray(part) for part in parts]))
+        self.args, self.kwargs = values.load_arguments(encoded, [bytearray(part) for part in buffers], self.relayed)
 
     def reply(self, value: Any, *, flags: int = 0, load: int = 0) -> None:
         pickle, buffers = values.dumps(value)
-        raws = [bytes(buffer.raw()) for buffer in buffers]
-        head = struct.pack("<IQ", len(raws), len(pickle)) + b"".join(struct.pack("<Q", len(raw)) for raw in raws)
-        self.link.send(RESULT, self.stream, head + pickle + b"".join(raws), flags=FIN | flags, load=load)
+        payload = value_bytes(pickle, [bytes(buffer.raw()) for buffer in buffers])
+        self.link.send(RESULT, self.stream, payload, flags=FIN | flags, load=load)
 
     def fail(self, fault: int, payload: bytes) -> None:
         self.link.send(ERROR, self.stream, payload, flags=FIN, aux=fault)

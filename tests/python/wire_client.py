@@ -205,19 +205,39 @@ def call_payload(method: str, args: tuple[object, ...], kwargs: dict[str, object
     buffers: list[pickle.PickleBuffer] = []
     encoded = pickle.dumps((args, kwargs), 5, buffer_callback=buffers.append)
     raw = [bytes(buffer.raw()) for buffer in buffers]
-    lens = struct.pack("<IQ", len(raw), len(encoded)) + b"".join(struct.pack("<Q", len(b)) for b in raw)
-    return struct.pack("<6H", *map(len, texts)) + b"".join(texts) + lens + encoded + b"".join(raw)
+    return aligned(struct.pack("<6H", *map(len, texts)) + b"".join(texts), value_bytes(encoded, raw))
+
+
+def value_bytes(encoded: bytes, buffers: list[bytes]) -> bytes:
+    """A value: its head, the pickle, the buffers at multiples of 16."""
+    lens = struct.pack("<IQ", len(buffers), len(encoded)) + b"".join(struct.pack("<Q", len(b)) for b in buffers)
+    out = lens + encoded
+    for buffer in buffers:
+        out = aligned(out, buffer)
+    return out
+
+
+def aligned(out: bytes, more: bytes) -> bytes:
+    """Appends at the next multiple of 16."""
+    return out + bytes(-len(out) % 16) + more
+
+
+def value_at(payload: bytes, at: int = 0) -> tuple[bytes, list[bytes], int]:
+    """Pickle and buffers of the value that begins there, and its end."""
+    count, size = struct.unpack_from("<IQ", payload, at)
+    lens = struct.unpack_from(f"<{count}Q", payload, at + 12)
+    start, end = at, at + 12 + 8 * count + size
+    encoded, buffers = payload[end - size : end], []
+    for length in lens:
+        begin = end + (start - end) % 16
+        end = begin + length
+        buffers.append(payload[begin:end])
+    assert end <= len(payload)
+    return encoded, buffers, end
 
 
 def value(payload: bytes) -> object:
     """Decodes a RESULT's payload."""
-    count, size = struct.unpack_from("<IQ", payload)
-    lens = struct.unpack_from(f"<{count}Q", payload, 12)
-    at = 12 + 8 * count
-    encoded, at = payload[at : at + size], at + size
-    buffers = []
-    for length in lens:
-        buffers.append(payload[at : at + length])
-        at += length
-    assert at == len(payload)
+    encoded, buffers, end = value_at(payload)
+    assert end == len(payload)
     return pickle.loads(encoded, buffers=buffers)

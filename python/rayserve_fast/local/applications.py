@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from functools import partial
 from typing import TYPE_CHECKING
 
 from rayserve_fast.handle import DeploymentHandle
@@ -95,14 +96,45 @@ class Applications:
         return self
 
     def begin(
-        self, key: str, texts: tuple[str, ...], pickle: bytes, buffers: Sequence[Buffer], stream: bool, parent: object
+        self,
+        key: str,
+        texts: tuple[str, ...],
+        pickle: bytes,
+        buffers: Sequence[Buffer],
+        stream: bool,
+        parent: object,
+        needs: Sequence[tuple[int, LocalCall]],
+        keep: object,
     ) -> LocalCall:
         """A call, on its way; the arguments are those of `_core.Client.begin`."""
-        head = LocalHead(key, texts, pickle, [bytearray(buffer) for buffer in buffers], stream)
+        head = LocalHead(key, texts, pickle, [bytearray(buffer) for buffer in buffers], stream, keep)
         if isinstance(parent, LocalHead):
             parent.adopt(head)
-        self._route(head)
+        if needs:
+            self._route_with(head, [(slot, call.head) for slot, call in needs])
+        else:
+            self._route(head)
         return LocalCall(head)
+
+    def _route_with(self, call: LocalHead, needs: Sequence[tuple[int, LocalHead]]) -> None:
+        """Route the call once its arguments are there."""
+        left, lock = len(needs), threading.Lock()
+
+        def came(index: int, need: LocalHead) -> None:
+            nonlocal left
+            with lock:
+                left -= 1
+                last = not left
+            if need.outcome is None or need.outcome[0] != "value":
+                call.finish("argument", index)
+            elif last and call.outcome is None:
+                for slot, other in needs:
+                    _, pickle, buffers = other.outcome or ()
+                    call.relayed.append((slot, pickle, [bytearray(buffer) for buffer in buffers]))
+                self._route(call)
+
+        for index, (_, need) in enumerate(needs):
+            need.when_ended(partial(came, index, need))
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> Applications:
         """What waits for calls in a loop: itself."""

@@ -34,11 +34,17 @@ class LocalHead(_RequestContext):
 
     Args:
         key: the deployment, `app#name`.
-        texts, pickle, buffers, stream: as given to `_core.Client.begin`; the buffers are the callee's own.
+        texts, pickle, buffers, stream, keep: as given to `_core.Client.begin`; the buffers are the callee's own.
     """
 
     def __init__(
-        self, key: str, texts: tuple[str, ...], pickle: bytes, buffers: Sequence[Buffer], stream: bool
+        self,
+        key: str,
+        texts: tuple[str, ...],
+        pickle: bytes,
+        buffers: Sequence[Buffer],
+        stream: bool,
+        keep: object = None,
     ) -> None:
         method, request_id, route, _, model, session = texts
         super().__init__(route, request_id, request_id, key.rpartition("#")[0], model, session)
@@ -48,7 +54,10 @@ class LocalHead(_RequestContext):
         self.replica: LocalReplica | None = None  # where it runs or waits
         self.task: asyncio.Task[Any] | None = None  # on the loop of that replica
         self.outcome: tuple[Any, ...] | None = None  # a word and what belongs to it, see `handle._Response`
+        self.relayed: list[tuple[int, Buffer, Sequence[Buffer]]] = []  # arguments that other calls have answered
         self._arguments = pickle, buffers
+        self._keep = keep
+        self._dependents: list[Callable[[], None]] = []  # once each, after the end
         self._changed = threading.Condition()  # guards what follows, and the outcome
         self._wakers: list[Callable[[], None]] = []  # once each, of the coroutines that wait for a change
         self._items: list[Any] = []
@@ -60,9 +69,9 @@ class LocalHead(_RequestContext):
     __eq__ = object.__eq__  # two calls of one request are two
     __hash__ = object.__hash__
 
-    def arguments(self) -> tuple[bytes, Sequence[Buffer]]:
-        """The pickle of the pair of arguments, and its buffers."""
-        return self._arguments
+    def arguments(self) -> tuple[bytes, Sequence[Buffer], list[tuple[int, Buffer, Sequence[Buffer]]]]:
+        """The pickle of the pair of arguments, its buffers, and the answers of other calls among them."""
+        return *self._arguments, self.relayed
 
     def finish(self, *outcome: Any) -> bool:
         """End the call. False: it had ended."""
@@ -71,7 +80,17 @@ class LocalHead(_RequestContext):
                 return False
             self.outcome = outcome
             self._wake()
-            return True
+            dependents, self._dependents = self._dependents, []
+        for dependent in dependents:
+            dependent()
+        return True
+
+    def when_ended(self, dependent: Callable[[], None]) -> None:
+        """Call `dependent` after the end, or now if that was before."""
+        with self._changed:
+            if self.outcome is None:
+                return self._dependents.append(dependent)
+        return dependent()
 
     def cancel(self) -> bool:
         """End the call and what was called for it: what waits never starts, coroutines are cancelled."""
@@ -174,6 +193,11 @@ class LocalCall:
 
     def __init__(self, head: LocalHead) -> None:
         self._head = head
+
+    @property
+    def head(self) -> LocalHead:
+        """The other end."""
+        return self._head
 
     def ready(self) -> bool:
         """Whether there is an outcome, or an item of a stream."""

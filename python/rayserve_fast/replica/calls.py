@@ -126,7 +126,7 @@ def _any(test: Callable[[Any], bool], function: Callable[..., Any]) -> bool:
 
 def _arguments(head: CallHead) -> tuple[tuple[Any, ...], dict[str, Any]]:
     try:
-        args, kwargs = values.loads(*head.arguments())
+        args, kwargs = values.load_arguments(*head.arguments())
     except Exception as error:
         raise UnpicklableError(f"The arguments of '{head.method}' cannot be read at the replica: {error!r}") from error
     return args, kwargs

@@ -6,6 +6,8 @@ mod client;
 mod convert;
 mod http;
 mod proxy;
+mod socket;
+mod value;
 mod worker;
 
 use pyo3::prelude::*;

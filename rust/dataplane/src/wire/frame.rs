@@ -6,7 +6,7 @@
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use super::WireError;
+use super::{LARGE, WireError};
 
 /// Bytes before the payload.
 pub const HEADER_LEN: usize = 16;
@@ -215,11 +215,25 @@ impl Decoder {
                 return Ok(None);
             }
             // A large frame arrives in one piece of memory: the reserve is what the peer announced, bounded by the limit.
-            buf.reserve(len - buf.len());
+            if len < LARGE {
+                buf.reserve(len - buf.len());
+            } else if buf.capacity() < len + LARGE {
+                let mut own = BytesMut::with_capacity(len + LARGE);
+                own.extend_from_slice(buf);
+                *buf = own;
+            }
             self.header = Some((header, len));
             return Ok(None);
         }
-        Ok(Some(Frame { header, payload: buf.split_to(len).freeze() }))
+        let payload = if len < LARGE {
+            buf.split_to(len)
+        } else {
+            // What follows moves away, so that the payload is the memory's only user.
+            let rest = BytesMut::from(&buf[len..]);
+            buf.truncate(len);
+            std::mem::replace(buf, rest)
+        };
+        Ok(Some(Frame { header, payload: payload.freeze() }))
     }
 
     fn read_header(&self, buf: &mut BytesMut) -> Result<(Header, usize), WireError> {
@@ -293,6 +307,28 @@ mod tests {
             put(&mut a, header, &[&payload]);
             put_with(&mut b, header, |out| out.extend_from_slice(&payload));
             prop_assert_eq!(a, b);
+        }
+    }
+
+    #[test]
+    fn a_large_payload_has_its_memory_to_itself() {
+        let (mut bytes, mut decoder, mut buf) = (BytesMut::new(), Decoder::new(1 << 30), BytesMut::new());
+        for _ in 0..2 {
+            put(&mut bytes, Header::new(Kind::Result, 1), &[b"small"]);
+            put(&mut bytes, Header::new(Kind::Result, 2), &[&vec![9; 3 * LARGE]]);
+        }
+        let mut large = Vec::new();
+        while !bytes.is_empty() {
+            buf.extend_from_slice(&bytes.split_to(bytes.len().min(10_000)));
+            while let Some(frame) = decoder.next(&mut buf).expect("frames") {
+                large.extend((frame.header.stream == 2).then_some(frame.payload));
+            }
+        }
+        assert_eq!(large.len(), 2);
+        for payload in large {
+            assert_eq!(payload.len(), 3 * LARGE);
+            assert_eq!(payload.as_ptr().addr() % 16, 0);
+            assert!(payload.try_into_mut().is_ok());
         }
     }
 

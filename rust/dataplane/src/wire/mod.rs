@@ -8,11 +8,13 @@ pub mod frame;
 pub mod head;
 pub mod hello;
 pub mod models;
+pub mod payload;
 pub mod spool;
 
 pub use call::CallView;
 pub use frame::{Decoder, Frame, HEADER_LEN, Header, Kind, flag, put};
 pub use head::{RequestHeadView, ResponseHeadView};
+pub use payload::Payload;
 pub use spool::Spool;
 
 /// Bytes of a response or of items that may be under way on one stream: what a slow client costs its proxy.
@@ -23,6 +25,8 @@ pub const BODY_WINDOW: u32 = 512 * 1024;
 pub const MAX_CHUNK: usize = 32 * 1024;
 /// Largest body that travels inside a REQUEST.
 pub const MAX_INLINE: usize = 64 * 1024;
+/// From here on a payload of values gets memory of its own, which its receiver hands on without a copy.
+pub const LARGE: usize = 64 * 1024;
 /// Largest payload that a reader accepts when nothing else is configured; values of handle calls are the largest frames.
 pub const MAX_PAYLOAD: usize = 2 * 1024 * 1024 * 1024 - 1;
 /// Requests that a replica holds unstarted, over all callers, while it is FAST.

@@ -7,7 +7,7 @@ use std::{collections::VecDeque, io::IoSlice};
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 
-use super::Header;
+use super::{Header, Payload};
 
 /// From this size on a part is listed, as listing costs as much as copying some KiB.
 pub const LISTED: usize = 8 * 1024;
@@ -55,6 +55,14 @@ impl Spool {
             left -= piece.len();
             from.drop_empty();
             self.push(piece);
+        }
+    }
+
+    /// Appends a frame with the whole of `payload`.
+    pub fn put_payload(&mut self, header: Header, payload: &Payload) {
+        self.tail.put_slice(&header.encode(payload.len()));
+        for part in payload.parts() {
+            self.push(part.clone());
         }
     }
 

@@ -4,14 +4,13 @@
 //! `flushed` says how far the kernel has taken the output, and so which calls count as begun when the replica dies.
 
 use std::{
-    collections::VecDeque,
     io::{self, ErrorKind, IoSlice, Read, Write},
     net::SocketAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use bytes::{Buf, Bytes, BytesMut};
+use bytes::{Buf, BytesMut};
 use mio::{
     Interest, Registry, Token,
     event::Source,
@@ -21,13 +20,16 @@ use rayserve_dataplane::{
     engine::{Lease, ReplicaKey, Streams},
     snapshot::Replica,
     tcp,
-    wire::{Decoder, Frame, HEADER_LEN, Header, Kind, MAX_PAYLOAD, WireError, flag, hello, put},
+    wire::{Decoder, Frame, HEADER_LEN, Header, Kind, MAX_PAYLOAD, Spool, WireError, flag, hello, put},
 };
 
 use super::pending::{Pending, Place};
+use crate::socket;
 
-/// From here on a payload is written from where it is; below, a copy is cheaper than another slice.
-const SLICE_FROM: usize = 16 * 1024;
+/// Parts of the output that one write takes.
+const SLICES: usize = 32;
+/// With so much room in the input, bytes are read to where they stay.
+const ROOM: usize = 16 * 1024;
 /// The contract's time for the handshake.
 const HANDSHAKE: Duration = Duration::from_secs(2);
 
@@ -65,6 +67,13 @@ impl Socket {
         match self {
             Self::Unix(stream) => stream.read(buf),
             Self::Tcp(stream) => stream.read(buf),
+        }
+    }
+
+    fn read_into(&self, buf: &mut BytesMut) -> io::Result<usize> {
+        match self {
+            Self::Unix(stream) => socket::read(stream, buf),
+            Self::Tcp(stream) => socket::read(stream, buf),
         }
     }
 
@@ -113,9 +122,7 @@ pub(super) struct Link {
     readable: bool,
     /// The peer has ended, which the poller tells only once.
     ended: bool,
-    segments: VecDeque<Bytes>,
-    tail: BytesMut,
-    appended: u64,
+    spool: Spool,
     flushed: u64,
 }
 
@@ -131,8 +138,8 @@ impl Link {
     ) -> io::Result<Self> {
         let mut socket = Socket::open(&replica, node_id)?;
         registry.register(socket.source(), poll, Interest::READABLE | Interest::WRITABLE)?;
-        let mut tail = BytesMut::new();
-        let hello = hello::Caller::start(Arc::clone(token), hello::Role::Handle, &replica.id, &mut tail);
+        let mut spool = Spool::default();
+        let hello = hello::Caller::start(Arc::clone(token), hello::Role::Handle, &replica.id, spool.tail());
         let mut link = Self {
             key,
             replica,
@@ -144,10 +151,8 @@ impl Link {
             input: BytesMut::new(),
             readable: false,
             ended: false,
-            segments: VecDeque::new(),
-            appended: tail.len() as u64,
             flushed: 0,
-            tail,
+            spool,
         };
         link.flush()?;
         Ok(link)
@@ -160,9 +165,7 @@ impl Link {
 
     /// Appends a frame without calls of its own.
     pub(super) fn send(&mut self, header: Header) {
-        let before = self.tail.len();
-        put(&mut self.tail, header, &[]);
-        self.appended += (self.tail.len() - before) as u64;
+        put(self.spool.tail(), header, &[]);
     }
 
     /// Appends a CALL under a new stream id.
@@ -172,18 +175,11 @@ impl Link {
     pub(super) fn send_call(&mut self, call: &Arc<Pending>, lease: Lease, poll: usize) -> Result<(), Lease> {
         let payload = call.payload();
         let flags = if lease.granted { flag::GRANTED } else { 0 } | if call.stream { flag::STREAM } else { 0 };
-        let end = self.appended + (HEADER_LEN + payload.len()) as u64;
+        let end = self.flushed + (self.spool.remaining() + HEADER_LEN + payload.len()) as u64;
         let sent = Sent { call: Arc::clone(call), lease, end };
         let stream = self.streams.insert(sent).map_err(|sent| sent.lease)?;
         let header = Header::new(Kind::Call, stream).with(flag::FIN | flags).aux(call.left_ms());
-        self.appended = end;
-        if payload.len() < SLICE_FROM {
-            put(&mut self.tail, header, &[&payload]);
-        } else {
-            self.tail.extend_from_slice(&header.encode(payload.len()));
-            self.segments.push_back(self.tail.split().freeze());
-            self.segments.push_back(payload);
-        }
+        self.spool.put_payload(header, &payload);
         call.move_to(Place::Sent { link: poll, stream });
         Ok(())
     }
@@ -191,41 +187,23 @@ impl Link {
     /// Hands the kernel what it takes; the rest waits for the socket to become writable.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         loop {
-            if !self.segments.is_empty() && !self.tail.is_empty() {
-                self.segments.push_back(self.tail.split().freeze());
+            let mut slices = [IoSlice::new(&[]); SLICES];
+            let count = self.spool.chunks_vectored(&mut slices);
+            if count == 0 {
+                return Ok(());
             }
-            let written = if self.segments.is_empty() {
-                if self.tail.is_empty() {
-                    return Ok(());
-                }
-                self.socket.write(&[IoSlice::new(&self.tail)])
-            } else {
-                let slices: Vec<_> = self.segments.iter().take(16).map(|segment| IoSlice::new(segment)).collect();
-                self.socket.write(&slices)
-            };
-            match written {
+            match self.socket.write(&slices[..count]) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
-                Ok(count) => self.advance(count),
+                Ok(count) => {
+                    self.flushed += count as u64;
+                    self.spool.advance(count);
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 // A TCP connection that is still being made says NotConnected; it will become writable.
                 Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::NotConnected) => return Ok(()),
                 Err(error) => return Err(error),
             }
         }
-    }
-
-    fn advance(&mut self, mut count: usize) {
-        self.flushed += count as u64;
-        while let Some(front) = self.segments.front_mut() {
-            let step = count.min(front.len());
-            front.advance(step);
-            count -= step;
-            if !front.is_empty() {
-                return;
-            }
-            self.segments.pop_front();
-        }
-        self.tail.advance(count);
     }
 
     /// Notes that the poller has reported bytes or the end.
@@ -248,12 +226,18 @@ impl Link {
             if !self.readable {
                 return Ok(Input::Empty);
             }
-            match self.socket.read(scratch) {
+            // A large payload is read to where it stays.
+            let room = self.input.capacity() - self.input.len();
+            let direct = room >= ROOM;
+            let read = if direct { self.socket.read_into(&mut self.input) } else { self.socket.read(scratch) };
+            match read {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
                 Ok(count) => {
                     // The poller reports edges; a short read says that the socket is empty and saves asking again.
-                    self.readable = self.ended || count == scratch.len();
-                    self.input.extend_from_slice(&scratch[..count]);
+                    self.readable = self.ended || count == if direct { room } else { scratch.len() };
+                    if !direct {
+                        self.input.extend_from_slice(&scratch[..count]);
+                    }
                 }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
@@ -265,9 +249,8 @@ impl Link {
     /// Passes a frame on, or feeds it to the handshake.
     fn shake(&mut self, frame: Frame) -> io::Result<Option<Input>> {
         let Some((hello, _)) = &mut self.hello else { return Ok(Some(Input::Frame(frame))) };
-        let before = self.tail.len();
-        let step = hello.feed(&frame, &mut self.tail).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
-        self.appended += (self.tail.len() - before) as u64;
+        let step =
+            hello.feed(&frame, self.spool.tail()).map_err(|error| io::Error::new(ErrorKind::InvalidData, error))?;
         self.flush()?;
         let hello::Step::Done(limit) = step else { return Ok(None) };
         self.hello = None;

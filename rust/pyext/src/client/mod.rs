@@ -18,19 +18,23 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use pyo3::{
     buffer::PyBuffer,
     exceptions::{PyRuntimeError, PyValueError},
     prelude::*,
     pybacked::PyBackedStr,
-    types::{PyByteArray, PyBytes, PyDict, PyList},
+    sync::PyOnceLock,
+    types::{PyBytes, PyDict},
 };
 use rayserve_dataplane::{
     engine::Affinity,
     error::Error,
     snapshot::{Snapshot, Version},
-    wire::call::{CallHead, Value, put_call_head, put_value_head},
+    wire::{
+        LARGE, Payload,
+        call::{CallHead, Value, put_call_head},
+    },
 };
 
 use self::{
@@ -40,6 +44,7 @@ use self::{
 };
 pub(crate) use self::{turns::Caller, waiting::Desk};
 use crate::http::request as http;
+use crate::value;
 use crate::worker::{replica::Replica, stream::Stream};
 
 /// How long the main thread sleeps before it looks for signals; other threads get none.
@@ -70,27 +75,31 @@ impl Client {
         py: Python<'_>,
         deployment: String,
         texts: Texts,
-        pickle: &[u8],
+        pickle: &Bound<'_, PyBytes>,
         buffers: Vec<PyBuffer<u8>>,
         stream: bool,
         parent: &Bound<'_, PyAny>,
-    ) -> PyResult<Call> {
+        needs: Vec<(u32, Bound<'_, Call>)>,
+        keep: Option<Py<PyAny>>,
+    ) -> PyResult<Option<Call>> {
         let (method, request_id, route, app, multiplexed_model_id, session_id) = &texts;
         let head = CallHead { method, request_id, route, app, multiplexed_model_id, session_id };
-        let size: usize = buffers.iter().map(|buffer| buffer.len_bytes()).sum();
-        let mut out = BytesMut::with_capacity(256 + pickle.len() + size);
-        put_call_head(&mut out, &head);
-        put_value_head(&mut out, pickle.len(), buffers.iter().map(|buffer| buffer.len_bytes()));
-        out.extend_from_slice(pickle);
-        for buffer in &buffers {
-            let start = out.len();
-            out.resize(start + buffer.len_bytes(), 0);
-            buffer.copy_to_slice(py, &mut out[start..])?;
+        let mut out = Payload::with_capacity(256 + pickle.as_bytes().len().min(LARGE));
+        put_call_head(out.open(), &head);
+        value::put(py, &mut out, pickle, &buffers);
+        if needs.iter().any(|(_, call)| !Arc::ptr_eq(&call.get().caller, &self.caller) && !call.get().ready()) {
+            return Err(PyRuntimeError::new_err(
+                "an argument is the answer of a Serve instance that has been shut down",
+            ));
         }
+        if needs.iter().any(|(_, call)| call.get().told.get(py).is_some()) {
+            return Ok(None); // to be passed on as the value that it has become
+        }
+        let needs = needs.iter().map(|(slot, call)| (*slot, Arc::clone(&call.get().pending))).collect();
         let parent = parent_of(parent);
         let deadline = parent.as_ref().and_then(|parent| parent.state().children.deadline);
         let affinity = Affinity::new(multiplexed_model_id.as_bytes(), session_id.as_bytes());
-        let call = Pending::new(deployment, affinity, out.freeze(), stream, deadline);
+        let call = Pending::new(deployment, affinity, out, stream, deadline, needs, keep);
         if let Some(parent) = parent {
             parent.state().children.add(&self.caller, &call);
         }
@@ -103,7 +112,7 @@ impl Client {
         {
             self.caller.flush();
         }
-        Ok(Call { caller: Arc::clone(&self.caller), call })
+        Ok(Some(Call { caller: Arc::clone(&self.caller), pending: call, told: PyOnceLock::new() }))
     }
 
     fn publish(&self, py: Python<'_>, snapshot: &[u8], fresh: bool) -> PyResult<()> {
@@ -175,7 +184,7 @@ impl Mailbox {
 
     /// What `await` waits on.
     fn wait(&self, py: Python<'_>, call: &Call) -> PyResult<Py<Waiting>> {
-        self.desk.wait(py, &call.caller, &call.call)
+        self.desk.wait(py, &call.caller, &call.pending)
     }
 
     /// Whether no task waits.
@@ -188,19 +197,21 @@ impl Mailbox {
 #[pyclass(frozen, module = "rayserve_fast._core")]
 pub(crate) struct Call {
     caller: Arc<Caller>,
-    call: Arc<Pending>,
+    pending: Arc<Pending>,
+    /// The outcome as Python sees it: a value can be taken once.
+    told: PyOnceLock<Py<PyAny>>,
 }
 
 #[pymethods]
 impl Call {
     /// Whether there is an outcome, or an item of a stream.
     fn ready(&self) -> bool {
-        self.call.is_ready()
+        self.pending.is_ready()
     }
 
     /// The items that have come since the last time, each a pickle or a pickle and its buffers.
     fn items<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
-        self.caller.take_items(&self.call).into_iter().map(|item| item_of(py, item)).collect()
+        self.caller.take_items(&self.pending).into_iter().map(|item| item_of(py, item)).collect()
     }
 
     /// False: the time is over. Only the main thread is told of signals.
@@ -211,7 +222,7 @@ impl Call {
         loop {
             let slice = main.then(|| Instant::now() + SIGNALS);
             let wake = [until, slice].into_iter().flatten().min();
-            match py.detach(|| self.caller.wait(&self.call, wake)) {
+            match py.detach(|| self.caller.wait(&self.pending, wake)) {
                 Wait::Done => return Ok(true),
                 Wait::Timeout if wake == until => return Ok(false),
                 Wait::Timeout | Wait::Interrupted => py.check_signals()?,
@@ -220,34 +231,14 @@ impl Call {
     }
 
     fn cancel(&self, py: Python<'_>) -> bool {
-        py.detach(|| self.caller.cancel(&self.call))
+        py.detach(|| self.caller.cancel(&self.pending))
     }
 
     /// What became of the call: a word and what belongs to it, or None while it runs.
     fn outcome<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
-        let Some(outcome) = self.call.outcome() else { return Ok(None) };
-        let told = match outcome {
-            Outcome::Value(value) => {
-                let buffers = PyList::new(py, value.buffers.iter().map(|buffer| PyByteArray::new(py, buffer)))?;
-                ("value", PyBytes::new(py, &value.pickle), buffers).into_pyobject(py)?.into_any()
-            }
-            Outcome::End => ("end",).into_pyobject(py)?.into_any(),
-            Outcome::Fault(fault, payload) => {
-                ("fault", *fault as u32, PyBytes::new(py, payload)).into_pyobject(py)?.into_any()
-            }
-            Outcome::Died(why) => ("died", why).into_pyobject(py)?.into_any(),
-            Outcome::Refused(Error::Backpressure { queued, limit, policy }) => {
-                ("backpressure", queued, limit, policy.status_code, policy.retry_after_s).into_pyobject(py)?.into_any()
-            }
-            Outcome::Refused(Error::Unavailable(why) | Error::Deleted(why)) => {
-                ("unavailable", why).into_pyobject(py)?.into_any()
-            }
-            Outcome::Refused(error) => ("internal", error.to_string()).into_pyobject(py)?.into_any(),
-            Outcome::Unknown => ("unknown",).into_pyobject(py)?.into_any(),
-            Outcome::Cancelled => ("cancelled",).into_pyobject(py)?.into_any(),
-            Outcome::Closed => ("closed",).into_pyobject(py)?.into_any(),
-        };
-        Ok(Some(told))
+        let Some(outcome) = self.pending.outcome() else { return Ok(None) };
+        let told = self.told.get_or_try_init(py, || tell(py, outcome).map(Bound::unbind))?;
+        Ok(Some(told.bind(py).clone()))
     }
 }
 
@@ -270,21 +261,44 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+fn tell<'py>(py: Python<'py>, outcome: &Outcome) -> PyResult<Bound<'py, PyAny>> {
+    Ok(match outcome {
+        Outcome::Value(value) => {
+            let value = lock(value).take();
+            let value = value.ok_or_else(|| PyRuntimeError::new_err("the value has been taken"))?;
+            let (pickle, buffers) = value::of_result(py, value)?;
+            ("value", pickle, buffers).into_pyobject(py)?.into_any()
+        }
+        Outcome::End => ("end",).into_pyobject(py)?.into_any(),
+        Outcome::Fault(fault, payload) => {
+            ("fault", *fault as u32, PyBytes::new(py, payload)).into_pyobject(py)?.into_any()
+        }
+        Outcome::Died(why) => ("died", why).into_pyobject(py)?.into_any(),
+        Outcome::Argument(index) => ("argument", index).into_pyobject(py)?.into_any(),
+        Outcome::Refused(Error::Backpressure { queued, limit, policy }) => {
+            ("backpressure", queued, limit, policy.status_code, policy.retry_after_s).into_pyobject(py)?.into_any()
+        }
+        Outcome::Refused(Error::Unavailable(why) | Error::Deleted(why)) => {
+            ("unavailable", why).into_pyobject(py)?.into_any()
+        }
+        Outcome::Refused(error) => ("internal", error.to_string()).into_pyobject(py)?.into_any(),
+        Outcome::Unknown => ("unknown",).into_pyobject(py)?.into_any(),
+        Outcome::Cancelled => ("cancelled",).into_pyobject(py)?.into_any(),
+        Outcome::Closed => ("closed",).into_pyobject(py)?.into_any(),
+    })
+}
+
 /// An item of a stream, as `values.loads` takes it.
 fn item_of(py: Python<'_>, payload: Bytes) -> PyResult<Bound<'_, PyAny>> {
     let value = Value::parse(payload).map_err(|error| PyValueError::new_err(error.to_string()))?;
-    let pickle = PyBytes::new(py, &value.pickle);
-    if value.buffers.is_empty() {
-        return Ok(pickle.into_any());
-    }
-    let buffers = PyList::new(py, value.buffers.iter().map(|buffer| PyByteArray::new(py, buffer)))?;
-    Ok((pickle, buffers).into_pyobject(py)?.into_any())
+    let (pickle, buffers) = value::of_result(py, value)?;
+    Ok(if buffers.is_empty() { pickle } else { (pickle, buffers).into_pyobject(py)?.into_any() })
 }
 
 impl Drop for Call {
     fn drop(&mut self) {
-        if self.call.stream {
-            self.caller.drop_items(&self.call);
+        if self.pending.stream {
+            self.caller.drop_items(&self.pending);
         }
     }
 }

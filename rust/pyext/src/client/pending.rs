@@ -1,7 +1,8 @@
 //! One call, from `.remote()` until its outcome is taken.
 //!
 //! It is shared by the response that Python holds, by the queue or the link that it stands in, and by whoever waits. The
-//! outcome is written once; before it, a streaming call collects items. `place` and the waiters change only under the caller's lock; their own mutex is never
+//! outcome is written once; before it, a streaming call collects items. A call whose arguments are answers of others waits
+//! for them, and takes their bytes over before anybody else can. `place` and the waiters change only under the caller's lock; their own mutex is never
 //! contended and keeps the compiler's promise.
 
 use std::{
@@ -12,10 +13,14 @@ use std::{
 };
 
 use bytes::Bytes;
+use pyo3::{Py, PyAny};
 use rayserve_dataplane::{
     engine::{self, Affinity},
     error::Error,
-    wire::{Fault, WINDOW, call::Value},
+    wire::{
+        Fault, Payload, WINDOW,
+        call::{Value, put_relayed},
+    },
 };
 
 use super::mailbox::Mailbox;
@@ -23,12 +28,14 @@ use super::mailbox::Mailbox;
 /// How a call ended.
 #[derive(Debug)]
 pub(super) enum Outcome {
-    /// The method returned.
-    Value(Value),
+    /// The method returned; whoever decodes the value takes it.
+    Value(Mutex<Option<Value>>),
     /// The generator has ended.
     End,
     /// The replica answered with an ERROR frame.
     Fault(Fault, Bytes),
+    /// The call whose answer is this one's argument of that index has failed.
+    Argument(usize),
     /// The replica died with the call begun.
     Died(String),
     /// The router refused it.
@@ -44,6 +51,8 @@ pub(super) enum Outcome {
 /// Where a call stands.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Place {
+    /// Until its arguments are there.
+    Needing,
     /// Until a snapshot holds its deployment.
     Unrouted,
     Queued(engine::Place),
@@ -64,13 +73,45 @@ enum Waiter {
 #[derive(Debug)]
 struct Inner {
     place: Place,
-    payload: Bytes,
+    payload: Payload,
+    needs: Vec<Need>,
+    /// Calls that need this one's value, and for which of their arguments.
+    dependents: Vec<(Arc<Pending>, usize)>,
+    /// Python objects that must live as long as the call.
+    keep: Option<Py<PyAny>>,
     waiters: Vec<Waiter>,
     items: VecDeque<Bytes>,
     /// Bytes of items that were taken and not yet credited to the replica.
     taken: u32,
     /// Nobody will take items any more.
     dropped: bool,
+}
+
+/// An argument that is the answer of another call.
+#[derive(Debug)]
+struct Need {
+    slot: u32,
+    of: Arc<Pending>,
+    came: Came,
+}
+
+/// How far an argument is.
+#[derive(Debug)]
+enum Came {
+    NotYet,
+    Value(Bytes),
+    Failed,
+}
+
+/// What a call's arguments let it do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Needs {
+    /// Some are not there.
+    Waiting,
+    /// All are there, and in the payload.
+    Met,
+    /// The first that failed.
+    Failed(usize),
 }
 
 /// A call in flight.
@@ -88,17 +129,25 @@ pub(super) struct Pending {
 }
 
 impl Pending {
-    /// `payload` is the whole payload of the CALL frame.
+    /// `payload` is that of the CALL frame but for the arguments that are answers of other calls.
     pub(super) fn new(
         deployment: String,
         affinity: Affinity,
-        payload: Bytes,
+        mut payload: Payload,
         stream: bool,
         deadline: Option<Instant>,
+        needs: Vec<(u32, Arc<Self>)>,
+        keep: Option<Py<PyAny>>,
     ) -> Arc<Self> {
+        if needs.is_empty() {
+            payload.close();
+        }
         let inner = Inner {
             place: Place::Unrouted,
             payload,
+            needs: needs.into_iter().map(|(slot, of)| Need { slot, of, came: Came::NotYet }).collect(),
+            dependents: Vec::new(),
+            keep,
             waiters: Vec::new(),
             items: VecDeque::new(),
             taken: 0,
@@ -132,8 +181,39 @@ impl Pending {
     }
 
     /// The CALL frame's payload, which is kept until the call ends: it may have to be sent again.
-    pub(super) fn payload(&self) -> Bytes {
+    pub(super) fn payload(&self) -> Payload {
         self.inner().payload.clone()
+    }
+
+    /// Asks the calls whose answers are arguments of this one for them.
+    pub(super) fn ask(self: &Arc<Self>) -> Needs {
+        let asked: Vec<_> = self.inner().needs.iter().map(|need| Arc::clone(&need.of)).collect();
+        for (index, other) in asked.into_iter().enumerate() {
+            if let Some(outcome) = other.outcome() {
+                self.inner().needs[index].came = Came::of(outcome);
+            } else {
+                other.inner().dependents.push((Arc::clone(self), index));
+            }
+        }
+        self.needs()
+    }
+
+    /// Whether all arguments are there; then they are in the payload from now on.
+    pub(super) fn needs(&self) -> Needs {
+        let mut inner = self.inner();
+        if let Some(index) = inner.needs.iter().position(|need| matches!(need.came, Came::Failed)) {
+            return Needs::Failed(index);
+        }
+        if inner.needs.iter().any(|need| matches!(need.came, Came::NotYet)) {
+            return Needs::Waiting;
+        }
+        for need in std::mem::take(&mut inner.needs) {
+            if let Came::Value(value) = need.came {
+                put_relayed(&mut inner.payload, need.slot, value);
+            }
+        }
+        inner.payload.close();
+        Needs::Met
     }
 
     pub(super) fn outcome(&self) -> Option<&Outcome> {
@@ -199,18 +279,37 @@ impl Pending {
         self.inner().waiters.retain(|waiter| !matches!(waiter, Waiter::Mailbox(_, other) if *other == token));
     }
 
-    /// Ends the call and wakes whoever waits; the second end of a call is ignored.
-    pub(super) fn finish(&self, outcome: Outcome) {
-        let waiters = {
+    /// Ends the call and wakes whoever waits. Returns the calls that have waited for the value, which they have now.
+    pub(super) fn finish(&self, outcome: Outcome) -> Vec<Arc<Self>> {
+        let (waiters, dependents) = {
             let mut inner = self.inner();
             inner.place = Place::Done;
-            inner.payload = Bytes::new();
-            std::mem::take(&mut inner.waiters)
+            inner.payload = Payload::default();
+            inner.needs.clear();
+            inner.keep = None;
+            (std::mem::take(&mut inner.waiters), std::mem::take(&mut inner.dependents))
         };
+        let mut ripe = Vec::with_capacity(dependents.len());
+        // Before anybody can take the value away: who decodes it may change its bytes.
+        for (call, index) in dependents {
+            if let Some(need) = call.inner().needs.get_mut(index) {
+                need.came = Came::of(&outcome);
+            }
+            ripe.push(call);
+        }
         if self.outcome.set(outcome).is_err() {
-            return;
+            return ripe; // cannot be: a call that has ended is not ended again
         }
         waiters.into_iter().for_each(Waiter::wake);
+        ripe
+    }
+}
+
+impl Came {
+    fn of(outcome: &Outcome) -> Self {
+        let Outcome::Value(value) = outcome else { return Self::Failed };
+        let value = value.lock().unwrap_or_else(PoisonError::into_inner);
+        value.as_ref().map_or(Self::Failed, |value| Self::Value(value.payload.clone()))
     }
 }
 

@@ -6,7 +6,7 @@
 use std::{
     collections::{HashMap, HashSet},
     io,
-    sync::Arc,
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 
@@ -22,7 +22,7 @@ use slab::Slab;
 
 use super::{
     link::{Input, Link, Sent},
-    pending::{Outcome, Pending, Place},
+    pending::{Needs, Outcome, Pending, Place},
 };
 
 const RECONNECT: Duration = Duration::from_millis(50);
@@ -42,6 +42,8 @@ pub(super) struct Router {
     lost: Vec<(Instant, ReplicaKey, Replica)>,
     /// Calls whose deployment the snapshot does not hold, and since when.
     unrouted: Vec<(Instant, Arc<Pending>)>,
+    /// Calls whose arguments may have come.
+    ripe: Vec<Arc<Pending>>,
     used: HashSet<String>,
     snapshot: Option<Snapshot>,
     unflushed: Vec<usize>,
@@ -67,6 +69,7 @@ impl Router {
             by_key: HashMap::new(),
             lost: Vec::new(),
             unrouted: Vec::new(),
+            ripe: Vec::new(),
             used: HashSet::new(),
             snapshot: None,
             unflushed: Vec::new(),
@@ -89,12 +92,23 @@ impl Router {
     pub(super) fn begin(&mut self, call: &Arc<Pending>, cork: bool) {
         self.calls += 1;
         self.outstanding += 1;
+        let needs = call.ask();
+        self.enter(call, needs);
+        if cork { self.act() } else { self.settle() }
+    }
+
+    /// Puts a call on its way if its arguments are there.
+    fn enter(&mut self, call: &Arc<Pending>, needs: Needs) {
+        match needs {
+            Needs::Waiting => return call.move_to(Place::Needing),
+            Needs::Failed(index) => return self.finish(call, Outcome::Argument(index)),
+            Needs::Met => {}
+        }
         if !self.used.contains(&call.deployment) {
             self.used.insert(call.deployment.clone());
             self.apply();
         }
         self.route(call);
-        if cork { self.act() } else { self.settle() }
     }
 
     fn route(&mut self, call: &Arc<Pending>) {
@@ -147,7 +161,7 @@ impl Router {
         if call.place() != Place::Done {
             self.outstanding -= 1;
             self.attended -= usize::from(call.attended());
-            call.finish(outcome);
+            self.ripe.extend(call.finish(outcome));
         }
     }
 
@@ -155,6 +169,7 @@ impl Router {
     pub(super) fn cancel(&mut self, call: &Arc<Pending>) -> bool {
         match call.place() {
             Place::Done => return false,
+            Place::Needing => {}
             Place::Unrouted => self.unrouted.retain(|(_, other)| !Arc::ptr_eq(other, call)),
             Place::Queued(place) => drop(self.engine.cancel(place)),
             Place::Sent { link, stream } => {
@@ -214,6 +229,7 @@ impl Router {
         for (_, call) in late {
             self.finish(&call, Outcome::Refused(Error::Unavailable(why.to_owned())));
         }
+        self.settle();
     }
 
     /// Gives the engine what the snapshot says of the deployments that this process calls.
@@ -239,18 +255,24 @@ impl Router {
     }
 
     fn act(&mut self) {
-        while let Some(action) = self.engine.next_action() {
-            match action {
-                Action::Start(call, lease) => self.send(&call, lease),
-                Action::Refuse(call, error) => self.finish(&call, Outcome::Refused(error)),
-                Action::Open(key, replica) => self.open(key, replica),
-                Action::Close(key) => self.leave(key),
-                Action::Unused(key, count) => {
-                    if let Some(&index) = self.by_key.get(&key) {
-                        self.links[index].send(Header::new(Kind::Unused, 0).aux(count));
-                        self.unflushed.push(index);
+        loop {
+            while let Some(action) = self.engine.next_action() {
+                match action {
+                    Action::Start(call, lease) => self.send(&call, lease),
+                    Action::Refuse(call, error) => self.finish(&call, Outcome::Refused(error)),
+                    Action::Open(key, replica) => self.open(key, replica),
+                    Action::Close(key) => self.leave(key),
+                    Action::Unused(key, count) => {
+                        if let Some(&index) = self.by_key.get(&key) {
+                            self.links[index].send(Header::new(Kind::Unused, 0).aux(count));
+                            self.unflushed.push(index);
+                        }
                     }
                 }
+            }
+            let Some(call) = self.ripe.pop() else { return };
+            if call.place() == Place::Needing {
+                self.enter(&call, call.needs());
             }
         }
     }
@@ -365,7 +387,7 @@ impl Router {
                         let outcome = match kind {
                             Kind::Result if call.stream => Outcome::End,
                             Kind::Result => match Value::parse(payload) {
-                                Ok(value) => Outcome::Value(value),
+                                Ok(value) => Outcome::Value(Mutex::new(Some(value))),
                                 Err(error) => Outcome::Refused(Error::Internal(error.to_string().into())),
                             },
                             _ => Outcome::Fault(Fault::from_aux(header.aux), payload),
@@ -422,6 +444,9 @@ impl Router {
             if let Action::Refuse(call, _) = action {
                 self.finish(&call, Outcome::Closed);
             }
+        }
+        while let Some(call) = self.ripe.pop() {
+            self.finish(&call, Outcome::Closed);
         }
     }
 }

@@ -6,14 +6,16 @@
 use std::sync::Arc;
 
 use pyo3::buffer::PyBuffer;
+use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyByteArray, PyBytes, PyDict, PyList, PyString};
+use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
 use rayserve_dataplane::wire::head::{MODEL_HEADER, is_named};
 use rayserve_dataplane::wire::{CallView, RequestHeadView};
 
 use super::{asgi, receive};
 use crate::convert::{pair, text, unquoted};
+use crate::value;
 use crate::worker::replica::Replica;
 use crate::worker::stream::Stream;
 
@@ -209,17 +211,17 @@ impl CallHead {
     fn put_item<'py>(
         &self,
         py: Python<'py>,
-        pickle: &[u8],
+        pickle: &Bound<'_, PyBytes>,
         buffers: Vec<PyBuffer<u8>>,
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         self.replica.put_item(py, &self.stream, pickle, &buffers)
     }
 
-    /// The pickle and its out-of-band buffers, which the values may own: each is a writable copy.
-    fn arguments<'py>(&self, py: Python<'py>) -> (Bound<'py, PyBytes>, Vec<Bound<'py, PyByteArray>>) {
-        let value = &self.view.arguments;
-        let buffers = value.buffers.iter().map(|buffer| PyByteArray::new(py, buffer)).collect();
-        (PyBytes::new(py, &value.pickle), buffers)
+    /// The pickle, its out-of-band buffers, and those arguments that other calls have answered: place, pickle and buffers.
+    /// The buffers are the receiver's own, and can be had once.
+    fn arguments<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyTuple>> {
+        let taken = || PyRuntimeError::new_err("the arguments have been taken");
+        value::of_call(py, self.view.take_arguments().ok_or_else(taken)?)
     }
 
     #[getter]

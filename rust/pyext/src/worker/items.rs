@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 use pyo3::buffer::PyBuffer;
 use pyo3::import_exception;
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 use rayserve_dataplane::wire::{Header, Kind, WINDOW};
 
 use super::replica::{Replica, STALE};
@@ -50,13 +51,13 @@ impl Replica {
         self: &Arc<Self>,
         py: Python<'py>,
         stream: &Arc<Stream>,
-        pickle: &[u8],
+        pickle: &Bound<'_, PyBytes>,
         buffers: &[PyBuffer<u8>],
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         if stream.state().cancelled {
             return Err(CancelledError::new_err(()));
         }
-        let len = put_frame(py, stream, Header::new(Kind::Item, stream.id), pickle, buffers)?;
+        let len = put_frame(stream, Header::new(Kind::Item, stream.id), pickle, buffers);
         let open = {
             let mut state = stream.state();
             state.items.window -= i64::try_from(len).unwrap_or(i64::MAX);

@@ -16,10 +16,10 @@ use bytes::{Buf, BytesMut};
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
 use rayserve_dataplane::wire::hello::{Callee, MAX_HELLO};
-use rayserve_dataplane::wire::{Decoder, Header, Spool, flag, put};
-use rustix::io::Errno;
+use rayserve_dataplane::wire::{Decoder, Header, Payload, Spool, flag, put};
 
 use super::stream::{Stream, Turn, Woken};
+use crate::socket;
 
 /// Chunks of long bodies are put while less than this is unsent.
 const ROOM: usize = 256 * 1024;
@@ -159,25 +159,19 @@ impl Link {
     }
 
     /// Reads once; whether the peer may have more. An end of file is an error.
-    #[expect(unsafe_code, reason = "clearing the space before each read would cost more than the read")]
     pub(crate) fn read(&self, buf: &mut BytesMut) -> io::Result<bool> {
         if !buf.try_reclaim(READ) && buf.capacity() - buf.len() < READ / 16 {
             buf.reserve(READ);
         }
         let output = lock(&self.output);
         let Some(socket) = &output.socket else { return Err(ErrorKind::NotConnected.into()) };
-        let room = buf.spare_capacity_mut();
-        let (full, read) = (room.len(), each!(socket, it => rustix::io::read(it, room)).map(|(read, _)| read.len()));
-        match read {
+        let room = buf.capacity() - buf.len();
+        match each!(socket, it => socket::read(it, buf)) {
             Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
-            Ok(len) => {
-                // SAFETY: read() has filled that many bytes of the spare capacity.
-                unsafe { buf.set_len(buf.len() + len) };
-                Ok(len == full)
-            }
-            Err(Errno::AGAIN) => Ok(false),
-            Err(Errno::INTR) => Ok(true),
-            Err(error) => Err(error.into()),
+            Ok(len) => Ok(len == room),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+            Err(error) if error.kind() == ErrorKind::Interrupted => Ok(true),
+            Err(error) => Err(error),
         }
     }
 
@@ -191,6 +185,15 @@ impl Link {
         let mut output = lock(&self.output);
         if output.socket.is_some() {
             fill(output.spool.tail());
+            self.mark(output);
+        }
+    }
+
+    /// Appends a frame with a value in it, whose large parts are not copied.
+    pub(crate) fn put_value(self: &Arc<Self>, header: Header, payload: &Payload) {
+        let mut output = lock(&self.output);
+        if output.socket.is_some() {
+            output.spool.put_payload(header, payload);
             self.mark(output);
         }
     }

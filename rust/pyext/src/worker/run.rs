@@ -10,7 +10,7 @@ use pyo3::buffer::PyBuffer;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
-use rayserve_dataplane::wire::{Fault, Header, Kind, call, flag, frame};
+use rayserve_dataplane::wire::{Fault, Header, Kind, LARGE, Payload, flag};
 
 use super::link::lock;
 use super::replica::{Posted, Replica, Request, Work};
@@ -18,6 +18,7 @@ use super::step::Started;
 use super::stream::{Answer, Stream};
 use crate::http::request::{CallHead, RequestHead};
 use crate::http::{asgi, response};
+use crate::value;
 
 /// What serves HTTP, as the user's code was found to be when the replica started.
 pub(crate) struct Http {
@@ -388,35 +389,21 @@ fn put_value(stream: &Stream, encoded: &Bound<'_, PyTuple>) -> PyResult<()> {
     let buffers: Vec<PyBuffer<u8>> =
         buffers.cast::<PyList>()?.iter().map(|buffer| buffer.extract()).collect::<PyResult<_>>()?;
     let header = stream.link.outgoing.stamp(Header::new(Kind::Result, stream.id).with(flag::FIN), 1);
-    let put = put_frame(encoded.py(), stream, header, pickle.cast::<PyBytes>()?.as_bytes(), &buffers);
+    put_frame(stream, header, pickle.cast()?, &buffers);
     stream.close();
-    put.map(drop)
+    Ok(())
 }
 
 /// One frame with a value for its payload, whose length comes back.
 pub(super) fn put_frame(
-    py: Python<'_>,
     stream: &Stream,
     header: Header,
-    pickle: &[u8],
+    pickle: &Bound<'_, PyBytes>,
     buffers: &[PyBuffer<u8>],
-) -> PyResult<usize> {
-    let lens = buffers.iter().map(|buffer| buffer.len_bytes());
-    let (mut copied, mut len) = (Ok(()), 0);
-    stream.link.put_with(|out| {
-        frame::put_with(out, header, |out| {
-            let start = out.len();
-            call::put_value_head(out, pickle.len(), lens);
-            out.extend_from_slice(pickle);
-            for buffer in buffers {
-                let start = out.len();
-                out.resize(start + buffer.len_bytes(), 0);
-                if let Err(error) = buffer.copy_to_slice(py, &mut out[start..]) {
-                    copied = Err(error);
-                }
-            }
-            len = out.len() - start;
-        });
-    });
-    copied.map(|()| len)
+) -> usize {
+    let mut payload = Payload::with_capacity(32 + pickle.as_bytes().len().min(LARGE));
+    value::put(pickle.py(), &mut payload, pickle, buffers);
+    payload.close();
+    stream.link.put_value(header, &payload);
+    payload.len()
 }
