@@ -18,6 +18,7 @@ import ray
 from rayserve_fast import inactive
 from rayserve_fast.controlplane import client
 from rayserve_fast.controlplane.options import ClusterOptions
+from rayserve_fast.controlplane.spec import DeploymentID
 from rayserve_fast.controlplane.status import ServeStatus
 from rayserve_fast.exceptions import RayServeException
 
@@ -296,12 +297,12 @@ def get_deployment_handle(
             )
         app_name = replica.app_name
     if (local := _local(app_name)) is not None:
-        return local.deployment(deployment_name, app_name)
+        return local.deployment(DeploymentID(deployment_name, app_name), _check_exists)
     if asyncio._get_running_loop() is not None and context._current_replica() is not None:
         return DeploymentHandle(deployment_name, app_name)  # the loop must not wait; a call says it if there is none
     controller = client.require()
     if _check_exists and not ray.get(controller.exists.remote(app_name, deployment_name)):
-        raise KeyError(f"Deployment '{deployment_name}' in application '{app_name}' does not exist.")
+        raise KeyError(f"{DeploymentID(deployment_name, app_name)} does not exist.")
     return DeploymentHandle(deployment_name, app_name)
 
 

@@ -335,7 +335,7 @@ def test_handles_by_name(run: Run) -> None:
     assert serve.get_app_handle("app").remote(1).result(timeout_s=20) == 2
     assert serve.get_app_handle("app").by_name.remote(2).result(timeout_s=20) == 4
     assert serve.get_deployment_handle("Model", "app").remote(3).result(timeout_s=20) == 6
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match=r"Deployment\(name='Nothing', app='app'\) does not exist"):
         serve.get_deployment_handle("Nothing", "app")
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from rayserve_fast.application import RunTarget
-    from rayserve_fast.controlplane.spec import ApplicationSpec
+    from rayserve_fast.controlplane.spec import ApplicationSpec, DeploymentID
     from rayserve_fast.values import Buffer
 
 logger = logging.getLogger("ray.serve")
@@ -84,11 +84,11 @@ class Applications:
         """The handle to an application's ingress."""
         return DeploymentHandle(self._applications[name].ingress, name, _local=True)
 
-    def deployment(self, name: str, app_name: str) -> DeploymentHandle:
-        """The handle to any of its deployments; KeyError if there is none of this name."""
-        if f"{app_name}#{name}" not in self._replicas:
-            raise KeyError(f"Deployment '{name}' in application '{app_name}' does not exist.")
-        return DeploymentHandle(name, app_name, _local=True)
+    def deployment(self, deployment: DeploymentID, check_exists: bool) -> DeploymentHandle:
+        """The handle to any of its deployments; with `check_exists` KeyError if there is none of this name."""
+        if check_exists and deployment.key not in self._replicas:
+            raise KeyError(f"{deployment} does not exist.")
+        return DeploymentHandle(deployment.name, deployment.app_name, _local=True)
 
     @property
     def client(self) -> Applications:
