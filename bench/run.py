@@ -100,7 +100,7 @@ def visit(peer: peers.Peer, python: Path, works: list[Work], settings: Settings,
                 if settings.warm_s and widest:
                     make_load(widest[-1], settings.warm_s)
                 for connections in widest:
-                    result["samples"].append(measure(connections, settings.seconds) | {"round": number})
+                    result["samples"].append(measure(connections, settings.seconds * work.stretch) | {"round": number})
             except (RuntimeError, OSError, subprocess.SubprocessError) as error:
                 failure(result, peer, number, work.name, error)
 
