@@ -19,7 +19,7 @@ COLOURS = {
     "granian": "#66a182",
     "haproxy-granian": "#edae49",
 }
-LABEL, WIDTH, BAR, GAP, TOP = 240, 660, 13, 14, 58
+LABEL, WIDTH, BAR, GAP, TOP = 250, 660, 13, 14, 58
 
 
 def render(raw: dict, connections: int = 64) -> str:
