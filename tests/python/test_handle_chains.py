@@ -172,3 +172,18 @@ with ray_start_client_server(ray_init_kwargs={"num_cpus": 1, "include_dashboard"
 """
     )
     assert "RayServeException Handles do not work over Ray Client" in done.stdout, done.stdout + done.stderr
+
+
+def test_threads_and_the_loop_of_a_replica_call_at_once(five: DeploymentHandle) -> None:
+    """Both read answers for each other, and neither may wait for one that the other has left lying."""
+
+    async def client(i: int) -> None:
+        for _ in range(100):
+            method = "walk" if i % 2 else "walk_sync"
+            response = five.options(method_name=method).remote([])
+            assert await asyncio.wait_for(response, 20) == ["0", "1", "2", "3", "4"]
+
+    async def clients() -> None:
+        await asyncio.gather(*map(client, range(16)))
+
+    asyncio.run(clients())
