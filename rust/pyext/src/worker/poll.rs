@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use mio::net::{TcpListener, UnixListener};
 use mio::{Events, Interest, Poll, Token};
 use pyo3::intern;
@@ -326,8 +326,10 @@ fn handle(
             let work = if header.kind == Kind::Call {
                 Work::Call(CallView::parse(payload)?, header.has(flag::STREAM))
             } else {
-                let view = RequestHeadView::parse(payload)?;
-                if header.has(flag::FIN) {
+                let whole = header.has(flag::FIN);
+                // The head of a long upload would keep its buffer from being read into again, for as long as it lasts.
+                let view = RequestHeadView::parse(if whole { payload } else { Bytes::copy_from_slice(&payload) })?;
+                if whole {
                     stream.fill(view.body());
                 }
                 Work::Http(view)
