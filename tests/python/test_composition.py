@@ -487,3 +487,51 @@ def test_models_are_multiplexed_behind_a_handle(run: Run) -> None:
         answer, loads = handle.options(multiplexed_model_id=model).remote().result(timeout_s=20)
         assert answer == f"model {model}"
     assert loads == ["a", "b", "c", "b"]
+
+
+@serve.deployment(max_ongoing_requests=20)
+class Passing:
+    """Passes on what it has not read."""
+
+    def __init__(self, model: DeploymentHandle) -> None:
+        self.model = model
+
+    async def __call__(self, value: Any) -> Any:
+        return await self.model.remote(self.model.remote(value))
+
+    def sync(self, value: Any) -> Any:
+        return self.model.sync.remote(value=self.model.remote(value)).result()
+
+    async def read_before(self, value: Any) -> Any:
+        response = self.model.remote(value)
+        await response
+        return await self.model.remote(response)
+
+    async def failed(self) -> str:
+        try:
+            await self.model.remote(self.model.fail.remote())
+        except Refused as error:
+            return f"{error.code}"
+        return "nothing"
+
+    async def nested(self) -> None:
+        await self.model.remote([self.model.remote(1)])
+
+    async def stream(self) -> None:
+        await self.model.remote(self.model.options(stream=True).items.remote(1))
+
+
+@pytest.mark.parametrize("method", ["__call__", "sync", "read_before"])
+def test_responses_are_passed_on(run: Run, method: str) -> None:
+    handle = run(Passing.bind(Model.bind())).options(method_name=method)
+    assert handle.remote(3).result(timeout_s=20) == 12
+    np.testing.assert_array_equal(handle.remote(np.arange(5)).result(timeout_s=20), 4 * np.arange(5))
+
+
+def test_what_cannot_be_passed_on_says_so(run: Run) -> None:
+    handle = run(Passing.bind(Model.bind()))
+    assert handle.failed.remote().result(timeout_s=20) == "42"
+    with pytest.raises(RayServeException, match="top-level argument"):
+        handle.nested.remote().result(timeout_s=20)
+    with pytest.raises(RuntimeError, match="treaming"):
+        handle.stream.remote().result(timeout_s=20)
