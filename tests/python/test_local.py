@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from ray import cloudpickle
 from ray.exceptions import ActorDiedError
 
 from rayserve_fast import serve
+from rayserve_fast.exceptions import RequestCancelledError
 from rayserve_fast.handle import DeploymentHandle
 from rayserve_fast.local import applications
 
@@ -233,3 +237,70 @@ def test_user_code_that_ends_the_interpreter_fails_its_call_alone() -> None:
         with pytest.raises(Exception, match=r"SystemExit|KeyboardInterrupt"):
             method.remote().result(timeout_s=10)
     assert handle.stay.remote().result(timeout_s=10) == 1
+
+
+def test_calls_cancelled_at_random_moments_leave_nothing_behind() -> None:
+    @serve.deployment(max_ongoing_requests=8)
+    class Back:
+        async def wait(self, seconds: float) -> float:
+            await asyncio.sleep(seconds)
+            return seconds
+
+        def wait_sync(self, seconds: float) -> float:
+            time.sleep(seconds)
+            return seconds
+
+        async def items(self, seconds: float) -> AsyncIterator[float]:
+            for _ in range(3):
+                await asyncio.sleep(seconds / 3)
+                yield seconds
+
+    @serve.deployment(max_ongoing_requests=12)
+    class Front:
+        def __init__(self, back: DeploymentHandle) -> None:
+            self.back = back
+
+        async def wait(self, seconds: float) -> float:
+            return await self.back.wait.remote(seconds)
+
+        def wait_sync(self, seconds: float) -> float:
+            return self.back.wait_sync.remote(seconds).result()
+
+        async def items(self, seconds: float) -> AsyncIterator[float]:
+            async for item in self.back.options(stream=True).items.remote(seconds):
+                yield item
+
+    handle = run(Front.bind(Back.bind()))
+    calls: list[Callable[[float], Any]] = [
+        handle.wait.remote,
+        handle.wait_sync.remote,
+        handle.options(stream=True).items.remote,
+    ]
+
+    def storm(seed: int) -> tuple[int, int]:
+        dice, answered, cancelled = random.Random(seed), 0, 0
+        for _ in range(250):
+            call, seconds = dice.choice(calls), dice.random() * 0.003
+            response = call(seconds)
+            if dice.random() < 0.7:
+                time.sleep(dice.random() * 0.002)
+                response.cancel()
+            try:
+                if call is calls[2]:
+                    assert list(response) == [seconds] * 3
+                else:
+                    assert response.result(timeout_s=30) == seconds
+                answered += 1
+            except RequestCancelledError:
+                cancelled += 1
+        return answered, cancelled
+
+    with ThreadPoolExecutor(8) as pool:
+        outcomes = list(pool.map(storm, range(8)))
+    assert sum(map(sum, outcomes)) == 2000
+    assert min(min(each) for each in outcomes) > 0, "both happen"
+    replicas = list(applications._replicas.values())
+    deadline = time.monotonic() + 10
+    while any(replica._running or replica._waiting for replica in replicas) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [(len(replica._running), len(replica._waiting)) for replica in replicas] == [(0, 0)] * 2
