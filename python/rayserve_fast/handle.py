@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from ray.exceptions import ActorDiedError
 
-from rayserve_fast import answers, caller, values
+from rayserve_fast import answers, caller, promises, values
 from rayserve_fast.context import _serve_request_context
 from rayserve_fast.controlplane.spec import DeploymentID
 from rayserve_fast.exceptions import (
@@ -324,15 +324,15 @@ class _Response:
         if fault == 5:
             raise TimeoutError(text)
         if fault in (7, 8):
-            raise TypeError(text)
-        raise RayServeException(text)
+            raise values.task_error(TypeError(text), self._handle._options.method_name)
+        raise values.task_error(RayServeException(text), self._handle._options.method_name)
 
     def __repr__(self) -> str:
         kind = type(self).__name__
         return f"{kind}(deployment='{self._handle.deployment_name}', request_id='{self._request_id}')"
 
 
-class DeploymentResponse(_Response, answers.Answer):
+class DeploymentResponse(_Response, answers.Answer, promises.ReferableValue):
     """The answer to a call, which is on its way already; made by `DeploymentHandle.remote`.
 
     The answer is read when it is asked for, once; asking again gives the same value or raises the same error.
@@ -388,7 +388,7 @@ class DeploymentResponse(_Response, answers.Answer):
         )
 
 
-class DeploymentResponseGenerator(_Response, answers.Stream):
+class DeploymentResponseGenerator(_Response, answers.Stream, promises.ReferableItems):
     """The items of a streaming call, in order; made by `handle.options(stream=True).method.remote()`.
 
     Iterate it once, with `for` or `async for`; every item is decoded when it is asked for. A method that is far ahead

@@ -154,5 +154,11 @@ def load_error(payload: Buffer) -> RayTaskError:
     return error.as_instanceof_cause()
 
 
+def task_error(cause: Exception, function_name: str) -> RayTaskError:
+    """An error of the replica's own, in the form of those that the user's code raises."""
+    text = f"{function_name}\n{type(cause).__name__}: {cause}"
+    return RayTaskError(function_name, text, cause, proctitle=function_name).as_instanceof_cause()
+
+
 def _unloadable(what: str, reason: Exception, text: str) -> str:
     return f"The exception ({what}) cannot be sent between processes: {reason!r}.\nOriginal traceback:\n{text}"

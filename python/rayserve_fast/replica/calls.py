@@ -17,6 +17,7 @@ from ray import ObjectRef
 
 from rayserve_fast import values
 from rayserve_fast.exceptions import RayServeException
+from rayserve_fast.replica.lingering import Lingering
 
 if TYPE_CHECKING:
     from rayserve_fast import _core
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 # The `Fault` codes of the wire that this file gives; ARCHITECTURE.md lists them.
 USER, CANCELLED, NO_METHOD, WRONG_KIND, UNPICKLABLE = 2, 4, 6, 7, 8
+
+
+_lingering = Lingering()
 
 
 class NoSuchMethodError(RayServeException):
@@ -133,10 +137,13 @@ def _arguments(head: CallHead) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _dump(result: Any) -> tuple[bytes, list[memoryview]]:
+    refs: list[ObjectRef[Any]] = []
     try:
-        encoded, buffers = values.dumps(result)
+        encoded, buffers = values.dumps(result, refs)
     except Exception as error:
         raise UnpicklableError(f"The result of type {type(result).__qualname__} cannot be sent: {error!r}") from error
+    if refs:
+        _lingering.keep(refs)
     return encoded, [buffer.raw() for buffer in buffers]
 
 

@@ -209,6 +209,11 @@ impl Call {
         self.pending.is_ready()
     }
 
+    /// Whether a replica has the call, or it has ended.
+    fn assigned(&self) -> bool {
+        self.pending.is_assigned()
+    }
+
     /// The items that have come since the last time, each a pickle or a pickle and its buffers.
     fn items<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyAny>>> {
         self.caller.take_items(&self.pending).into_iter().map(|item| item_of(py, item)).collect()

@@ -164,6 +164,10 @@ impl Pending {
         self.inner().place
     }
 
+    pub(super) fn is_assigned(&self) -> bool {
+        matches!(self.place(), Place::Sent { .. } | Place::Done)
+    }
+
     pub(super) fn move_to(&self, place: Place) {
         self.inner().place = place;
     }

@@ -1,0 +1,174 @@
+"""Ray ObjectRefs for the answers of handle calls, for whoever wants to pass them to Ray's tasks and actors.
+
+Answers do not come by way of Ray, so a reference needs somebody in Ray's world who owns the value to come: an actor of
+this process, made when the first reference is asked for and gone with the process. A thread waits for the answer and
+hands it to the actor, whose method call is the reference. What Ray Serve gets for nothing costs a task here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+
+#: Of the actor: references that may be waited for at once.
+OPEN = 100_000
+#: How long to look away from a call that no replica has yet, seconds.
+GLANCE_S = 0.002
+
+
+class _Promises:
+    """Runs in the actor; everything on its one loop."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, asyncio.Queue[tuple[str, Any]]] = {}
+
+    def _queue(self, key: int) -> asyncio.Queue[tuple[str, Any]]:
+        return self._kept.setdefault(key, asyncio.Queue())
+
+    async def keep(self, key: int, word: str, what: Any) -> None:
+        """A value or an item, an error, or the end of a stream."""
+        self._queue(key).put_nowait((word, what))
+
+    async def value(self, key: int) -> Any:
+        """The value, once it is kept."""
+        word, what = await self._queue(key).get()
+        del self._kept[key]
+        if word == "error":
+            raise what
+        return what
+
+    async def items(self, key: int) -> AsyncIterator[Any]:
+        """The items, as they are kept."""
+        while True:
+            word, what = await self._queue(key).get()
+            if word == "value":
+                yield what
+                continue
+            del self._kept[key]
+            if word == "error":
+                raise what
+            return
+
+
+_actor: tuple[str, Any] | None = None
+_keys = itertools.count()
+_lock = threading.Lock()
+
+
+def _promises() -> Any:
+    """This process's actor; another Ray needs another."""
+    global _actor
+    worker = ray.get_runtime_context().get_worker_id()
+    with _lock:
+        if _actor is None or _actor[0] != worker:
+            made = ray.remote(_Promises).options(num_cpus=0, max_concurrency=OPEN)
+            _actor = worker, made.remote()
+        return _actor[1]
+
+
+def of_value(result: Callable[[], Any]) -> Any:
+    """A reference to what `result` returns or raises; it may take its time."""
+    actor, key = _promises(), next(_keys)
+    ref = actor.value.remote(key)
+    _fulfil(actor, key, lambda: actor.keep.remote(key, "value", result()))
+    return ref
+
+
+def of_items(items: Callable[[], Any]) -> Any:
+    """A generator of references to what iterating `items()` gives."""
+    actor, key = _promises(), next(_keys)
+    refs = actor.items.options(num_returns="streaming").remote(key)
+
+    def pass_on() -> None:
+        for item in items():
+            actor.keep.remote(key, "value", item)
+        actor.keep.remote(key, "end", None)
+
+    _fulfil(actor, key, pass_on)
+    return refs
+
+
+def _fulfil(actor: Any, key: int, pass_on: Callable[[], Any]) -> None:
+    def run() -> None:
+        try:
+            pass_on()
+        except Exception as error:
+            # Ray makes a RayTaskError of it again.
+            actor.keep.remote(key, "error", error.cause if isinstance(error, RayTaskError) else error)
+
+    threading.Thread(target=run, name="rayserve-fast-promise", daemon=True).start()
+
+
+class _Referable:
+    """What both kinds of responses need for it."""
+
+    _call: Any
+    _ref: Any = None
+
+    def _open(self) -> bool:
+        """Whether no replica has the call yet."""
+        call = self._call
+        if call is not None and not hasattr(call, "assigned"):
+            raise RuntimeError("There are no ObjectRefs in local testing mode: pass the response or its value.")
+        return call is not None and not call.assigned()
+
+    def _refer(self, make: Callable[[Any], Any], what: Any) -> Any:
+        if self._ref is None:
+            self._ref = make(what)
+        return self._ref
+
+    def _until_assigned(self, timeout_s: float | None, instead: str, in_loop: bool) -> None:
+        if asyncio._get_running_loop() is not None and not in_loop:
+            raise RuntimeError(
+                f"Sync methods should not be called from within an `asyncio` event loop. Use `await {instead}` instead."
+            )
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._open():
+            if until is not None and time.monotonic() >= until:
+                raise TimeoutError("No replica has taken the call in time.")
+            time.sleep(GLANCE_S)
+
+    async def _assigned(self) -> None:
+        while self._open():
+            await asyncio.sleep(GLANCE_S)
+
+
+class ReferableValue(_Referable):
+    """The part of `DeploymentResponse` that makes an ObjectRef of it, as soon as a replica has the call."""
+
+    result: Callable[[], Any]
+
+    async def _to_object_ref(self) -> Any:
+        """A `ray.ObjectRef` to the answer."""
+        await self._assigned()
+        return self._refer(of_value, self.result)
+
+    def _to_object_ref_sync(self, _timeout_s: float | None = None, _allow_running_in_event_loop: bool = False) -> Any:
+        """The same from a thread without a running loop."""
+        self._until_assigned(_timeout_s, "response._to_object_ref()", _allow_running_in_event_loop)
+        return self._refer(of_value, self.result)
+
+
+class ReferableItems(_Referable):
+    """The part of `DeploymentResponseGenerator` that makes ObjectRefs of its items, which nobody else may take then."""
+
+    __iter__: Callable[[], Any]
+
+    async def _to_object_ref_gen(self) -> Any:
+        """A `ray.ObjectRefGenerator` of the items."""
+        await self._assigned()
+        return self._refer(of_items, self.__iter__)
+
+    def _to_object_ref_gen_sync(
+        self, _timeout_s: float | None = None, _allow_running_in_event_loop: bool = False
+    ) -> Any:
+        """The same from a thread without a running loop."""
+        self._until_assigned(_timeout_s, "response._to_object_ref_gen()", _allow_running_in_event_loop)
+        return self._refer(of_items, self.__iter__)

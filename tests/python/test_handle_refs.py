@@ -1,0 +1,157 @@
+"""Ray's ObjectRefs as arguments of handle calls, and responses as ObjectRefs."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+from ray.exceptions import RayTaskError
+
+from rayserve_fast import serve
+from rayserve_fast.replica.lingering import Lingering
+
+
+class Echo:
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return args, kwargs
+
+    def same(self, value: Any) -> Any:
+        return value
+
+    async def slow(self, seconds: float, value: Any) -> Any:
+        await asyncio.sleep(seconds)
+        return value
+
+    async def inside(self, box: list[Any]) -> Any:
+        return await box[0]
+
+    def put(self, value: Any) -> Any:
+        return [ray.put(value)]
+
+    def fail(self) -> None:
+        raise KeyError("lost")
+
+    def count(self, n: int) -> Any:
+        yield from range(n)
+
+
+class Middle:
+    def __init__(self, handle: Any) -> None:
+        self.handle = handle
+
+    async def through(self, value: Any) -> Any:
+        response = self.handle.same.remote(value)
+        return await (await response._to_object_ref())
+
+
+@pytest.fixture(scope="module")
+def echo(serve_url: str) -> Any:
+    app = serve.deployment(Middle).bind(serve.deployment(Echo).bind())
+    serve.run(app, name="refs", route_prefix="/refs")
+    yield serve.get_deployment_handle("Echo", "refs")
+    serve.delete("refs")
+
+
+@ray.remote
+def plus_one(value: Any) -> Any:
+    return value + 1
+
+
+@ray.remote
+def failing() -> None:
+    raise ValueError("in the task")
+
+
+def test_top_level_references_arrive_as_values(echo: Any) -> None:
+    ref, task = ray.put(np.arange(200_000)), plus_one.remote(1)
+    args, kwargs = echo.remote(ref, 1, key=task).result(timeout_s=30)
+    np.testing.assert_array_equal(args[0], np.arange(200_000))
+    assert (args[1], kwargs) == (1, {"key": 2})
+    assert echo.same.remote(ray.put("sync")).result(timeout_s=30) == "sync"
+
+
+def test_a_failed_reference_fails_the_call(echo: Any) -> None:
+    for method in (echo.same, echo):
+        with pytest.raises(ValueError, match="in the task"):
+            method.remote(failing.remote()).result(timeout_s=30)
+
+
+def test_nested_references_stay_references_and_usable(echo: Any) -> None:
+    ref = ray.put(41)
+    args, _ = echo.remote([ref]).result(timeout_s=30)
+    assert type(args[0][0]) is ray.ObjectRef
+    assert args[0][0] == ref
+    assert echo.inside.remote([ray.put(42)]).result(timeout_s=30) == 42  # nobody else keeps it
+
+
+def test_references_in_results_are_usable(echo: Any) -> None:
+    (ref,) = echo.put.remote("mine").result(timeout_s=30)
+    assert ray.get(ref, timeout=30) == "mine"
+    assert ray.get(plus_one.remote(echo.put.remote(1).result(timeout_s=30)[0]), timeout=60) == 2
+
+
+def test_what_lingers_goes_when_its_time_is_over() -> None:
+    lingering = Lingering(linger_s=0.05)
+    for i in range(3):
+        lingering.keep(i)
+    assert len(lingering) == 3
+    deadline = time.monotonic() + 10
+    while len(lingering) and time.monotonic() < deadline:
+        time.sleep(0.01)  # a thread's own time
+    assert not len(lingering)
+
+
+def test_references_are_given_up_when_the_call_has_ended(echo: Any) -> None:
+    def owned() -> int:
+        gc.collect()
+        worker = ray._private.worker.global_worker.core_worker
+        return len(worker.get_all_reference_counts())
+
+    echo.inside.remote([ray.put(0)]).result(timeout_s=30)
+    before = owned()
+    for i in range(50):
+        assert echo.inside.remote([ray.put(i)]).result(timeout_s=30) == i
+        assert echo.same.remote(ray.put(i)).result(timeout_s=30) == i
+    deadline = time.monotonic() + 10
+    while owned() > before + 5 and time.monotonic() < deadline:
+        time.sleep(0.05)  # Ray counts in its own time
+    assert owned() <= before + 5
+
+
+def test_a_response_becomes_a_reference_before_it_has_its_answer(echo: Any) -> None:
+    response = echo.slow.remote(1.5, 5)
+    ref = response._to_object_ref_sync()
+    assert not response._call.ready()
+    assert type(ref) is ray.ObjectRef
+    assert response._to_object_ref_sync() is ref
+    assert ray.get(plus_one.remote(ref), timeout=60) == 6
+    assert response.result(timeout_s=5) == 5
+
+
+def test_the_reference_of_a_failing_call_fails(echo: Any) -> None:
+    ref = echo.fail.remote()._to_object_ref_sync()
+    with pytest.raises(KeyError) as caught:
+        ray.get(ref, timeout=60)
+    assert isinstance(caught.value, RayTaskError)
+
+
+def test_items_become_references(echo: Any) -> None:
+    refs = echo.count.options(stream=True).remote(3)._to_object_ref_gen_sync()
+    assert type(refs) is ray.ObjectRefGenerator
+    assert [ray.get(ref, timeout=60) for ref in refs] == [0, 1, 2]
+
+
+def test_references_are_made_in_loops_and_replicas_too(echo: Any) -> None:
+    async def in_loop() -> Any:
+        response = echo.same.remote(3)
+        with pytest.raises(RuntimeError, match="await response"):
+            response._to_object_ref_sync()
+        return await (await response._to_object_ref())
+
+    assert asyncio.run(in_loop()) == 3
+    assert serve.get_app_handle("refs").through.remote("x").result(timeout_s=60) == "x"
