@@ -220,7 +220,7 @@ impl Caller {
         if state.turn == Turn::Free {
             mailbox.polling();
             drop(self.lead(state, Turn::Waiter, Some(Instant::now()), |_| true));
-        } else {
+        } else if !state.missed.iter().any(|known| Arc::ptr_eq(known, mailbox)) {
             state.missed.push(Arc::clone(mailbox));
         }
     }
