@@ -7,7 +7,18 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context
 from typing import Any, Protocol, TypeAlias, final
 
-__all__ = ["Call", "CallHead", "Client", "Mailbox", "Proxy", "RequestHead", "Worker", "__version__"]
+__all__ = [
+    "Call",
+    "CallHead",
+    "Chooser",
+    "Client",
+    "Mailbox",
+    "Proxy",
+    "RequestHead",
+    "Reservation",
+    "Worker",
+    "__version__",
+]
 
 __version__: str
 
@@ -24,6 +35,18 @@ class Proxy:
     def counters(self) -> dict[str, int]: ...
     def drain(self) -> None: ...
     def shutdown(self, timeout_s: float) -> None: ...
+    def choices_fileno(self) -> int:
+        """Readable when requests wait for a router in Python."""
+
+    def choices(self) -> list[tuple[int, str, str, str, str, str]]:
+        """Those since the last time: number, deployment, route, request id, model id and session id."""
+
+    def assign(self, number: int, ids: list[str]) -> str | None:
+        """The replica that has got the request; None: none of these has room; empty: the request has ended."""
+
+    def candidates(
+        self, number: int
+    ) -> tuple[list[tuple[str, str, str | None, bool, bool, int, int, list[str]]], str | None] | None: ...
 
 @final
 class Client:
@@ -40,6 +63,7 @@ class Client:
         parent: object,
         needs: list[tuple[int, Call]],
         keep: object,
+        target: str | None = None,
     ) -> Call | None:
         """None: the value of one of `needs` has been taken, and must be sent like any other."""
 
@@ -64,6 +88,36 @@ class Call:
     def wait(self, timeout_s: float | None, main: bool) -> bool: ...
     def cancel(self) -> bool: ...
     def outcome(self) -> Any: ...
+
+@final
+class Chooser:
+    """What routers in Python, broadcasts and `choose_replica` see of the replicas, and how they take a slot."""
+
+    def __new__(cls, client: Client) -> Chooser: ...
+    def choosing(self) -> list[tuple[Call, str, tuple[str, ...], bool, tuple[Any, ...]]]:
+        """Calls that wait for their router since the last time."""
+
+    def replicas(
+        self, deployment: str
+    ) -> tuple[list[tuple[str, str, str | None, bool, bool, int, int, list[str]]], str | None] | None:
+        """The replicas and the user's router; None until a snapshot holds the deployment."""
+
+    def assign(self, call: Call, ids: list[str]) -> str | None:
+        """The replica that has got the call; None: none of these has room; empty: the call has ended."""
+
+    def reserve(self, deployment: str, model: str, session: str, ids: list[str] | None) -> Reservation | None:
+        """A slot; None: there is no room."""
+
+@final
+class Reservation:
+    """A slot that nobody uses yet."""
+
+    @property
+    def replica(self) -> str: ...
+    def redeem(self, call: Call) -> None:
+        """Sends a call that is for this replica."""
+
+    def release(self) -> None: ...
 
 @final
 class Mailbox:

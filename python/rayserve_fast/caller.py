@@ -15,7 +15,8 @@ import os
 import threading
 import weakref
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
 from ray.util.client import ray as ray_client
@@ -29,8 +30,12 @@ if TYPE_CHECKING:
     from collections.abc import Awaitable
     from concurrent.futures import Future
 
+    from rayserve_fast.routing import Routers
+
 #: `Errand::Fresh` of the native client.
 FRESH = 2
+#: `Errand::Choose`.
+CHOOSE = 3
 #: How long a snapshot may take to come from the controller, seconds.
 SNAPSHOT_TIMEOUT_S = 10.0
 #: How long the interpreter's exit waits for the tender, seconds; it comes at once unless a Ray call holds it.
@@ -61,6 +66,9 @@ class Caller:
 
     def __init__(self, node_id: str, token: bytes, source: Source) -> None:
         self.client = _core.Client(node_id, token)
+        self.chooser = _core.Chooser(self.client)
+        self._routers: Routers | None = None
+        self._node_id = node_id
         self.forked = False
         self._source = source
         self._next: Future[bytes] | None = None
@@ -74,7 +82,9 @@ class Caller:
             try:
                 if self._failed and self._source.moved():
                     return replace(self)
-                if errand == FRESH:
+                if errand == CHOOSE:
+                    self._choose()
+                elif errand == FRESH:
                     self.client.publish(self._source.present(), True)
                 else:
                     self._hear()
@@ -94,6 +104,32 @@ class Caller:
             self.client.publish(self._next.result(), False)
         self._next = self._source.next(self.client.version())
         self._next.add_done_callback(lambda _: self.client.announce())
+
+    @property
+    def routers(self) -> Routers:
+        """The thread on which routers of the user's own run."""
+        if self._routers is None:
+            from rayserve_fast.routing import Routers
+
+            self._routers = Routers(self._node_id)
+        return self._routers
+
+    def _choose(self) -> None:
+        """Hand the calls that wait for their router to it."""
+        for asked in self.chooser.choosing():
+            self.routers.submit(self._route(*asked))
+
+    async def _route(
+        self, call: _core.Call, deployment: str, texts: tuple[str, ...], stream: bool, encoded: tuple[Any, ...]
+    ) -> None:
+        from rayserve_fast.routing import completed, pending_call
+
+        known, assign = partial(self.chooser.replicas, deployment), partial(self.chooser.assign, call)
+        pending = pending_call(texts, stream, encoded)
+        router, replica_id = await self.routers.place(deployment, known, pending, assign)
+        if replica_id is not None:
+            await self.watch(asyncio.get_running_loop()).wait(call)
+            completed(router, replica_id, pending.metadata.internal_request_id)
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> LoopWatch:
         """What calls wait on that are awaited in `loop`, which is the running one."""

@@ -7,6 +7,7 @@ outside; everything inside works on the plain values of `controlplane.spec`.
 
 from __future__ import annotations
 
+import base64
 import os
 import warnings
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from rayserve_fast.autoscaling import AggregationFunction, AutoscalingConfig, Au
 from rayserve_fast.controlplane.spec import DeploymentConfig
 from rayserve_fast.gang import GangPlacementStrategy, GangRuntimeFailurePolicy, GangSchedulingConfig
 from rayserve_fast.importing import import_attr
+from rayserve_fast.request_router import built_in
 
 __all__ = [
     "AggregationFunction",
@@ -260,6 +262,7 @@ class RequestRouterConfig(BaseModel):
     max_backoff_s: PositiveFloat = Field(default=0.5, description="Seconds that it never exceeds.")
 
     _router: Callable[..., Any] | None = PrivateAttr(default=None)
+    _policy: str = PrivateAttr(default="least_loaded")
 
     @field_validator("request_router_kwargs")
     @classmethod
@@ -268,7 +271,28 @@ class RequestRouterConfig(BaseModel):
 
     def model_post_init(self, context: Any) -> None:
         """Import what is named, name what is given: a wrong path fails here, not after the deployment."""
-        self._router, self.request_router_class = resolve(self.request_router_class, DEFAULT_ROUTER)
+        given = self.request_router_class
+        found = built_in(given if isinstance(given, str) else f"{given.__module__}:{given.__name__}")
+        if found is not None:
+            self._policy, self.request_router_class = found.policy, f"{found.__module__}:{found.__name__}"
+        else:
+            self._policy, (self._router, self.request_router_class) = "custom", resolve(given, DEFAULT_ROUTER)
+
+    def plain(self) -> dict[str, Any]:
+        """What travels: the fields, the engine's name for the rule, and a router of the user's own as text.
+
+        Raises:
+            TypeError: the router cannot be pickled.
+        """
+        custom = None
+        if self._router is not None:
+            from rayserve_fast.definition import RouterPickler, dump_code
+
+            pauses = (self.initial_backoff_s, self.backoff_multiplier, self.max_backoff_s)
+            problem = f"Could not serialize the request router {self.request_router_class}"
+            code = dump_code((self._router, self.request_router_kwargs, pauses), None, problem, RouterPickler)
+            custom = base64.b64encode(code).decode()
+        return self.model_dump(mode="json") | {"policy": self._policy, "custom": custom}
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RequestRouterConfig) and self.model_dump() == other.model_dump()

@@ -12,6 +12,7 @@ import io
 import os
 import pickle
 import sys
+import sysconfig
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from types import FunctionType, ModuleType
@@ -72,6 +73,23 @@ class CodePickler(cloudpickle.CloudPickler):  # type: ignore[misc]
             return
         self._importable[name] = is_importable(module, name)
         if not self._importable[name]:
+            cloudpickle.register_pickle_by_value(module)
+            self.by_value.append(module)
+
+
+class RouterPickler(CodePickler):
+    """For code that proxies run: they have no driver's `sys.path`, so what is not installed travels by value."""
+
+    def _choose(self, name: str) -> None:
+        module = sys.modules.get(name)
+        if module is None or name == "__main__" or name in self._importable:
+            return
+        paths = sysconfig.get_paths()
+        roots = tuple(os.path.realpath(paths[kind]) for kind in ("stdlib", "purelib", "platlib"))
+        file: str | None = getattr(module, "__file__", None)
+        installed = name.partition(".")[0] == "rayserve_fast" or not file or os.path.realpath(file).startswith(roots)
+        self._importable[name] = installed
+        if not installed:
             cloudpickle.register_pickle_by_value(module)
             self.by_value.append(module)
 

@@ -2,8 +2,6 @@
 
 `.remote()` puts the call on its way before it returns, whether or not anybody waits for the answer. `.result()` reads
 the answer on the thread that waits, `await` on the loop that waits. No Ray task is involved.
-
-Not here yet: routing by model or session.
 """
 
 from __future__ import annotations
@@ -13,6 +11,7 @@ import random
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Generator, Iterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
@@ -25,8 +24,10 @@ from rayserve_fast.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
     RayServeException,
+    ReplicaUnavailableError,
     RequestCancelledError,
 )
+from rayserve_fast.selection import DeploymentBroadcastResponse, ReplicaSelection
 
 if TYPE_CHECKING:
     from rayserve_fast import _core
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     AnyCaller: TypeAlias = caller.Caller | Applications
     AnyCall: TypeAlias = _core.Call | LocalCall
 
-__all__ = ["DeploymentHandle", "DeploymentResponse", "DeploymentResponseGenerator"]
+__all__ = ["DeploymentBroadcastResponse", "DeploymentHandle", "DeploymentResponse", "DeploymentResponseGenerator"]
 
 _UNSET: Any = object()
 
@@ -67,6 +68,9 @@ class DeploymentHandle:
     >>> handle.options(method_name="predict").deployment_name
     'Model'
     """
+
+    #: The replica that answers all calls, if it is not for the router to choose.
+    _target: str | None = None
 
     def __init__(
         self,
@@ -157,9 +161,9 @@ class DeploymentHandle:
             options.session_id,
         )
         owner = self._caller()
-        call = owner.client.begin(
-            self._key, texts, packed.pickle, packed.buffers, options.stream, context, packed.calls, packed.refs or None
-        )
+        arguments = (packed.pickle, packed.buffers, options.stream, context, packed.calls, packed.refs or None)
+        target = () if self._target is None else (self._target,)
+        call = owner.client.begin(self._key, texts, *arguments, *target)
         if call is None:
             answers.settle(packed.answers)
             return self.remote(*args, **kwargs)
@@ -177,6 +181,55 @@ class DeploymentHandle:
         failure = TypeError(f"The arguments of {self._described()} cannot be pickled: {error}")
         failure.__cause__ = error
         return failure
+
+    def _aimed(self, replica_id: str) -> DeploymentHandle:
+        """A copy whose calls go to that replica."""
+        copy = self.options()
+        copy._target = replica_id
+        return copy
+
+    def broadcast(self, method_name: str, *args: Any, **kwargs: Any) -> DeploymentBroadcastResponse:
+        """Call a method of every replica: for rare things, such as emptying caches.
+
+        Each replica gets the call once, when it has a free slot; `max_queued_requests` does not count.
+
+        Args:
+            method_name: the method.
+            *args, **kwargs: what it is called with.
+
+        Returns:
+            The answers to come.
+        """
+        return DeploymentBroadcastResponse(self.options(method_name=method_name, stream=False), args, kwargs)
+
+    def choose_replica(self, *args: Any, **kwargs: Any) -> AbstractAsyncContextManager[ReplicaSelection]:
+        """Let the router choose a replica now and call it later, with `dispatch`, inside this context.
+
+        Args:
+            *args, **kwargs: what a router of one's own may look at.
+
+        Returns:
+            A context manager for `async with`; a slot of the chosen replica is reserved until `dispatch` or its end.
+
+        Raises:
+            DeploymentUnavailableError: the deployment failed to deploy, or does not exist.
+        """
+        from rayserve_fast.selection import choose
+
+        return choose(self, args, kwargs)
+
+    def dispatch(
+        self, selection: ReplicaSelection, *args: Any, **kwargs: Any
+    ) -> DeploymentResponse | DeploymentResponseGenerator:
+        """Call the replica that `choose_replica` has chosen, with the method and options that this handle had then.
+
+        Raises:
+            ValueError: another deployment's replica was chosen.
+            RuntimeError: the selection has been used.
+
+        Awaiting the answer raises `ReplicaUnavailableError` if the replica has gone meanwhile.
+        """
+        return selection._dispatch(self, args, kwargs)
 
     def _described(self) -> str:
         return f"'{self.deployment_name}.{self._options.method_name}'"
@@ -306,6 +359,8 @@ class _Response:
             raise DeploymentUnavailableError._because(
                 self._handle.deployment_id, f"{self._handle.deployment_id} does not exist."
             )
+        if kind == "gone":
+            raise ReplicaUnavailableError(rest[0])
         if kind == "cancelled":
             if not self._cancelled and asyncio._get_running_loop() is not None:
                 raise asyncio.CancelledError  # with the request that the call belongs to, and that waits here

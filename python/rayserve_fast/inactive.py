@@ -27,7 +27,6 @@ DEPLOYMENT_OPTIONS = {
     "placement_group_bundle_label_selector": "replicas get no placement group",
     "placement_group_bundles": "replicas get no placement group",
     "placement_group_strategy": "replicas get no placement group",
-    "request_router_config": "requests go to the least loaded replica",
 }
 APPLICATION_OPTIONS = {
     "logging_config": "replicas log as Ray's workers do",

@@ -180,7 +180,7 @@ class DeploymentOptions(BaseModel):
             backpressure=Backpressure(**self.backpressure_config.model_dump()),
             autoscaling_config=_dump(self.autoscaling_config),
             logging_config=_dump(self.logging_config),
-            request_router_config=_dump(self.request_router_config),
+            request_router_config=self.request_router_config.plain(),
             gang_scheduling_config=_dump(self.gang_scheduling_config),
             deployment_actors=None if actors is None else cloudpickle.dumps(actors),
             configured=frozenset(self.model_fields_set),

@@ -29,6 +29,7 @@ class ProxyActor:
         self._dir = sockets.directory(token)
         self._port_file = f"{self._dir}/p-{node_id[:8]}.port"
         self._core: Any = None
+        self._routing: Any = None
         self._address: tuple[str, int] | None = None
         if os.path.exists(self._port_file):  # this node had one that died
             with suppress(OSError):  # `start` tries again, and tells the controller why not
@@ -39,7 +40,7 @@ class ProxyActor:
         if self._address is None:
             self._address = await asyncio.to_thread(self._start)
         if snapshot is not None:
-            self._core.publish(snapshot)
+            self._publish(snapshot)
         return self._address
 
     async def place(self) -> Place:
@@ -48,7 +49,7 @@ class ProxyActor:
 
     async def publish(self, snapshot: bytes) -> None:
         """Swap in a newer snapshot; an older one is ignored."""
-        self._core.publish(snapshot)
+        self._publish(snapshot)
 
     async def wait_linked(self, replica_ids: list[str], timeout_s: float) -> list[str]:
         """The replicas to which not every shard has a link after at most `timeout_s`."""
@@ -97,6 +98,13 @@ class ProxyActor:
             f.write(str(address[1]))
         self._address = address
         return address
+
+    def _publish(self, snapshot: bytes) -> None:
+        if self._routing is None and b'"custom":' in snapshot:  # no thread and no such code before that
+            from rayserve_fast.routing import HttpRouting
+
+            self._routing = HttpRouting(self._core, self._node_id)
+        self._core.publish(snapshot)
 
     def _last_port(self) -> int:
         try:

@@ -39,6 +39,7 @@ def build(version: tuple[int, int], apps: Iterable[Application]) -> bytes:
 def _deployment(d: Deployment) -> dict[str, Any]:
     config = d.spec.config
     serving = d.serving()
+    router = config.request_router_config or {}
     return {
         "app": d.spec.app,
         "name": d.spec.name,
@@ -49,6 +50,7 @@ def _deployment(d: Deployment) -> dict[str, Any]:
             "retry_after_s": config.backpressure.retry_after_s,
         },
         "retry_idempotent": config.retry_idempotent,
+        "router": {key: router[key] for key in ("policy", "custom") if router.get(key)},
         "unavailable": f"{d.spec.id} is unavailable because it failed to deploy." if d.failed and not serving else None,
         "replicas": [
             {"id": r.id, "node_id": r.address.node_id, "unix": r.address.unix, "tcp": r.address.tcp}

@@ -73,6 +73,9 @@ pub struct Router {
     /// By which rule.
     #[serde(default)]
     pub policy: Policy,
+    /// The user's router, as Python wrote it.
+    #[serde(default)]
+    pub custom: Option<String>,
 }
 
 /// The rules that the engine knows.
@@ -85,6 +88,8 @@ pub enum Policy {
     RoundRobin,
     /// Sessions, and requests without one, by their hash.
     ConsistentHash,
+    /// [`Router::custom`] chooses; the engine only counts.
+    Custom,
     /// The replica with the fewest requests; also what a later version may call by another name.
     #[default]
     #[serde(other)]

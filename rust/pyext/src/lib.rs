@@ -23,6 +23,8 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<client::Client>()?;
     module.add_class::<client::Call>()?;
     module.add_class::<client::Mailbox>()?;
+    module.add_class::<client::Chooser>()?;
+    module.add_class::<client::Reservation>()?;
     module.add_class::<proxy::Proxy>()?;
     module.add_class::<worker::Worker>()?;
     module.add_class::<http::request::RequestHead>()?;

@@ -4,10 +4,12 @@
 //! proxy serves while Python is busy and the interpreter can end at any time. What those threads have to tell they write
 //! to the process's error output themselves: a file among Ray's logs, which Ray shows to the driver too.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, os::fd::RawFd, time::Duration};
 
 use pyo3::{exceptions::PyValueError, prelude::*};
 use rayserve_dataplane::proxy::{Config, Proxy as Inner};
+
+use crate::client::{Told, told, word};
 
 /// See `_core.pyi`.
 #[pyclass(frozen, module = "rayserve_fast._core")]
@@ -45,6 +47,26 @@ impl Proxy {
 
     fn counters(&self) -> BTreeMap<&'static str, u64> {
         self.0.counters()
+    }
+
+    fn choices_fileno(&self) -> RawFd {
+        self.0.choices_fd()
+    }
+
+    fn choices(&self) -> Vec<(u64, String, String, String, String, String)> {
+        let choices = self.0.choices().into_iter();
+        let told = choices
+            .map(|it| (it.number, it.deployment, it.route, it.request_id, it.multiplexed_model_id, it.session_id));
+        told.collect()
+    }
+
+    fn candidates(&self, py: Python<'_>, number: u64) -> Option<(Vec<Told>, Option<String>)> {
+        let (candidates, custom) = py.detach(|| self.0.candidates(number))?;
+        Some((candidates.into_iter().map(told).collect(), custom))
+    }
+
+    fn assign(&self, py: Python<'_>, number: u64, ids: Vec<String>) -> Option<String> {
+        word(py.detach(|| self.0.assign(number, ids)))
     }
 
     fn drain(&self) {

@@ -47,6 +47,11 @@ impl<W> Queue<W> {
         self.waiting.front().is_some_and(|first| first.seq < seq)
     }
 
+    /// Whether whoever arrived as `seq` waits.
+    pub(super) fn contains(&self, seq: Seq) -> bool {
+        self.waiting.binary_search_by_key(&seq, |other| other.seq).is_ok()
+    }
+
     /// Waits at the place that the order of arrival gives.
     pub(super) fn push(&mut self, seq: Seq, affinity: Affinity, waiter: W) {
         let at = self.waiting.partition_point(|other| other.seq < seq);

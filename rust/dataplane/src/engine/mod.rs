@@ -8,7 +8,10 @@
 mod admit;
 mod affinity;
 pub mod limit;
+mod members;
 mod pick;
+mod replica;
+mod reserve;
 pub mod route;
 pub mod streams;
 
@@ -16,12 +19,11 @@ use std::collections::{HashMap, VecDeque};
 
 use slab::Slab;
 
-use self::{
-    admit::Queue,
-    pick::{Picker, Replica},
+use self::{admit::Queue, members::Deployments, pick::Picker, replica::Replica};
+pub use self::{
+    admit::Seq, affinity::Affinity, replica::Candidate, reserve::Assigned, route::RouteTable, streams::Streams,
 };
-pub use self::{admit::Seq, affinity::Affinity, route::RouteTable, streams::Streams};
-use crate::{error::Error, snapshot, snapshot::Snapshot};
+use crate::{error::Error, snapshot};
 
 /// A deployment, until a snapshot does not hold it; a request that outlives it meets no other.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -113,30 +115,10 @@ pub struct Engine<W> {
     actions: VecDeque<Action<W>>,
 }
 
-/// By the index of their keys.
-#[derive(Debug)]
-struct Deployments<W>(Slab<Deployment<W>>);
-
-impl<W> Deployments<W> {
-    /// The deployment of this key, if it has not been deleted.
-    fn at(&mut self, key: DeploymentKey) -> Option<&mut Deployment<W>> {
-        self.0.get_mut(key.index as usize).filter(|deployment| deployment.life == key.life)
-    }
-
-    /// The same for a request, which is refused where nobody will serve it.
-    fn open(&mut self, key: DeploymentKey) -> Result<&mut Deployment<W>, Error> {
-        let deployment = self.at(key).ok_or_else(|| Error::Deleted("The deployment was deleted.".into()))?;
-        if let Some(error) = &deployment.gone {
-            return Err(error.clone());
-        }
-        Ok(deployment)
-    }
-}
-
 impl<W> Default for Engine<W> {
     fn default() -> Self {
         Self {
-            deployments: Deployments(Slab::new()),
+            deployments: Deployments::default(),
             by_name: HashMap::new(),
             replicas: Slab::new(),
             by_id: HashMap::new(),
@@ -162,86 +144,6 @@ impl<W> Engine<W> {
     /// What the newest snapshot says of a deployment.
     pub fn config(&mut self, key: DeploymentKey) -> Option<&snapshot::Deployment> {
         self.deployments.at(key).map(|deployment| &deployment.config)
-    }
-
-    /// Makes `snapshot` the truth: what it does not hold is gone.
-    pub fn apply(&mut self, snapshot: &Snapshot) {
-        let absent: Vec<_> = self
-            .by_name
-            .iter()
-            .filter(|(name, _)| !snapshot.deployments.contains_key(*name))
-            .map(|(name, &key)| (name.clone(), key))
-            .collect();
-        for (name, key) in absent {
-            self.by_name.remove(&name);
-            self.list(key, &[]);
-            if let Some(deployment) = self.deployments.at(key) {
-                deployment.gone = Some(Error::deleted(&deployment.config));
-                self.refuse_all(key);
-                self.deployments.0.remove(key.index as usize);
-            }
-        }
-        for (name, config) in &snapshot.deployments {
-            let key = self.declare(name, config);
-            self.list(key, &config.replicas);
-            if config.unavailable.is_some() {
-                self.refuse_all(key);
-            } else {
-                self.dispatch(key);
-            }
-        }
-    }
-
-    fn declare(&mut self, name: &str, config: &snapshot::Deployment) -> DeploymentKey {
-        let (gone, policy) = (config.unavailable.clone().map(Error::Unavailable), config.router.policy);
-        let known = self.by_name.get(name).copied();
-        if let Some(key) = known
-            && let Some(deployment) = self.deployments.at(key)
-        {
-            (deployment.config, deployment.gone) = (config.clone(), gone);
-            deployment.picker.policy = policy;
-            return key;
-        }
-        let (life, config) = (self.lives, config.clone());
-        self.lives = self.lives.wrapping_add(1);
-        let (picker, queue) = (Picker::new(policy), Queue::default());
-        let deployment = Deployment { life, config, gone, members: Vec::new(), picker, queue };
-        let key = DeploymentKey { index: self.deployments.0.insert(deployment) as u32, life };
-        self.by_name.insert(name.to_owned(), key);
-        key
-    }
-
-    /// Makes `listed` the replicas of a deployment.
-    fn list(&mut self, key: DeploymentKey, listed: &[snapshot::Replica]) {
-        let Some(deployment) = self.deployments.at(key) else { return };
-        let max_ongoing = deployment.config.max_ongoing_requests;
-        for &member in &deployment.members {
-            let replica = &mut self.replicas[member.0];
-            replica.max_ongoing = max_ongoing;
-            if !listed.iter().any(|other| other.id == replica.id) {
-                replica.listed = false;
-                self.by_id.remove(&replica.id);
-                self.actions.push_back(Action::Close(member));
-            }
-        }
-        deployment.members.retain(|member| self.replicas[member.0].listed);
-        for address in listed {
-            if self.by_id.contains_key(&address.id) {
-                continue;
-            }
-            let member = ReplicaKey(self.replicas.insert(Replica::new(address.id.clone(), key, max_ongoing)));
-            self.by_id.insert(address.id.clone(), member);
-            deployment.members.push(member);
-            self.actions.push_back(Action::Open(member, address.clone()));
-        }
-    }
-
-    fn refuse_all(&mut self, key: DeploymentKey) {
-        if let Some(deployment) = self.deployments.at(key)
-            && let Some(error) = &deployment.gone
-        {
-            self.actions.extend(deployment.queue.clear().map(|waiter| Action::Refuse(waiter, error.clone())));
-        }
     }
 
     /// A new request: goes, waits (`waiter` is then asked for), or is refused.
@@ -296,6 +198,10 @@ impl<W> Engine<W> {
     fn lease(&mut self, place: Place) -> Option<Lease> {
         let Deployment { members, picker, .. } = self.deployments.at(place.deployment)?;
         let key = picker.pick(&self.replicas, members, place.affinity)?;
+        self.take(key, place)
+    }
+
+    fn take(&mut self, key: ReplicaKey, place: Place) -> Option<Lease> {
         let replica = &mut self.replicas[key.0];
         let session = replica.session?;
         Some(Lease { replica: key, place, granted: replica.take(place.affinity), session })
@@ -403,9 +309,9 @@ impl<W> Engine<W> {
     }
 
     /// MODELS: what the replica holds or loads now.
-    pub fn models<'m>(&mut self, key: ReplicaKey, names: impl Iterator<Item = &'m [u8]>) {
+    pub fn models(&mut self, key: ReplicaKey, names: &[&[u8]]) {
         if let Some(replica) = self.replicas.get_mut(key.0) {
-            replica.hold(names.map(affinity::key));
+            replica.hold(names);
         }
     }
 

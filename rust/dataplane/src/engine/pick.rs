@@ -1,168 +1,16 @@
 //! Which replica takes a request: one that has room, by the deployment's policy and by what the request would like.
 //!
-//! Load is this caller's own requests in flight there plus what the replica last said about everybody else's. Ties go round
-//! by a rotating offset. Room is `max_ongoing_requests` and, while the replica is FAST, a short backlog; after a BUSY only
-//! its credits count until it has paid what it owes. No policy leaves a request waiting while any replica has room.
+//! Ties go round by a rotating offset. No policy leaves a request waiting while any replica has room, but for that of a
+//! user's router, which is asked elsewhere.
 
 use slab::Slab;
 
 use super::{
-    DeploymentKey, ReplicaKey,
-    affinity::{Affinity, Bound, key, score},
+    ReplicaKey,
+    affinity::{Affinity, Bound},
+    replica::Replica,
 };
-use crate::{snapshot::Policy, wire::BACKLOG};
-
-/// One replica as this caller knows it.
-#[derive(Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "four independent facts, none implies another")]
-pub(super) struct Replica {
-    pub(super) id: String,
-    /// The hash of `id`.
-    seed: u64,
-    pub(super) deployment: DeploymentKey,
-    /// The link's number, unique in this engine; a lease of an earlier link frees nothing.
-    pub(super) session: Option<u64>,
-    /// The newest snapshot holds it.
-    pub(super) listed: bool,
-    /// It said DRAIN, which outranks any snapshot.
-    pub(super) draining: bool,
-    /// It has not answered a PING: no new picks, but the link lives.
-    pub(super) silent: bool,
-    pub(super) max_ongoing: u32,
-    /// This caller's requests there.
-    pub(super) in_flight: u32,
-    /// Other callers' requests there, from its last answer.
-    others: u32,
-    fast: bool,
-    /// Slots reserved for this caller.
-    credits: u32,
-    /// BUSY answers not yet followed by a credit.
-    owed: u32,
-    /// Models that it holds or loads, by its own word.
-    models: Vec<u64>,
-    /// Models of this caller's requests there, one entry a request: it will hold them before it says so.
-    expected: Vec<u64>,
-}
-
-impl Replica {
-    pub(super) fn new(id: String, deployment: DeploymentKey, max_ongoing: u32) -> Self {
-        Self {
-            seed: key(id.as_bytes()),
-            id,
-            deployment,
-            session: None,
-            listed: true,
-            draining: false,
-            silent: false,
-            max_ongoing,
-            in_flight: 0,
-            others: 0,
-            fast: false,
-            credits: 0,
-            owed: 0,
-            models: Vec::new(),
-            expected: Vec::new(),
-        }
-    }
-
-    /// Whether requests may be sent there at all.
-    pub(super) fn open(&self) -> bool {
-        self.session.is_some() && self.listed && !self.draining && !self.silent
-    }
-
-    fn has_room(&self) -> bool {
-        let backlog = if self.fast { BACKLOG } else { 0 };
-        self.open() && (self.credits > 0 || (self.owed == 0 && self.in_flight < self.max_ongoing + backlog))
-    }
-
-    fn load(&self) -> u32 {
-        self.in_flight + self.others
-    }
-
-    fn holds(&self, model: u64) -> bool {
-        self.models.contains(&model) || self.expected.contains(&model)
-    }
-
-    fn model_count(&self) -> usize {
-        self.models.len() + self.expected.iter().filter(|model| !self.models.contains(model)).count()
-    }
-
-    /// Takes a slot; returns whether it used a credit.
-    pub(super) fn take(&mut self, wish: Affinity) -> bool {
-        self.in_flight += 1;
-        if wish.model != 0 {
-            self.expected.push(wish.model);
-        }
-        let granted = self.credits > 0;
-        self.credits -= u32::from(granted);
-        granted
-    }
-
-    /// Undoes [`Replica::take`].
-    pub(super) fn untake(&mut self, wish: Affinity, granted: bool) {
-        self.give(wish);
-        self.credits += u32::from(granted);
-    }
-
-    /// Gives a slot back.
-    pub(super) fn give(&mut self, wish: Affinity) {
-        self.in_flight = self.in_flight.saturating_sub(1);
-        if wish.model != 0
-            && let Some(at) = self.expected.iter().position(|&model| model == wish.model)
-        {
-            self.expected.swap_remove(at);
-        }
-    }
-
-    /// What an answer says: requests in flight there over all callers, and whether it is fast.
-    pub(super) fn report(&mut self, load: u16, fast: bool) {
-        self.others = u32::from(load).saturating_sub(self.in_flight);
-        self.fast = fast;
-    }
-
-    /// The models that it holds from now on.
-    pub(super) fn hold(&mut self, models: impl Iterator<Item = u64>) {
-        self.models.clear();
-        self.models.extend(models);
-    }
-
-    /// It refused one and owes a credit.
-    pub(super) fn refused(&mut self) {
-        self.owed += 1;
-    }
-
-    /// It pays credits.
-    pub(super) fn credit(&mut self, count: u32) {
-        self.credits += count;
-        self.owed = self.owed.saturating_sub(count);
-    }
-
-    /// Takes away credits that nobody needs.
-    pub(super) fn unused(&mut self) -> u32 {
-        std::mem::take(&mut self.credits)
-    }
-
-    /// A new link begins with nothing in flight.
-    pub(super) fn reset(&mut self, session: Option<u64>) {
-        let id = std::mem::take(&mut self.id);
-        let fresh = Self::new(id, self.deployment, self.max_ongoing);
-        *self = Self { session, listed: self.listed, draining: self.draining, ..fresh };
-    }
-
-    /// Its rank for a request with wishes, the least is best: within the bound before beyond it; with the model before
-    /// without; of those without the one with the fewest; the session's own; the least loaded.
-    fn rank(&self, wish: Affinity, bound: Bound) -> (u8, usize, u64, u32) {
-        let load = self.load();
-        if !bound.allows(load) {
-            return (2, 0, 0, load);
-        }
-        let holds = wish.model == 0 || self.holds(wish.model);
-        // Callers that do not know of each other load a new model at the same replica.
-        let name = if wish.session == 0 && !holds { wish.model } else { wish.session };
-        let own = if name == 0 { 0 } else { !score(name, self.seed) };
-        if holds { (0, 0, own, load) } else { (1, self.model_count(), own, load) }
-    }
-}
+use crate::snapshot::Policy;
 
 /// How the replicas of one deployment are picked.
 #[derive(Debug, Default)]
@@ -185,6 +33,9 @@ impl Picker {
         affinity: Affinity,
     ) -> Option<ReplicaKey> {
         let at = |key: &ReplicaKey| replicas.get(key.0);
+        if self.policy == Policy::Custom {
+            return None;
+        }
         if self.policy == Policy::ConsistentHash && affinity.session == 0 {
             let session = self.random.u64(1..);
             return self.preferred(replicas, members, Affinity { session, ..affinity });
@@ -207,6 +58,12 @@ impl Picker {
             }
             _ => self.least_loaded(replicas, members),
         }
+    }
+
+    /// The least loaded of those that somebody else has chosen.
+    pub(super) fn among(replicas: &Slab<Replica>, chosen: impl Iterator<Item = ReplicaKey>) -> Option<ReplicaKey> {
+        let roomy = chosen.filter(|key| replicas.get(key.0).is_some_and(Replica::has_room));
+        roomy.min_by_key(|key| replicas[key.0].load())
     }
 
     /// All members, beginning with the rotor's.
@@ -242,6 +99,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::{engine::DeploymentKey, wire::BACKLOG};
 
     const NONE: Affinity = Affinity { model: 0, session: 0 };
 
@@ -358,7 +216,7 @@ mod tests {
     #[test]
     fn a_model_is_asked_for_where_it_is_held() {
         let mut cluster = Cluster::new(Policy::LeastLoaded, 4, 20);
-        cluster.replicas[2].hold([wish("m", "").model].into_iter());
+        cluster.replicas[2].hold(&[b"m"]);
         cluster.replicas[2].report(3, false);
         assert_eq!(cluster.pick(wish("m", "")), Some(2));
         assert_ne!(cluster.pick(wish("other", "")), Some(2), "it holds more models than the others");

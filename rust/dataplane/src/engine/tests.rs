@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use proptest::prelude::*;
 
 use super::*;
-use crate::snapshot::Version;
+use crate::snapshot::{Snapshot, Version};
 
 fn snapshot(n: u64, max_ongoing: u32, max_queued: i64, replicas: &[&str]) -> Snapshot {
     let replicas: Vec<_> = replicas

@@ -160,7 +160,7 @@ async fn dispatch(
 
 /// What a client's headers ask of the proxy, found in one pass.
 #[derive(Default)]
-struct Wishes<'h> {
+pub(super) struct Wishes<'h> {
     id: Option<&'h HeaderValue>,
     timeout: Option<&'h HeaderValue>,
     /// Not to be cancelled when the client leaves.
@@ -171,7 +171,7 @@ struct Wishes<'h> {
 }
 
 impl<'h> Wishes<'h> {
-    fn read(headers: &'h HeaderMap, session_header: &[u8]) -> Self {
+    pub(super) fn read(headers: &'h HeaderMap, session_header: &[u8]) -> Self {
         let mut wishes = Self::default();
         for (name, value) in headers {
             match name.as_str() {
@@ -189,9 +189,15 @@ impl<'h> Wishes<'h> {
         wishes
     }
 
-    fn affinity(&self) -> Affinity {
+    /// Of model and session; empty: none.
+    pub(super) fn names(&self) -> (&'h [u8], &'h [u8]) {
         let name = |header: Option<&'h HeaderValue>| header.map_or(&b""[..], HeaderValue::as_bytes);
-        Affinity::new(name(self.model), name(self.session))
+        (name(self.model), name(self.session))
+    }
+
+    fn affinity(&self) -> Affinity {
+        let (model, session) = self.names();
+        Affinity::new(model, session)
     }
 
     /// The client's deadline, or the configured one: not above zero means none, what is no number is ignored.

@@ -349,7 +349,7 @@ impl Link {
             }
             Kind::Drain => shard.engine.borrow_mut().draining(self.key),
             Kind::Credit => shard.engine.borrow_mut().credit(self.key, header.aux),
-            Kind::Models => shard.engine.borrow_mut().models(self.key, models(&payload)?.into_iter()),
+            Kind::Models => shard.engine.borrow_mut().models(self.key, &models(&payload)?),
             Kind::Ping => self.signal(Header::new(Kind::Pong, 0).aux(header.aux)),
             Kind::Pong => {}
             _ => return Err(WireError::Malformed("direction of a frame")),

@@ -6,6 +6,7 @@
 
 mod body;
 mod builtin;
+mod choose;
 mod config;
 mod http;
 mod link;
@@ -20,6 +21,7 @@ use std::{
     collections::{BTreeMap, HashMap, HashSet},
     io,
     net::{SocketAddr, TcpListener},
+    os::fd::RawFd,
     rc::Rc,
     sync::{
         Arc, Condvar, Mutex, PoisonError,
@@ -35,9 +37,13 @@ use tokio::{
 };
 use tracing::dispatcher;
 
-pub use self::config::{Config, ConfigError};
-use self::shard::Shard;
+pub use self::{
+    choose::Choice,
+    config::{Config, ConfigError},
+};
+use self::{choose::Choices, shard::Shard};
 use crate::{
+    engine::{Assigned, Candidate},
     metrics::Metrics,
     snapshot::{self, Snapshot, SnapshotError},
 };
@@ -60,6 +66,7 @@ struct Shared {
     /// On how many shards a replica's link is up.
     linked: Mutex<HashMap<String, usize>>,
     link_changed: Condvar,
+    choices: Choices,
     /// Replicas with which the handshake has failed.
     distrusted: Mutex<HashSet<String>>,
 }
@@ -127,6 +134,7 @@ impl Proxy {
             draining: AtomicBool::default(),
             linked: Mutex::default(),
             link_changed: Condvar::new(),
+            choices: Choices::new(),
             distrusted: Mutex::default(),
         };
         let kept = shared.config.snapshot_path.as_ref().and_then(|path| std::fs::read(path).ok());
@@ -206,6 +214,26 @@ impl Proxy {
         sums
     }
 
+    /// A descriptor that is readable while [`Self::choices`] has something.
+    pub fn choices_fd(&self) -> RawFd {
+        self.shared.choices.fd()
+    }
+
+    /// Requests that have come to wait for a router in Python.
+    pub fn choices(&self) -> Vec<Choice> {
+        self.shared.choices.take()
+    }
+
+    /// What a router may choose from for a request, and the user's router; `None`: the request has ended.
+    pub fn candidates(&self, number: u64) -> Option<(Vec<Candidate>, Option<String>)> {
+        self.shared.choices.candidates(number)
+    }
+
+    /// Gives a request to the least loaded of these replicas that has room.
+    pub fn assign(&self, number: u64, ids: Vec<String>) -> Assigned {
+        self.shared.choices.assign(number, ids)
+    }
+
     /// Makes `/-/healthz` say that this node is being drained; requests are still served.
     pub fn drain(&self) {
         self.shared.draining.store(true, Relaxed);
@@ -237,6 +265,9 @@ fn run(shared: Arc<Shared>, metrics: Arc<Metrics>, listener: TcpListener, orders
 
 async fn serve(shard: Rc<Shard>, listener: TcpListener, mut orders: watch::Receiver<Orders>) {
     let listener = tokio::net::TcpListener::from_std(listener).expect("the listener is non-blocking");
+    let (index, wishes) = shard.shared.choices.join();
+    shard.index.set(index);
+    tokio::task::spawn_local(choose::obey(Rc::clone(&shard), wishes));
     let accepting = tokio::task::spawn_local(listen::accept(Rc::clone(&shard), listener));
     tokio::task::spawn_local(listen::sweep(Rc::clone(&shard)));
     tokio::task::spawn_local(vigil::keep(Rc::clone(&shard)));

@@ -12,6 +12,8 @@ use tokio::time::Instant;
 
 use super::{
     body::{Inbound, Upload},
+    choose::Choice,
+    http::Wishes,
     listen::Conn,
     sender::Sender,
     shard::{Route, Shard},
@@ -55,7 +57,7 @@ pub(super) struct Call<'c> {
 /// See [`Error`]; nothing has been sent to the client then.
 pub(super) async fn relay(mut call: Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
-    let first = call.shard.admit(call.route.deployment, call.marks.affinity).await;
+    let first = call.shard.admit(call.route.deployment, call.marks.affinity, || call.describe()).await;
     let mut lease = call.leased(first).await?;
     loop {
         let place = lease.place;
@@ -81,7 +83,7 @@ pub(super) async fn relay(mut call: Call<'_>, mut body: Inbound) -> Result<(Stre
                 if !body.rewind() {
                     return Err(Error::NotBegun);
                 }
-                let came = waiting.lease().await;
+                let came = waiting.lease(|| call.describe()).await;
                 lease = call.leased(came).await?;
                 continue;
             }
@@ -125,10 +127,29 @@ async fn go_on(mut upload: Upload, sender: Sender) {
 }
 
 impl Call<'_> {
+    /// For a router in Python.
+    fn describe(&self) -> Choice {
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        let wishes = Wishes::read(&self.parts.headers, self.shard.shared.config.session_header.as_bytes());
+        let (model, session) = wishes.names();
+        let deployment = match self.shard.engine.borrow_mut().config(self.route.deployment) {
+            Some(config) => format!("{}#{}", config.app, config.name),
+            None => String::new(),
+        };
+        Choice {
+            number: 0,
+            deployment,
+            route: text(&self.route.prefix),
+            request_id: text(self.marks.id.as_bytes()),
+            multiplexed_model_id: text(model),
+            session_id: text(session),
+        }
+    }
+
     /// The next lease for a request that came back.
     async fn again(&mut self, place: Place) -> Result<Lease, Error> {
         let came = match self.shard.again(place) {
-            Ok(waiting) => waiting.lease().await,
+            Ok(waiting) => waiting.lease(|| self.describe()).await,
             Err(error) => Err(error),
         };
         self.leased(came).await
@@ -145,7 +166,7 @@ impl Call<'_> {
                 },
                 came => return came,
             }
-            came = self.shard.admit(self.route.deployment, self.marks.affinity).await;
+            came = self.shard.admit(self.route.deployment, self.marks.affinity, || self.describe()).await;
         }
     }
 

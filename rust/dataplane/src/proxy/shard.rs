@@ -13,7 +13,7 @@ use std::{
 use bytes::Bytes;
 use slab::Slab;
 
-use super::{Shared, link::Link, listen::Conn, vigil::Events};
+use super::{Shared, choose::Choice, link::Link, listen::Conn, vigil::Events};
 use crate::{
     engine::{Action, Admission, Affinity, DeploymentKey, Engine, Lease, Place, ReplicaKey, RouteTable},
     error::Error,
@@ -41,6 +41,8 @@ struct Waiter {
 pub(super) struct Shard {
     pub(super) shared: Arc<Shared>,
     pub(super) metrics: Arc<Metrics>,
+    /// Among the proxy's shards.
+    pub(super) index: Cell<usize>,
     pub(super) engine: RefCell<Engine<usize>>,
     routes: RefCell<RouteTable<Rc<Route>>>,
     /// `/-/routes`; none before the first snapshot.
@@ -62,6 +64,7 @@ impl Shard {
         Rc::new(Self {
             shared,
             metrics,
+            index: Cell::new(0),
             engine: RefCell::default(),
             routes: RefCell::default(),
             listing: RefCell::default(),
@@ -151,7 +154,12 @@ impl Shard {
     }
 
     /// A lease for a new request, as soon as there is one.
-    pub(super) async fn admit(self: &Rc<Self>, deployment: DeploymentKey, affinity: Affinity) -> Result<Lease, Error> {
+    pub(super) async fn admit(
+        self: &Rc<Self>,
+        deployment: DeploymentKey,
+        affinity: Affinity,
+        describe: impl Fn() -> Choice,
+    ) -> Result<Lease, Error> {
         let mut waiting = None;
         let admission =
             self.engine.borrow_mut().request(deployment, affinity, |place| self.wait(place, &mut waiting))?;
@@ -159,7 +167,7 @@ impl Shard {
             (Admission::Go(lease), _) => Ok(lease),
             (Admission::Wait(_), Some(waiting)) => {
                 self.metrics.queued.up();
-                waiting.lease().await
+                waiting.lease(describe).await
             }
             (Admission::Wait(_), None) => unreachable!("the engine asks for a waiter before it says that one waits"),
         }
@@ -197,8 +205,14 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// The lease, as soon as there is one.
-    pub(super) async fn lease(self) -> Result<Lease, Error> {
+    /// The lease, as soon as there is one; a router in Python is told of the request that `describe` describes.
+    pub(super) async fn lease(self, describe: impl Fn() -> Choice) -> Result<Lease, Error> {
+        let shard = &self.shard;
+        if shard.engine.borrow_mut().is_custom(self.place.deployment)
+            && shard.waiters.borrow()[self.key].result.is_none()
+        {
+            shard.shared.choices.ask(shard.index.get(), self.place, describe());
+        }
         std::future::poll_fn(|cx| {
             let mut waiters = self.shard.waiters.borrow_mut();
             let waiter = &mut waiters[self.key];

@@ -3,7 +3,9 @@
 //! `turns.rs` decides which thread moves bytes and `tender.rs` does what is left; `router.rs` carries out the engine's
 //! actions, `link.rs` owns a socket, `pending.rs` is a call, `mailbox.rs` reaches asyncio loops. This file converts.
 
+mod aim;
 pub(crate) mod children;
+mod choose;
 mod link;
 mod mailbox;
 mod pending;
@@ -37,12 +39,16 @@ use rayserve_dataplane::{
     },
 };
 
+pub(crate) use self::{
+    choose::{Chooser, Reservation, Told, told, word},
+    turns::Caller,
+    waiting::Desk,
+};
 use self::{
     pending::{Outcome, Pending},
     turns::Wait,
     waiting::Waiting,
 };
-pub(crate) use self::{turns::Caller, waiting::Desk};
 use crate::http::request as http;
 use crate::value;
 use crate::worker::{replica::Replica, stream::Stream};
@@ -68,8 +74,8 @@ impl Client {
         Ok(Self { caller: Arc::new(Caller::new(node_id, token)?), home: Mutex::default() })
     }
 
-    #[expect(clippy::needless_pass_by_value, reason = "what a Python argument becomes is owned")]
-    #[expect(clippy::too_many_arguments, reason = "called in one place")]
+    #[pyo3(signature = (deployment, texts, pickle, buffers, stream, parent, needs, keep, target=None))]
+    #[expect(clippy::needless_pass_by_value, clippy::too_many_arguments, reason = "a call is many things")]
     fn begin(
         &self,
         py: Python<'_>,
@@ -81,6 +87,7 @@ impl Client {
         parent: &Bound<'_, PyAny>,
         needs: Vec<(u32, Bound<'_, Call>)>,
         keep: Option<Py<PyAny>>,
+        target: Option<String>,
     ) -> PyResult<Option<Call>> {
         let (method, request_id, route, app, multiplexed_model_id, session_id) = &texts;
         let head = CallHead { method, request_id, route, app, multiplexed_model_id, session_id };
@@ -100,6 +107,9 @@ impl Client {
         let deadline = parent.as_ref().and_then(|parent| parent.state().children.deadline);
         let affinity = Affinity::new(multiplexed_model_id.as_bytes(), session_id.as_bytes());
         let call = Pending::new(deployment, affinity, out, stream, deadline, needs, keep);
+        if let Some(target) = target {
+            let _ = call.target.set(target);
+        }
         if let Some(parent) = parent {
             parent.state().children.add(&self.caller, &call);
         }
@@ -288,6 +298,7 @@ fn tell<'py>(py: Python<'py>, outcome: &Outcome) -> PyResult<Bound<'py, PyAny>> 
         }
         Outcome::Refused(error) => ("internal", error.to_string()).into_pyobject(py)?.into_any(),
         Outcome::Unknown => ("unknown",).into_pyobject(py)?.into_any(),
+        Outcome::Gone(replica) => ("gone", replica).into_pyobject(py)?.into_any(),
         Outcome::Cancelled => ("cancelled",).into_pyobject(py)?.into_any(),
         Outcome::Closed => ("closed",).into_pyobject(py)?.into_any(),
     })

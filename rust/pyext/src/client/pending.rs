@@ -42,6 +42,8 @@ pub(super) enum Outcome {
     Refused(Error),
     /// No snapshot holds the deployment.
     Unknown,
+    /// The one replica that it was for has gone.
+    Gone(String),
     /// Cancelled from here.
     Cancelled,
     /// This process closes its handles.
@@ -56,6 +58,8 @@ pub(super) enum Place {
     /// Until a snapshot holds its deployment.
     Unrouted,
     Queued(engine::Place),
+    /// Until its router has chosen, or the replica that it is for has room.
+    Held,
     Sent {
         link: usize,
         stream: u32,
@@ -124,6 +128,8 @@ pub(super) struct Pending {
     pub(super) affinity: Affinity,
     /// When the time of the request is over that the call belongs to.
     pub(super) deadline: Option<Instant>,
+    /// The one replica that may answer.
+    pub(super) target: OnceLock<String>,
     inner: Mutex<Inner>,
     outcome: OnceLock<Outcome>,
 }
@@ -153,7 +159,8 @@ impl Pending {
             taken: 0,
             dropped: false,
         };
-        Arc::new(Self { deployment, stream, affinity, deadline, inner: Mutex::new(inner), outcome: OnceLock::new() })
+        let (inner, outcome, target) = (Mutex::new(inner), OnceLock::new(), OnceLock::new());
+        Arc::new(Self { deployment, stream, affinity, deadline, target, inner, outcome })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {

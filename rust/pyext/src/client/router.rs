@@ -21,6 +21,7 @@ use rayserve_dataplane::{
 use slab::Slab;
 
 use super::{
+    aim::Held,
     link::{Input, Link, Sent},
     pending::{Needs, Outcome, Pending, Place},
 };
@@ -35,16 +36,18 @@ const SCRATCH: usize = 64 * 1024;
 /// See the module.
 #[derive(Debug)]
 pub(super) struct Router {
-    engine: Engine<Arc<Pending>>,
-    links: Slab<Link>,
-    by_key: HashMap<ReplicaKey, usize>,
+    pub(super) engine: Engine<Arc<Pending>>,
+    pub(super) links: Slab<Link>,
+    pub(super) by_key: HashMap<ReplicaKey, usize>,
     /// Replicas that could not be reached, and when to try again.
     lost: Vec<(Instant, ReplicaKey, Replica)>,
     /// Calls whose deployment the snapshot does not hold, and since when.
     unrouted: Vec<(Instant, Arc<Pending>)>,
     /// Calls whose arguments may have come.
     ripe: Vec<Arc<Pending>>,
-    used: HashSet<String>,
+    pub(super) used: HashSet<String>,
+    /// Calls whose replica somebody else chooses.
+    pub(super) held: Held,
     snapshot: Option<Snapshot>,
     unflushed: Vec<usize>,
     scratch: Box<[u8]>,
@@ -71,6 +74,7 @@ impl Router {
             unrouted: Vec::new(),
             ripe: Vec::new(),
             used: HashSet::new(),
+            held: Held::default(),
             snapshot: None,
             unflushed: Vec::new(),
             scratch: vec![0; SCRATCH].into_boxed_slice(),
@@ -118,6 +122,9 @@ impl Router {
             self.doubts = true;
             return;
         };
+        if self.hold(call) {
+            return;
+        }
         let admission = self.engine.request(key, call.affinity, |_| Arc::clone(call));
         self.admitted(call, admission);
     }
@@ -127,6 +134,9 @@ impl Router {
         if call.place() == Place::Done {
             return; // cancelled meanwhile
         }
+        if self.hold(call) {
+            return;
+        }
         let admission = self.engine.again(place, |_| Arc::clone(call));
         self.admitted(call, admission);
     }
@@ -134,12 +144,17 @@ impl Router {
     fn admitted(&mut self, call: &Arc<Pending>, admission: Result<Admission, Error>) {
         match admission {
             Ok(Admission::Go(lease)) => self.send(call, lease),
-            Ok(Admission::Wait(place)) => call.move_to(Place::Queued(place)),
+            Ok(Admission::Wait(place)) => {
+                call.move_to(Place::Queued(place));
+                if self.engine.is_custom(place.deployment) {
+                    self.held.fresh.push(Arc::clone(call));
+                }
+            }
             Err(error) => self.finish(call, Outcome::Refused(error)),
         }
     }
 
-    fn send(&mut self, call: &Arc<Pending>, lease: Lease) {
+    pub(super) fn send(&mut self, call: &Arc<Pending>, lease: Lease) {
         let Some(&index) = self.by_key.get(&lease.replica) else {
             let place = self.engine.returned(lease);
             return self.again(call, place);
@@ -157,7 +172,7 @@ impl Router {
         }
     }
 
-    fn finish(&mut self, call: &Arc<Pending>, outcome: Outcome) {
+    pub(super) fn finish(&mut self, call: &Arc<Pending>, outcome: Outcome) {
         if call.place() != Place::Done {
             self.outstanding -= 1;
             self.attended -= usize::from(call.attended());
@@ -172,6 +187,7 @@ impl Router {
             Place::Needing => {}
             Place::Unrouted => self.unrouted.retain(|(_, other)| !Arc::ptr_eq(other, call)),
             Place::Queued(place) => drop(self.engine.cancel(place)),
+            Place::Held => self.held.remove(call),
             Place::Sent { link, stream } => {
                 self.links[link].send(Header::new(Kind::Cancel, stream));
                 self.unflushed.push(link);
@@ -233,7 +249,7 @@ impl Router {
     }
 
     /// Gives the engine what the snapshot says of the deployments that this process calls.
-    fn apply(&mut self) {
+    pub(super) fn apply(&mut self) {
         let Some(snapshot) = &self.snapshot else { return };
         let called = snapshot.deployments.iter().filter(|(name, _)| self.used.contains(*name));
         let deployments = called.map(|(name, deployment)| (name.clone(), deployment.clone())).collect();
@@ -245,6 +261,9 @@ impl Router {
     pub(super) fn settle(&mut self) {
         loop {
             self.act();
+            if self.has_aimed() {
+                self.shoot();
+            }
             let Some(index) = self.unflushed.pop() else { return };
             if let Some(link) = self.links.get_mut(index)
                 && let Err(error) = link.flush()
@@ -355,7 +374,7 @@ impl Router {
             Kind::Credit => self.engine.credit(key, header.aux),
             Kind::Models => {
                 if let Ok(names) = models::models(&payload) {
-                    self.engine.models(key, names.into_iter());
+                    self.engine.models(key, &names);
                 }
             }
             Kind::Ping => {
@@ -437,6 +456,9 @@ impl Router {
         self.by_key.clear();
         self.lost.clear();
         for (_, call) in std::mem::take(&mut self.unrouted) {
+            self.finish(&call, Outcome::Closed);
+        }
+        for call in self.held.take() {
             self.finish(&call, Outcome::Closed);
         }
         self.engine.apply(&Snapshot::default());

@@ -29,6 +29,8 @@ pub(super) enum Errand {
     News = 1,
     /// Calls name a deployment that the snapshot does not: ask for the present one.
     Fresh = 2,
+    /// Calls wait for their router: [`Caller::choosing`].
+    Choose = 3,
 }
 
 /// What the tender keeps between two rounds.
@@ -50,6 +52,9 @@ impl State {
     fn errand(&mut self) -> Option<Errand> {
         if self.closed {
             return Some(Errand::Closed);
+        }
+        if !self.router.held.fresh.is_empty() {
+            return Some(Errand::Choose);
         }
         if self.tender.failed.is_some_and(|at| at.elapsed() < RETRY) {
             return None;

@@ -105,8 +105,9 @@ impl Caller {
             return false;
         }
         state.router.begin(call, cork);
-        if state.router.doubts {
+        if state.router.doubts || !state.router.held.fresh.is_empty() {
             self.relieve(&mut state);
+            self.tender.notify_one();
         }
         if std::mem::take(&mut state.tender.sleeps) {
             self.tender.notify_one();

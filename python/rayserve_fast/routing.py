@@ -1,0 +1,206 @@
+"""Where routers of the user's own run: one thread a process, with an event loop on which every router is asked.
+
+The thread exists only where such a router is needed. Calls of handles come here from the process's tender, HTTP
+requests from the proxy's Rust threads by way of a descriptor that this loop watches: no Rust thread waits for the
+interpreter, and no other deployment's requests wait for a router. A router that fails is logged, and its requests go to
+the least loaded replica.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import logging
+import pickle
+import threading
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from rayserve_fast.controlplane.spec import DeploymentID, ReplicaID
+from rayserve_fast.request_router import PendingRequest, ReplicaResult, RequestMetadata, RequestRouter, RunningReplica
+
+if TYPE_CHECKING:
+    from rayserve_fast._core import Proxy
+
+logger = logging.getLogger("ray.serve")
+
+#: Id, node, TCP address, whether it is open and has room, load, limit and models of a replica, as Rust tells it.
+Told: TypeAlias = "tuple[str, str, str | None, bool, bool, int, int, list[str]]"
+
+
+@dataclass
+class Custom:
+    """A router at work."""
+
+    definition: str
+    router: RequestRouter
+    pauses: tuple[float, float, float]  # first, factor, longest
+
+
+class Routers:
+    """All routers of this process.
+
+    Args:
+        node_id: the node of this process.
+    """
+
+    def __init__(self, node_id: str) -> None:
+        self._node_id = node_id
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._lock = threading.Lock()
+        self._customs: dict[str, Custom] = {}
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The loop, running on its thread."""
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="rayserve-fast-routers", daemon=True).start()
+            return self._loop
+
+    def submit(self, work: Coroutine[Any, Any, Any]) -> Future[Any]:
+        """Run `work` on the loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop)
+
+    async def place(
+        self,
+        deployment: str,
+        known: Callable[[], tuple[list[Told], str | None] | None],
+        pending: PendingRequest,
+        assign: Callable[[list[str]], str | None],
+    ) -> tuple[RequestRouter | None, ReplicaID | None]:
+        """Ask the deployment's router until one of the replicas that it names takes the request.
+
+        Args:
+            deployment: the key of the deployment.
+            known: the replicas and the router's definition, as they are now.
+            assign: gives the request to one of these replicas and returns its id; None: none has room; empty: the
+                request has ended.
+
+        Returns:
+            The router, and the replica; None if the request has ended.
+        """
+        app, _, name = deployment.partition("#")
+        deployment_id = DeploymentID(name, app)
+        pause = 0.0
+        while True:
+            told, definition = known() or ([], None)
+            replicas = [running(deployment_id, one) for one in told if one[3]]
+            custom = self._custom(deployment_id, definition)
+            first, factor, longest = custom.pauses
+            custom.router._refresh(replicas)
+            for rank in await self._ranks(custom.router, pending) if replicas else ():
+                got = assign([replica.replica_id.unique_id for replica in rank])
+                if got == "":
+                    return custom.router, None
+                if got is not None:
+                    replica_id = ReplicaID(got, deployment_id)
+                    _tell(custom.router.on_request_routed, pending, replica_id, ReplicaResult())
+                    return custom.router, replica_id
+            if assign([]) == "":  # nobody waits any more
+                return custom.router, None
+            pause = min(longest, pause * factor) if pause else first
+            await asyncio.sleep(pause)
+
+    async def _ranks(self, router: RequestRouter, pending: PendingRequest) -> list[list[RunningReplica]]:
+        candidates = list(router.curr_replicas.values())
+        router.num_pending_requests += 1
+        try:
+            return await router.choose_replicas(candidates, pending)
+        except Exception:
+            logger.exception("The request router of %s failed; any replica may do.", router._deployment_id)
+            return [candidates]
+        finally:
+            router.num_pending_requests -= 1
+
+    def _custom(self, deployment_id: DeploymentID, definition: str | None) -> Custom:
+        known = self._customs.get(deployment_id.key)
+        if known is not None and definition in (known.definition, None):
+            return known
+        router: RequestRouter = _Anybody(deployment_id)
+        pauses = (0.025, 2.0, 0.5)
+        if definition is not None:
+            try:
+                kind, kwargs, pauses = pickle.loads(base64.b64decode(definition))
+                router = kind(deployment_id=deployment_id, self_node_id=self._node_id)
+                router.initialize_state(**kwargs)
+            except Exception:
+                logger.exception("The request router of %s cannot be made; any replica may do.", deployment_id)
+                router = _Anybody(deployment_id)
+        custom = Custom(definition or "", router, pauses)
+        if definition is not None:
+            self._customs[deployment_id.key] = custom
+        return custom
+
+
+class _Anybody(RequestRouter):
+    """Stands in for a router that cannot be made."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        return [candidate_replicas]
+
+
+def running(deployment_id: DeploymentID, told: Told) -> RunningReplica:
+    """A replica as routers see it."""
+    replica_id, node_id, _tcp, _open, room, load, limit, models = told
+    return RunningReplica(ReplicaID(replica_id, deployment_id), node_id, limit, set(models), load, room)
+
+
+def pending_call(texts: tuple[str, ...], stream: bool, encoded: tuple[Any, ...]) -> PendingRequest:
+    """A handle call as routers see it; `texts` are those of its head, `encoded` what `values.load_arguments` takes."""
+    from rayserve_fast import values
+
+    method, request_id, route, app, model, session = texts
+    try:
+        args, kwargs = values.load_arguments(*encoded)
+    except Exception:  # of a class that cannot be imported here: a router can do without
+        args, kwargs = (), {}
+    metadata = RequestMetadata(request_id, request_id, method, route, app, model, session, stream)
+    return PendingRequest(list(args), kwargs, metadata)
+
+
+class HttpRouting:
+    """Answers the proxy's questions on the routers' loop.
+
+    Args:
+        proxy: the proxy of this process.
+        node_id: its node.
+    """
+
+    def __init__(self, proxy: Proxy, node_id: str) -> None:
+        self._proxy = proxy
+        self._routers = Routers(node_id)
+        self._tasks: set[asyncio.Task[None]] = set()
+        loop = self._routers.loop
+        loop.call_soon_threadsafe(loop.add_reader, proxy.choices_fileno(), self._take)
+
+    def _take(self) -> None:
+        for number, deployment, *texts in self._proxy.choices():
+            task = asyncio.get_running_loop().create_task(self._route(number, deployment, *texts))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _route(self, number: int, deployment: str, route: str, request_id: str, model: str, session: str) -> None:
+        app = deployment.partition("#")[0]
+        metadata = RequestMetadata(request_id, request_id, "__call__", route, app, model, session, is_http_request=True)
+        known, assign = partial(self._proxy.candidates, number), partial(self._proxy.assign, number)
+        await self._routers.place(deployment, known, PendingRequest([], {}, metadata), assign)
+
+
+def completed(router: RequestRouter | None, replica_id: ReplicaID | None, request_id: str) -> None:
+    """Tell a router that a request of its has ended."""
+    if router is not None and replica_id is not None:
+        _tell(router.on_request_completed, replica_id, request_id)
+
+
+def _tell(hook: Callable[..., None], *args: Any) -> None:
+    try:
+        hook(*args)
+    except Exception:
+        logger.exception("%r failed.", hook)

@@ -1,0 +1,79 @@
+//! Slots for requests that do not queue here: somebody else has chosen the replica, or will send later.
+//!
+//! A router in Python is told the candidates and names those that it would like; a broadcast names every replica; a caller
+//! that chooses first and sends later keeps the lease meanwhile. Whoever finds no room comes again.
+
+use super::{Action, Affinity, Candidate, DeploymentKey, Engine, Lease, Picker, Place, ReplicaKey};
+use crate::{error::Error, snapshot::Policy};
+
+/// What came of an attempt to give a waiting request to a replica.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Assigned {
+    /// The id of the one that has got it.
+    To(String),
+    /// None of them has room.
+    Full,
+    /// It does not wait any more.
+    Over,
+}
+
+impl<W> Engine<W> {
+    /// Whether a router in Python chooses for this deployment.
+    pub fn is_custom(&mut self, key: DeploymentKey) -> bool {
+        self.deployments.at(key).is_some_and(|deployment| deployment.config.router.policy == Policy::Custom)
+    }
+
+    /// The replicas that are not about to leave.
+    pub fn candidates(&mut self, key: DeploymentKey) -> Vec<Candidate> {
+        let addresses = self.config(key).map_or(Vec::new(), |config| config.replicas.clone());
+        let staying = addresses.into_iter().filter_map(|address| Some((self.replica(key, &address.id)?, address)));
+        staying.map(|(member, address)| self.replicas[member.0].candidate(address)).collect()
+    }
+
+    /// The replica of this id, while the deployment has it and it takes requests.
+    pub fn replica(&self, key: DeploymentKey, id: &str) -> Option<ReplicaKey> {
+        let member = *self.by_id.get(id)?;
+        let replica = self.replicas.get(member.0)?;
+        (replica.deployment == key && !replica.draining).then_some(member)
+    }
+
+    /// A slot of the least loaded of `among` that has room; of all replicas, by the deployment's policy, without.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] and [`Error::Deleted`].
+    pub fn reserve(
+        &mut self,
+        key: DeploymentKey,
+        affinity: Affinity,
+        among: Option<&[String]>,
+    ) -> Result<Option<Lease>, Error> {
+        let deployment = self.deployments.open(key)?;
+        let place = Place { deployment: key, seq: deployment.queue.arrive(), affinity };
+        let Some(among) = among else { return Ok(self.lease(place)) };
+        let chosen: Vec<_> = among.iter().filter_map(|id| self.replica(key, id)).collect();
+        let Some(chosen) = Picker::among(&self.replicas, chosen.into_iter()) else { return Ok(None) };
+        Ok(self.take(chosen, place))
+    }
+
+    /// Starts a request that waits for its router, at the least loaded of `ids` that has room.
+    pub fn assign(&mut self, place: Place, ids: &[String]) -> Assigned {
+        let waits =
+            self.deployments.at(place.deployment).is_some_and(|deployment| deployment.queue.contains(place.seq));
+        let lease = match self.reserve(place.deployment, place.affinity, Some(ids)) {
+            Ok(Some(lease)) if waits => Lease { place, ..lease },
+            Ok(None) if waits => return Assigned::Full,
+            Ok(lease) => {
+                if let Some(lease) = lease {
+                    self.unsent(lease);
+                }
+                return Assigned::Over;
+            }
+            Err(_) => return Assigned::Over, // whoever waited has been refused
+        };
+        let id = self.replicas[lease.replica.0].id.clone();
+        if let Some(waiter) = self.cancel(place) {
+            self.actions.push_back(Action::Start(waiter, lease));
+        }
+        Assigned::To(id)
+    }
+}

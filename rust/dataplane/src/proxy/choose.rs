@@ -1,0 +1,149 @@
+//! Requests whose replica a router in Python chooses: they wait in the engine's queue, and Python is told by a descriptor.
+//!
+//! No thread of the proxy waits for Python. A thread of Python's takes [`Choices::take`], and answers with ids; each answer
+//! is an order to the shard where the request waits, carried out between two of its events. A request that goes away
+//! meanwhile leaves the queue as any other, and the answer then says so.
+
+use std::{
+    collections::HashMap,
+    io::{Read, Write},
+    os::{
+        fd::{AsRawFd, RawFd},
+        unix::net::UnixStream,
+    },
+    rc::Rc,
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        mpsc::{SyncSender, sync_channel},
+    },
+    time::Duration,
+};
+
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+
+use super::shard::Shard;
+use crate::engine::{Assigned, Candidate, DeploymentKey, Place};
+
+/// A shard answers between two events; one that does not is gone.
+const ANSWER: Duration = Duration::from_secs(5);
+
+/// What Python is told of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(missing_docs, reason = "the names of the reference's metadata")]
+pub struct Choice {
+    pub number: u64,
+    pub deployment: String,
+    pub route: String,
+    pub request_id: String,
+    pub multiplexed_model_id: String,
+    pub session_id: String,
+}
+
+/// What Python asks of the shard of a request.
+#[derive(Debug)]
+pub(super) enum Order {
+    Candidates(DeploymentKey, SyncSender<(Vec<Candidate>, Option<String>)>),
+    Assign(Place, Vec<String>, SyncSender<Assigned>),
+}
+
+/// See the module.
+pub(super) struct Choices {
+    desk: Mutex<Desk>,
+    read: UnixStream,
+    write: UnixStream,
+}
+
+#[derive(Default)]
+struct Desk {
+    fresh: Vec<Choice>,
+    /// Where each request waits, until it has been assigned or its end was noticed.
+    open: HashMap<u64, (usize, Place)>,
+    next: u64,
+    shards: Vec<UnboundedSender<Order>>,
+}
+
+impl Choices {
+    pub(super) fn new() -> Self {
+        let (read, write) = UnixStream::pair().expect("a process can have two more descriptors");
+        for socket in [&read, &write] {
+            socket.set_nonblocking(true).expect("a socket can be non-blocking");
+        }
+        Self { desk: Mutex::default(), read, write }
+    }
+
+    fn desk(&self) -> MutexGuard<'_, Desk> {
+        self.desk.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// One more shard; the number that it is known by.
+    pub(super) fn join(&self) -> (usize, UnboundedReceiver<Order>) {
+        let (line, orders) = unbounded_channel();
+        let mut desk = self.desk();
+        desk.shards.push(line);
+        (desk.shards.len() - 1, orders)
+    }
+
+    /// A request waits at a shard.
+    pub(super) fn ask(&self, shard: usize, place: Place, choice: Choice) {
+        let mut desk = self.desk();
+        let number = desk.next;
+        desk.next += 1;
+        desk.open.insert(number, (shard, place));
+        desk.fresh.push(Choice { number, ..choice });
+        if desk.fresh.len() == 1 {
+            // The one byte is always accepted: the last was read when the choices were taken.
+            let _ = (&self.write).write(&[1]);
+        }
+    }
+
+    pub(super) fn fd(&self) -> RawFd {
+        self.read.as_raw_fd()
+    }
+
+    pub(super) fn take(&self) -> Vec<Choice> {
+        let mut desk = self.desk();
+        let _ = (&self.read).read(&mut [0; 8]);
+        std::mem::take(&mut desk.fresh)
+    }
+
+    fn order<T>(&self, number: u64, order: impl FnOnce(Place, SyncSender<T>) -> Order) -> Option<T> {
+        let (reply, answer) = sync_channel(1);
+        {
+            let desk = self.desk();
+            let (shard, place) = *desk.open.get(&number)?;
+            desk.shards[shard].send(order(place, reply)).ok()?;
+        }
+        answer.recv_timeout(ANSWER).ok()
+    }
+
+    pub(super) fn candidates(&self, number: u64) -> Option<(Vec<Candidate>, Option<String>)> {
+        self.order(number, |place, reply| Order::Candidates(place.deployment, reply))
+    }
+
+    pub(super) fn assign(&self, number: u64, ids: Vec<String>) -> Assigned {
+        let assigned = self.order(number, |place, reply| Order::Assign(place, ids, reply)).unwrap_or(Assigned::Over);
+        if assigned != Assigned::Full {
+            self.desk().open.remove(&number);
+        }
+        assigned
+    }
+}
+
+/// Carries out what Python orders.
+pub(super) async fn obey(shard: Rc<Shard>, mut orders: UnboundedReceiver<Order>) {
+    while let Some(order) = orders.recv().await {
+        // Whoever has given up waiting for the answer has lost interest in it.
+        match order {
+            Order::Candidates(key, reply) => {
+                let mut engine = shard.engine.borrow_mut();
+                let custom = engine.config(key).and_then(|config| config.router.custom.clone());
+                let _ = reply.try_send((engine.candidates(key), custom));
+            }
+            Order::Assign(place, ids, reply) => {
+                let assigned = shard.engine.borrow_mut().assign(place, &ids);
+                shard.settle();
+                let _ = reply.try_send(assigned);
+            }
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! `Chooser`: what routers in Python, broadcasts and `choose_replica` see of the replicas, and how they take a slot.
+
+use std::{
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use bytes::Bytes;
+use pyo3::{exceptions::PyValueError, prelude::*, sync::PyOnceLock, types::PyTuple};
+use rayserve_dataplane::{
+    engine::{Affinity, Assigned, Candidate, Lease},
+    wire::CallView,
+};
+
+use super::{
+    Call, Client,
+    turns::{Caller, Turn},
+};
+use crate::value;
+
+/// See the module.
+#[pyclass(frozen, module = "rayserve_fast._core")]
+pub(crate) struct Chooser {
+    caller: Arc<Caller>,
+}
+
+/// Id, node, address of TCP, whether it is open and has room, load, `max_ongoing_requests` and models of a replica.
+pub(crate) type Told = (String, String, Option<String>, bool, bool, u32, u32, Vec<String>);
+
+pub(crate) fn told(candidate: Candidate) -> Told {
+    let Candidate { address, open, load, room, max_ongoing, models } = candidate;
+    (address.id, address.node_id, address.tcp, open, room, load, max_ongoing, models)
+}
+
+/// A replica's id; None: no room; empty: the request has ended.
+pub(crate) fn word(assigned: Assigned) -> Option<String> {
+    match assigned {
+        Assigned::To(id) => Some(id),
+        Assigned::Full => None,
+        Assigned::Over => Some(String::new()),
+    }
+}
+
+#[pymethods]
+impl Chooser {
+    #[new]
+    fn new(client: &Bound<'_, Client>) -> Self {
+        Self { caller: Arc::clone(&client.get().caller) }
+    }
+
+    /// Calls that wait for their router since the last time, each with its deployment, the texts of its
+    /// head, whether it streams, and its arguments as `values.load_arguments` takes them.
+    fn choosing<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
+        let calls = std::mem::take(&mut self.caller.lock().router.held.fresh);
+        let mut chosen = Vec::with_capacity(calls.len());
+        for pending in calls {
+            // A copy: what routers do with arrays among the arguments must not reach the replica.
+            let payload = Bytes::copy_from_slice(&pending.payload().concat());
+            let view = CallView::parse(payload).map_err(|error| PyValueError::new_err(error.to_string()))?;
+            let head = view.head();
+            let texts =
+                (head.method, head.request_id, head.route, head.app, head.multiplexed_model_id, head.session_id);
+            let texts = texts.into_pyobject(py)?;
+            let arguments = view.take_arguments().map(|arguments| value::of_call(py, arguments)).transpose()?;
+            let (deployment, stream) = (pending.deployment.clone(), pending.stream);
+            let call = Call { caller: Arc::clone(&self.caller), pending, told: PyOnceLock::new() };
+            chosen.push((call, deployment, texts, stream, arguments).into_pyobject(py)?);
+        }
+        Ok(chosen)
+    }
+
+    /// Replicas, and the user's router; None until a snapshot holds the deployment, which is on its way then.
+    fn replicas(&self, deployment: &str) -> Option<(Vec<Told>, Option<String>)> {
+        let (candidates, custom) = self.caller.candidates(deployment)?;
+        Some((candidates.into_iter().map(told).collect(), custom))
+    }
+
+    /// The replica that has got the call; None: none of these has room; empty: the call has ended.
+    #[expect(clippy::needless_pass_by_value, reason = "what a Python argument becomes is owned")]
+    fn assign(&self, call: &Call, ids: Vec<String>) -> Option<String> {
+        word(self.caller.assign(&call.pending, &ids))
+    }
+
+    /// A slot of one of `ids`, or by the deployment's policy of any replica; None: there is no room.
+    #[expect(clippy::needless_pass_by_value, reason = "what a Python argument becomes is owned")]
+    fn reserve(
+        &self,
+        py: Python<'_>,
+        deployment: &str,
+        model: &str,
+        session: &str,
+        ids: Option<Vec<String>>,
+    ) -> PyResult<Option<Reservation>> {
+        let affinity = Affinity::new(model.as_bytes(), session.as_bytes());
+        let reserve = || self.caller.lock().router.reserve(deployment, affinity, ids.as_deref());
+        let mut reserved = reserve();
+        if matches!(reserved, Ok(None)) {
+            py.detach(|| self.caller.glance());
+            reserved = reserve();
+        }
+        let reserved = reserved.map_err(|error| PyValueError::new_err(error.to_string()))?;
+        let made = |(lease, replica)| Reservation {
+            caller: Arc::clone(&self.caller),
+            replica,
+            lease: Mutex::new(Some(lease)),
+        };
+        Ok(reserved.map(made))
+    }
+}
+
+/// A slot that nobody uses yet; it is free again when this is gone.
+#[pyclass(frozen, module = "rayserve_fast._core")]
+pub(crate) struct Reservation {
+    caller: Arc<Caller>,
+    #[pyo3(get)]
+    replica: String,
+    lease: Mutex<Option<Lease>>,
+}
+
+#[pymethods]
+impl Reservation {
+    /// Sends a call that is for this replica, with this slot if it has not found another.
+    fn redeem(&self, call: &Call) {
+        let lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(lease) = lease {
+            self.caller.lock().router.redeem(&call.pending, lease);
+        }
+    }
+
+    /// Gives the slot back.
+    fn release(&self) {
+        let lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(lease) = lease {
+            self.caller.unreserve(lease);
+        }
+    }
+}
+
+impl Drop for Reservation {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+impl Caller {
+    /// See [`Router::candidates`](super::router::Router::candidates).
+    fn candidates(&self, deployment: &str) -> Option<(Vec<Candidate>, Option<String>)> {
+        let mut state = self.lock();
+        let known = state.router.candidates(deployment);
+        if known.is_none() {
+            self.relieve(&mut state);
+            self.tender.notify_one();
+        }
+        known
+    }
+
+    fn assign(&self, call: &Arc<super::Pending>, ids: &[String]) -> Assigned {
+        let mut state = self.lock();
+        let assigned = state.router.assign(call, ids);
+        self.nudge(&state);
+        assigned
+    }
+
+    /// Reads what has come, as no call may be out for which anybody would: links are made so, and slots become free.
+    fn glance(&self) {
+        let state = self.lock();
+        if state.turn == Turn::Free {
+            drop(self.lead(state, Turn::Waiter, Some(Instant::now()), |_| true));
+        }
+    }
+
+    fn unreserve(&self, lease: Lease) {
+        self.lock().router.unreserve(lease);
+    }
+}
