@@ -109,13 +109,14 @@ def _fulfil(actor: Any, key: int, pass_on: Callable[[], Any]) -> None:
 class _Referable:
     """What both kinds of responses need for it."""
 
+    _handle: Any
     _call: Any
     _ref: Any = None
 
     def _open(self) -> bool:
         """Whether no replica has the call yet."""
         call = self._call
-        if call is not None and not hasattr(call, "assigned"):
+        if self._handle._local:
             raise RuntimeError("There are no ObjectRefs in local testing mode: pass the response or its value.")
         return call is not None and not call.assigned()
 

@@ -38,6 +38,9 @@ class DeploymentBroadcastResponse:
         self._call = handle, args, kwargs
         self._responses: list[DeploymentResponse] | None = None
         self._coming: Future[list[Told]] | None = None
+        if handle._local:  # the one replica there is
+            self._responses = [handle.remote(*args, **kwargs)]  # type: ignore[list-item]
+            return
         owner = _owner(handle)
         known = owner.chooser.replicas(handle._key)
         if known and known[0]:

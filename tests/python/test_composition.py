@@ -535,3 +535,12 @@ def test_what_cannot_be_passed_on_says_so(run: Run) -> None:
         handle.nested.remote().result(timeout_s=20)
     with pytest.raises(RuntimeError, match="treaming"):
         handle.stream.remote().result(timeout_s=20)
+
+
+def test_a_broadcast_reaches_every_replica(run: Run) -> None:
+    handle = run(Model.options(user_config=1).bind())
+    assert handle.broadcast("configured").results(timeout_s=20) == [1]
+    assert asyncio.run(handle.broadcast("sync", 2).results_async(timeout_s=20)) == [4]
+    with pytest.raises(Refused):
+        handle.broadcast("fail").results(timeout_s=20)
+    assert isinstance(handle.broadcast("fail").results(timeout_s=20, return_exceptions=True)[0], Refused)

@@ -17,7 +17,7 @@ from ray import cloudpickle
 from ray.exceptions import ActorDiedError
 
 from rayserve_fast import serve
-from rayserve_fast.exceptions import RequestCancelledError
+from rayserve_fast.exceptions import RayServeException, RequestCancelledError
 from rayserve_fast.handle import DeploymentHandle
 from rayserve_fast.local import applications
 
@@ -304,3 +304,19 @@ def test_calls_cancelled_at_random_moments_leave_nothing_behind() -> None:
     while any(replica._running or replica._waiting for replica in replicas) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert [(len(replica._running), len(replica._waiting)) for replica in replicas] == [(0, 0)] * 2
+
+
+def test_what_needs_ray_or_several_replicas_is_refused() -> None:
+    handle = run(Model.bind())
+    response = handle.remote()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="local testing mode"):
+            response._to_object_ref_sync()
+        assert response.result(timeout_s=10) == "from the network"
+
+    async def choose() -> None:
+        async with handle.choose_replica():
+            pass
+
+    with pytest.raises(RayServeException, match="local testing mode"):
+        asyncio.run(choose())
