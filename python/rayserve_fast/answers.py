@@ -76,7 +76,8 @@ def pack(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
     """
     refs: list[ObjectRef[Any]] = []
     answers: list[tuple[int, Answer]] = []
-    if any(isinstance(value, (Answer, Stream)) for value in (*args, *kwargs.values())):
+    plain = not kwargs and values.SCALARS.issuperset(map(type, args))
+    if not plain and any(isinstance(value, (Answer, Stream)) for value in (*args, *kwargs.values())):
         given = [_of(value, slot, answers) for slot, value in enumerate((*args, *kwargs.values()))]
         args, kwargs = tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
     pickle, buffers = values.dump_arguments(args, kwargs, refs)

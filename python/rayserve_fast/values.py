@@ -26,7 +26,7 @@ from ray.exceptions import RayError, RayTaskError
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
-_SCALARS = frozenset({bytes, str, int, float, bool, type(None)})
+SCALARS = frozenset({bytes, str, int, float, bool, type(None)})
 
 
 class _NotPlain(Exception):
@@ -73,7 +73,7 @@ def dumps(value: Any, refs: list[ObjectRef[Any]] | None = None) -> tuple[bytes, 
 
     The references to Ray objects in it are added to `refs`: they must be kept alive until the other side has them.
     """
-    if type(value) in _SCALARS:
+    if type(value) in SCALARS:
         return pickle.dumps(value, 5), []
     buffers: list[pickle.PickleBuffer] = []
     out = io.BytesIO()
@@ -108,7 +108,7 @@ def dump_arguments(
     args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[ObjectRef[Any]] | None = None
 ) -> tuple[bytes, list[pickle.PickleBuffer]]:
     """Encode the arguments of a call: the pair of tuple and dict."""
-    if not kwargs and _SCALARS.issuperset(map(type, args)):
+    if not kwargs and SCALARS.issuperset(map(type, args)):
         return pickle.dumps((args, kwargs), 5), []
     return dumps((args, kwargs), refs)
 
