@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import pickle
 import queue
+import resource
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -284,3 +286,21 @@ def test_large_bytes_arrive(echo: Any, kind: type) -> None:
     back = echo.same.remote(value).result(timeout_s=60)
     assert type(back) is kind
     assert back == value
+
+
+def test_memory_stays_flat_over_many_large_values(echo: Any) -> None:
+    def resident_kib() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
+
+    array = np.ones(1 << 17)
+
+    def rounds(count: int) -> None:
+        for _ in range(count):
+            first = echo.same.remote(array)
+            assert echo.same.remote(first).result(timeout_s=30)[-1] == 1.0
+            echo.same.remote(array)  # nobody reads it
+
+    rounds(50)
+    before = resident_kib()
+    rounds(500)  # more than a GiB in each direction
+    assert resident_kib() - before < 64 << 10
