@@ -299,6 +299,7 @@ def test_every_option_acts_or_is_named(caplog: pytest.LogCaptureFixture) -> None
         "max_queued_requests",
         "num_replicas",
         "ray_actor_options",
+        "request_router_config",
         "retry_idempotent",
         "rolling_update_percentage",
         "user_config",
