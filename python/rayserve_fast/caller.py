@@ -19,7 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import ray
-from ray.util.client import ray as ray_client
+from ray.util import client as ray_client
 
 from rayserve_fast import _core
 from rayserve_fast.controlplane import client
@@ -242,7 +242,7 @@ def _connect() -> Caller:
             return _current
         if _exiting:
             raise RuntimeError("The interpreter exits: no more calls can be made.")
-        if ray_client.is_connected():
+        if ray_client.ray.is_connected():
             raise RayServeException(
                 "Handles do not work over Ray Client, as its process cannot reach the replicas' nodes: "
                 "make the calls in a Ray task or actor, or use HTTP."
