@@ -39,11 +39,12 @@ def test_a_replica_with_another_token_is_named_once(capfd: pytest.CaptureFixture
     assert "peer does not know the cluster token" in told[0]
 
 
-def test_a_lost_replica_is_named_once_and_a_drained_one_is_not(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_lost_replica_is_named_once_and_one_that_left_is_not(capfd: pytest.CaptureFixture[str]) -> None:
     with serving(handler) as replica, proxy_of(replica) as proxy:
         assert proxy.wait_linked(["r1"], 5.0) == []
-        replica.runtime.drain()
-        replica.runtime.stop()
+        left = snapshot("/", DeploymentConfig(), replica.address.unix)
+        left["version"], left["deployments"]["default#D"]["replicas"] = [1, 2], []
+        assert proxy.publish(json.dumps(left).encode())
         gone(proxy)
     assert "r1" not in capfd.readouterr().err
     with serving(handler) as replica, proxy_of(replica) as proxy:
