@@ -1,12 +1,15 @@
 //! Handles: what Python calls to make calls. The engine is the proxy's; the driver is whichever thread waits.
 //!
 //! `turns.rs` decides which thread moves bytes and `tender.rs` does what is left; `router.rs` carries out the engine's
-//! actions, `link.rs` owns a socket, `pending.rs` is a call, `mailbox.rs` reaches asyncio loops. This file converts.
+//! actions, `linking.rs` opens and closes links, `frames.rs` takes what they bring, `link.rs` owns a socket, `pending.rs` is
+//! a call, `mailbox.rs` reaches asyncio loops. This file converts.
 
 mod aim;
 pub(crate) mod children;
 mod choose;
+mod frames;
 mod link;
+mod linking;
 mod mailbox;
 mod pending;
 mod router;

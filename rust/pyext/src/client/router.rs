@@ -1,32 +1,30 @@
-//! Drives the engine for handles: carries out its actions on links, and feeds it what the links bring.
+//! Drives the engine for handles: carries out its actions on links (`linking.rs`), and feeds it what they bring (`frames.rs`).
 //!
 //! It holds only the deployments that this process calls. Everything here happens under the caller's lock and without a
 //! system call that waits. A call whose deployment the snapshot does not name waits for one that was taken after it began.
 
 use std::{
     collections::{HashMap, HashSet},
-    io,
-    sync::{Arc, Mutex},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
-use mio::{Registry, Token, event::Event};
+use mio::Registry;
 use rayserve_dataplane::{
     engine::{Action, Admission, Engine, Lease, Place as QueuePlace, ReplicaKey},
     error::Error,
     snapshot::{Replica, Snapshot, Version},
-    wire::{Fault, Frame, Header, Kind, call::Value, flag, models},
+    wire::{Fault, Header, Kind},
 };
 use slab::Slab;
 
 use super::{
     aim::Held,
-    link::{Input, Link, Sent},
+    link::{Link, Sent},
     pending::{Needs, Outcome, Pending, Place},
 };
 
-const RECONNECT: Duration = Duration::from_millis(50);
 /// How long a call waits for a controller that cannot be asked whether its deployment exists.
 const UNROUTED: Duration = Duration::from_secs(10);
 /// Why a call is not begun.
@@ -40,7 +38,7 @@ pub(super) struct Router {
     pub(super) links: Slab<Link>,
     pub(super) by_key: HashMap<ReplicaKey, usize>,
     /// Replicas that could not be reached, and when to try again.
-    lost: Vec<(Instant, ReplicaKey, Replica)>,
+    pub(super) lost: Vec<(Instant, ReplicaKey, Replica)>,
     /// Calls whose deployment the snapshot does not hold, and since when.
     unrouted: Vec<(Instant, Arc<Pending>)>,
     /// Calls whose arguments may have come.
@@ -49,11 +47,11 @@ pub(super) struct Router {
     /// Calls whose replica somebody else chooses.
     pub(super) held: Held,
     snapshot: Option<Snapshot>,
-    unflushed: Vec<usize>,
-    scratch: Box<[u8]>,
-    registry: Registry,
-    node_id: String,
-    token: Arc<[u8]>,
+    pub(super) unflushed: Vec<usize>,
+    pub(super) scratch: Box<[u8]>,
+    pub(super) registry: Registry,
+    pub(super) node_id: String,
+    pub(super) token: Arc<[u8]>,
     /// There are unrouted calls, and nobody has been told.
     pub(super) doubts: bool,
     /// Calls that have not ended.
@@ -130,7 +128,7 @@ impl Router {
     }
 
     /// Puts a call that came back unbegun into its old place.
-    fn again(&mut self, call: &Arc<Pending>, place: QueuePlace) {
+    pub(super) fn again(&mut self, call: &Arc<Pending>, place: QueuePlace) {
         if call.place() == Place::Done {
             return; // cancelled meanwhile
         }
@@ -206,7 +204,7 @@ impl Router {
         }
     }
 
-    fn widen(&mut self, link: usize, stream: u32, bytes: u32) {
+    pub(super) fn widen(&mut self, link: usize, stream: u32, bytes: u32) {
         if bytes > 0 {
             self.links[link].send(Header::new(Kind::Window, stream).aux(bytes));
             self.unflushed.push(link);
@@ -294,154 +292,6 @@ impl Router {
                 self.enter(&call, call.needs());
             }
         }
-    }
-
-    fn open(&mut self, key: ReplicaKey, replica: Replica) {
-        let entry = self.links.vacant_entry();
-        let index = entry.key();
-        match Link::open(key, replica.clone(), &self.node_id, &self.token, &self.registry, Token(index)) {
-            Ok(link) => {
-                entry.insert(link);
-                self.by_key.insert(key, index);
-            }
-            Err(_) => self.lose(key, replica),
-        }
-    }
-
-    fn lose(&mut self, key: ReplicaKey, replica: Replica) {
-        self.lost.push((Instant::now() + RECONNECT, key, replica));
-    }
-
-    fn leave(&mut self, key: ReplicaKey) {
-        self.lost.retain(|(_, lost, _)| *lost != key);
-        match self.by_key.get(&key) {
-            None => drop(self.engine.closed(key)),
-            Some(&index) if self.links[index].streams.is_empty() => self.close(index, "the replica has left"),
-            Some(&index) => self.links[index].leaving = true,
-        }
-    }
-
-    /// Ends a link: calls that had not begun go elsewhere, the others fail.
-    fn close(&mut self, index: usize, why: &str) {
-        let Some(link) = self.links.try_remove(index) else { return };
-        let (key, replica) = (link.key, link.replica.clone());
-        self.by_key.remove(&key);
-        let calls = link.close(&self.registry);
-        if self.engine.closed(key) {
-            self.lose(key, replica.clone());
-        }
-        for (Sent { call, lease, .. }, begun) in calls {
-            if begun {
-                self.engine.answered(lease, None);
-                self.finish(&call, Outcome::Died(format!("replica {} died during the call: {why}", replica.id)));
-            } else {
-                let place = self.engine.returned(lease);
-                self.again(&call, place);
-            }
-        }
-    }
-
-    /// The poller reported a link.
-    pub(super) fn ready(&mut self, event: &Event) {
-        let ended = event.is_read_closed() || event.is_error();
-        let (index, readable) = (event.token().0, event.is_readable() || ended);
-        if event.is_writable() {
-            self.unflushed.push(index);
-        }
-        if readable && let Some(link) = self.links.get_mut(index) {
-            link.mark_readable(ended);
-            self.drain(index);
-        }
-        self.settle();
-    }
-
-    fn drain(&mut self, index: usize) {
-        while let Some(link) = self.links.get_mut(index) {
-            let key = link.key;
-            match link.read(&mut self.scratch) {
-                Ok(Input::Empty) => return,
-                Ok(Input::Ready(limit)) => self.engine.linked(key, limit),
-                Ok(Input::Frame(frame)) => self.frame(index, key, frame),
-                Err(error) => return self.close(index, &error.to_string()),
-            }
-        }
-    }
-
-    fn frame(&mut self, index: usize, key: ReplicaKey, Frame { header, payload }: Frame) {
-        let link = &mut self.links[index];
-        match header.kind {
-            Kind::Drain => self.engine.draining(key),
-            Kind::Credit => self.engine.credit(key, header.aux),
-            Kind::Models => {
-                if let Ok(names) = models::models(&payload) {
-                    self.engine.models(key, &names);
-                }
-            }
-            Kind::Ping => {
-                link.send(Header::new(Kind::Pong, 0).aux(header.aux));
-                self.unflushed.push(index);
-            }
-            Kind::Item => {
-                let Some(Sent { call, .. }) = link.streams.get_mut(header.stream) else { return };
-                if call.outcome().is_none() {
-                    let (credit, waited) = call.push(payload);
-                    self.attended -= usize::from(waited);
-                    self.widen(index, header.stream, credit);
-                }
-            }
-            Kind::Result | Kind::Error | Kind::Busy | Kind::Returned => {
-                let Some(Sent { call, lease, .. }) = link.streams.remove(header.stream) else { return };
-                let leaving = link.leaving && link.streams.is_empty();
-                match header.kind {
-                    Kind::Busy => {
-                        let place = self.engine.busy(lease, header.load);
-                        self.again(&call, place);
-                    }
-                    Kind::Returned => {
-                        let place = self.engine.returned(lease);
-                        self.again(&call, place);
-                    }
-                    kind => {
-                        self.engine.answered(lease, Some((header.load, header.has(flag::FAST))));
-                        let outcome = match kind {
-                            Kind::Result if call.stream => Outcome::End,
-                            Kind::Result => match Value::parse(payload) {
-                                Ok(value) => Outcome::Value(Mutex::new(Some(value))),
-                                Err(error) => Outcome::Refused(Error::Internal(error.to_string().into())),
-                            },
-                            _ => Outcome::Fault(Fault::from_aux(header.aux), payload),
-                        };
-                        self.finish(&call, outcome);
-                    }
-                }
-                if leaving {
-                    self.close(index, "the replica has left");
-                }
-            }
-            _ => {} // PONG, and what a newer replica may say
-        }
-    }
-
-    /// Links again where it is time; returns when to come back.
-    pub(super) fn tick(&mut self, now: Instant) -> Option<Instant> {
-        let late = |(index, link): (usize, &Link)| link.deadline().is_some_and(|at| at <= now).then_some(index);
-        for index in self.links.iter().filter_map(late).collect::<Vec<_>>() {
-            self.close(index, &io::Error::from(io::ErrorKind::TimedOut).to_string());
-        }
-        let due: Vec<_> = self.lost.extract_if(.., |(at, _, _)| *at <= now).collect();
-        for (_, key, replica) in due {
-            self.open(key, replica);
-        }
-        self.settle();
-        let handshakes = self.links.iter().filter_map(|(_, link)| link.deadline());
-        handshakes.chain(self.lost.iter().map(|(at, _, _)| *at)).min()
-    }
-
-    /// Closes this process's copies of the sockets and nothing else.
-    pub(super) fn abandon(&mut self) {
-        self.links.clear();
-        self.by_key.clear();
-        self.lost.clear();
     }
 
     /// Ends every call and closes every link.

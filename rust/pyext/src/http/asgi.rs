@@ -17,8 +17,8 @@ use rayserve_dataplane::wire::MAX_INLINE;
 use super::receive::wake_readers;
 use super::request::RequestHead;
 use super::response;
-use crate::worker::replica::{Replica, STALE};
 use crate::worker::stream::{Answer, Head, Stream, Woken};
+use crate::worker::{flush::STALE, replica::Replica};
 
 /// The scope's keys besides its type.
 const KEYS: [&str; 12] = [

@@ -12,8 +12,9 @@ use mio::unix::SourceFd;
 use mio::{Interest, Token};
 use pyo3::prelude::*;
 
+use super::flush::STALE;
 use super::link::lock;
-use super::replica::{Replica, STALE};
+use super::replica::Replica;
 use crate::client::{Caller, Desk};
 
 /// The token of the calls' poller in the worker's.

@@ -14,7 +14,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use rayserve_dataplane::wire::{Header, Kind, WINDOW};
 
-use super::replica::{Replica, STALE};
+use super::flush::STALE;
+use super::replica::Replica;
 use super::run::put_frame;
 use super::stream::Stream;
 use crate::http::asgi;

@@ -4,6 +4,7 @@
 //! happens in [`Worker::tick`] and in callbacks of the loop, or in the pool's threads when they take and finish jobs.
 
 mod calls;
+pub(crate) mod flush;
 pub(crate) mod hooks;
 pub(crate) mod items;
 pub(crate) mod link;
@@ -11,6 +12,7 @@ pub(crate) mod poll;
 pub(crate) mod pool;
 pub(crate) mod replica;
 pub(crate) mod run;
+mod slots;
 pub(crate) mod step;
 pub(crate) mod stream;
 mod vigil;
@@ -348,7 +350,7 @@ impl Worker {
     fn after(&self, py: Python<'_>) -> PyResult<()> {
         let replica = &self.replica;
         replica.sort_ready(py);
-        let stale = replica.outgoing.since().is_some_and(|since| since.elapsed() >= replica::STALE);
+        let stale = replica.outgoing.since().is_some_and(|since| since.elapsed() >= flush::STALE);
         // With slow handlers the next one would hold this answer up; and so it might if the loop does not look.
         if stale || !replica.outgoing.is_fast() || !self.looking.load(Ordering::Relaxed) {
             replica.flush(py)?;

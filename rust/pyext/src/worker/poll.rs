@@ -21,9 +21,10 @@ use rayserve_dataplane::wire::hello::{HelloError, Step};
 use rayserve_dataplane::wire::{CallView, Decoder, Frame, Header, Kind, MAX_PAYLOAD, RequestHeadView, WireError, flag};
 
 use super::calls::CALLS;
+use super::flush::STALE;
 use super::items;
 use super::link::{Link, Socket, lock};
-use super::replica::{Replica, Request, STALE, Work, count};
+use super::replica::{Replica, Request, Work, count};
 use super::stream::Stream;
 use crate::http::receive;
 

@@ -12,8 +12,8 @@ use std::time::Instant;
 
 use pyo3::prelude::*;
 
+use super::flush::STALE;
 use super::link::lock;
-use super::replica::STALE;
 use super::run::Running;
 use super::stream::Stream;
 

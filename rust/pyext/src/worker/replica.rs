@@ -1,19 +1,18 @@
 //! What all links, streams and threads of a replica share: the limit and its queues, and what has to be flushed.
 //!
-//! A request that came is admitted, held or refused; one that is over gives its slot to the next. Nothing here runs user
-//! code: requests that may start wait in `ready` for whoever may run them (`run.rs`).
+//! Here requests are cancelled, links lost and the replica drained; `slots.rs` admits requests, `flush.rs` sends answers.
+//! Nothing in the three runs user code: requests that may start wait in `ready` for whoever may run them (`run.rs`).
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, ThreadId};
-use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 use mio::{Registry, Token, Waker};
 use pyo3::prelude::*;
 use pyo3::types::PyString;
-use rayserve_dataplane::engine::limit::{Admission, Limit, Next};
+use rayserve_dataplane::engine::limit::Limit;
 use rayserve_dataplane::wire::models::put_models;
 use rayserve_dataplane::wire::{CallView, Fault, Header, Kind, RequestHeadView, flag};
 
@@ -25,11 +24,6 @@ use super::run::{Http, Running};
 use super::step::Stepper;
 use super::stream::{Stream, Woken};
 use crate::http::{asgi, receive};
-
-/// Unsent answers are flushed when the oldest is older than this.
-pub(crate) const STALE: Duration = Duration::from_micros(200);
-/// Grants are taken back that were unused for this long, or up to twice as long. Callers use theirs within milliseconds.
-const GRANT: Duration = Duration::from_millis(500);
 
 /// What the worker has the loop call.
 pub(crate) struct Callbacks {
@@ -87,21 +81,21 @@ pub(crate) struct Replica {
     pub(crate) links: Mutex<HashMap<Token, Arc<Link>>>,
     pub(crate) counters: Counters,
     pub(crate) limit: Mutex<Limit>,
-    held: Mutex<VecDeque<Request>>,
+    pub(super) held: Mutex<VecDeque<Request>>,
     pub(crate) ready: Mutex<VecDeque<Request>>,
     /// Streams whose response head is given and perhaps not sent.
-    headed: Mutex<Vec<Arc<Stream>>>,
+    pub(super) headed: Mutex<Vec<Arc<Stream>>>,
     /// The loop's thread is in the tick, which flushes at its end.
     pub(crate) ticking: AtomicBool,
-    scheduled: AtomicBool,
-    reclaiming: AtomicBool,
+    pub(super) scheduled: AtomicBool,
+    pub(super) reclaiming: AtomicBool,
     /// The worker's own methods for the loop to call; taken out when it closes, as they hold the worker.
     pub(crate) callbacks: Mutex<Option<Callbacks>>,
     /// This is a child that user code has forked: it must never act for its parent.
     pub(crate) forked: AtomicBool,
     /// Another thread has asked the loop to flush.
-    nudged: AtomicBool,
-    turn: AtomicU64,
+    pub(super) nudged: AtomicBool,
+    pub(super) turn: AtomicU64,
     draining: AtomicBool,
     pub(crate) posted: Mutex<VecDeque<Posted>>,
     pub(super) calls: Mutex<Option<Arc<Calls>>>,
@@ -156,41 +150,8 @@ impl Replica {
         }
     }
 
-    /// Admits, holds or refuses a request.
-    pub(crate) fn take_in(&self, request: Request, granted: bool) {
-        count(&self.counters.requests);
-        let stream = request.stream.clone();
-        let (admission, owes) = self.with_limit(|limit| (limit.admit(stream.link.token.0, granted), limit.owes()));
-        match admission {
-            Admission::Run => lock(&self.ready).push_back(request),
-            Admission::Hold => lock(&self.held).push_back(request),
-            Admission::Busy => {
-                count(&self.counters.busy);
-                self.turn_away(&stream, Kind::Busy, 0);
-            }
-        }
-        if owes {
-            self.give_slots();
-        }
-    }
-
-    /// A request is over; its slot goes to the next.
-    pub(crate) fn release(&self, py: Python<'_>, stream: &Stream) -> PyResult<()> {
-        let began = {
-            let mut state = stream.state();
-            if std::mem::replace(&mut state.released, true) {
-                return Ok(());
-            }
-            state.began
-        };
-        let service = began.map_or(Duration::ZERO, |began| began.elapsed());
-        self.with_limit(|limit| limit.finished(service));
-        self.give_slots();
-        self.tell_if_idle(py)
-    }
-
     /// A draining replica may leave when everything that was begun is answered, down to the last byte.
-    fn tell_if_idle(&self, py: Python<'_>) -> PyResult<()> {
+    pub(super) fn tell_if_idle(&self, py: Python<'_>) -> PyResult<()> {
         if self.is_draining() && lock(&self.limit).load() == 0 && lock(&self.links).values().all(|link| link.is_quiet())
         {
             self.hooks.idle.bind(py).call0()?;
@@ -198,55 +159,8 @@ impl Replica {
         Ok(())
     }
 
-    /// Gives free slots to held requests and to callers that are owed one.
-    pub(crate) fn give_slots(&self) {
-        while let Some(next) = self.with_limit(Limit::next_free) {
-            match next {
-                Next::Start => {
-                    let request = lock(&self.held).pop_front().expect("the limit counts the held requests");
-                    lock(&self.ready).push_back(request);
-                }
-                Next::Grant(link) => {
-                    let link = lock(&self.links).get(&Token(link)).cloned();
-                    if let Some(link) = link {
-                        link.put(Header::new(Kind::Credit, 0).aux(1), &[]);
-                    }
-                    if !self.reclaiming.swap(true, Ordering::Relaxed) {
-                        self.post([Posted::Reclaim]);
-                    }
-                }
-            }
-        }
-    }
-
-    /// Comes back for unused grants in a while; on the loop's thread.
-    pub(crate) fn reclaim_later(&self, py: Python<'_>) -> PyResult<()> {
-        if let Some(reclaim) = self.callback(py, |callbacks| &callbacks.reclaim) {
-            self.hooks.call_later.bind(py).call1((GRANT.as_secs_f64(), reclaim))?;
-        }
-        Ok(())
-    }
-
-    /// Takes back what callers had time to use.
-    pub(crate) fn reclaim(&self, py: Python<'_>) -> PyResult<()> {
-        if self.with_limit(Limit::reclaim) {
-            self.reclaim_later(py)?;
-        } else {
-            self.reclaiming.store(false, Ordering::Relaxed);
-        }
-        self.give_slots();
-        Ok(())
-    }
-
-    pub(crate) fn with_limit<T>(&self, change: impl FnOnce(&mut Limit) -> T) -> T {
-        let mut limit = lock(&self.limit);
-        let result = change(&mut limit);
-        self.outgoing.set_load(limit.load(), limit.is_fast());
-        result
-    }
-
     /// Ends a stream that holds no slot.
-    fn turn_away(&self, stream: &Stream, kind: Kind, fault: u32) {
+    pub(super) fn turn_away(&self, stream: &Stream, kind: Kind, fault: u32) {
         let header = Header::new(kind, stream.id).aux(fault).with(flag::FIN);
         stream.link.put(self.outgoing.stamp(header, 0), &[]);
         stream.close();
@@ -346,35 +260,6 @@ impl Replica {
         self.draining.load(Ordering::Relaxed)
     }
 
-    /// The response head of this stream goes out with the next flush, if no body byte takes it along before.
-    pub(crate) fn headed(&self, stream: &Arc<Stream>) {
-        lock(&self.headed).push(stream.clone());
-    }
-
-    /// How often the loop's thread has flushed; a task that sees it change has let the loop go round.
-    pub(crate) fn turn(&self) -> u64 {
-        self.turn.load(Ordering::Relaxed)
-    }
-
-    /// Called on the loop's thread after something was put: flushes what is stale, and sees to it that the rest is flushed.
-    pub(crate) fn settle(&self, py: Python<'_>) -> PyResult<()> {
-        self.settle_at(py, Instant::now())
-    }
-
-    /// The same by the caller's clock.
-    pub(crate) fn settle_at(&self, py: Python<'_>, now: Instant) -> PyResult<()> {
-        if self.outgoing.since().is_some_and(|since| now.saturating_duration_since(since) >= STALE) {
-            self.flush(py)?;
-        }
-        if self.ticking.load(Ordering::Relaxed) || self.scheduled.swap(true, Ordering::Relaxed) {
-            return Ok(());
-        }
-        if let Some(flush) = self.callback(py, |callbacks| &callbacks.flush) {
-            self.hooks.call_soon.bind(py).call1((flush,))?;
-        }
-        Ok(())
-    }
-
     pub(crate) fn callback(&self, py: Python<'_>, which: impl FnOnce(&Callbacks) -> &Py<PyAny>) -> Option<Py<PyAny>> {
         lock(&self.callbacks).as_ref().map(|callbacks| which(callbacks).clone_ref(py))
     }
@@ -385,40 +270,6 @@ impl Replica {
             py.import("os")?.call_method1("_exit", (0,))?;
         }
         Ok(())
-    }
-
-    /// The loop has gone round: what was put since is sent.
-    pub(crate) fn flush_turn(&self, py: Python<'_>) -> PyResult<()> {
-        self.scheduled.store(false, Ordering::Relaxed);
-        self.nudged.store(false, Ordering::Relaxed);
-        self.turn.fetch_add(1, Ordering::Relaxed);
-        let headed = std::mem::take(&mut *lock(&self.headed));
-        for stream in headed {
-            if stream.wants_head() {
-                stream.link.enqueue(&stream);
-            }
-        }
-        self.flush(py)
-    }
-
-    /// Sends what all links have to send.
-    pub(crate) fn flush(&self, py: Python<'_>) -> PyResult<()> {
-        self.flush_calls();
-        let mut outcome = Ok(());
-        for link in self.outgoing.take_dirty() {
-            // An error of one link must not leave the others marked as being flushed.
-            outcome = outcome.and(self.flush_link(py, &link));
-        }
-        outcome
-    }
-
-    pub(crate) fn flush_link(&self, py: Python<'_>, link: &Arc<Link>) -> PyResult<()> {
-        count(&self.counters.flushes);
-        let mut woken = Woken::new();
-        let flushed = link.flush(&self.registry, &mut woken);
-        self.resolve(py, woken)?;
-        // Another thread leaves it to the poller, which hears of a dead socket too.
-        if flushed.is_err() && self.on_loop() { self.lost(py, link) } else { self.tell_if_idle(py) }
     }
 
     /// Whether this is the loop's thread; futures and tasks are touched nowhere else.
@@ -436,13 +287,6 @@ impl Replica {
         }
         self.post(woken.into_iter().map(Posted::Resolve));
         Ok(())
-    }
-
-    /// Has the loop flush, from another thread.
-    pub(crate) fn nudge(&self) {
-        if !self.nudged.swap(true, Ordering::Relaxed) {
-            self.wake();
-        }
     }
 
     /// Leaves something to the loop's thread.
