@@ -14,9 +14,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use rayserve_dataplane::wire::{Header, Kind, WINDOW};
 
+use super::answer::put_frame;
 use super::flush::STALE;
 use super::replica::Replica;
-use super::run::put_frame;
 use super::stream::Stream;
 use crate::http::asgi;
 

@@ -3,8 +3,10 @@
 //! `replica/runtime.py` makes one on the user's event loop and has the loop watch [`Worker::fileno`]; everything else
 //! happens in [`Worker::tick`] and in callbacks of the loop, or in the pool's threads when they take and finish jobs.
 
+mod answer;
 mod calls;
 pub(crate) mod flush;
+mod frames;
 pub(crate) mod hooks;
 pub(crate) mod items;
 pub(crate) mod link;
