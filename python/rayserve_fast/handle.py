@@ -1,40 +1,25 @@
 """Handles: calling a deployment from Python, over the same frames and the same router as HTTP requests.
 
-`.remote()` puts the call on its way before it returns, whether or not anybody waits for the answer. `.result()` reads
-the answer on the thread that waits, `await` on the loop that waits. No Ray task is involved.
+`.remote()` puts the call on its way before it returns, whether or not anybody waits for the answer; how one waits and
+reads it is `response.py`. No Ray task is involved.
 """
 
 from __future__ import annotations
 
-import asyncio
 import random
-import threading
-from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Generator, Iterator
 from contextlib import AbstractAsyncContextManager
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-from ray.exceptions import ActorDiedError
-
-from rayserve_fast import answers, caller, promises, values
+from rayserve_fast import answers, caller
 from rayserve_fast.context import _serve_request_context
 from rayserve_fast.controlplane.spec import DeploymentID
-from rayserve_fast.exceptions import (
-    BackPressureError,
-    DeploymentUnavailableError,
-    RayServeException,
-    ReplicaUnavailableError,
-    RequestCancelledError,
-)
+from rayserve_fast.exceptions import RayServeException
+from rayserve_fast.response import DeploymentResponse, DeploymentResponseGenerator
 from rayserve_fast.selection import DeploymentBroadcastResponse, ReplicaSelection
 
 if TYPE_CHECKING:
-    from rayserve_fast import _core
-    from rayserve_fast.local import Applications, LocalCall
-
-    AnyCaller: TypeAlias = caller.Caller | Applications
-    AnyCall: TypeAlias = _core.Call | LocalCall
+    from rayserve_fast.response import AnyCaller
 
 __all__ = ["DeploymentBroadcastResponse", "DeploymentHandle", "DeploymentResponse", "DeploymentResponseGenerator"]
 
@@ -275,239 +260,3 @@ def new_request_id() -> str:
     """A random UUID (version 4), as the proxy makes them; `uuid.uuid4` takes four times as long."""
     bits = f"{random.getrandbits(128):032x}"
     return f"{bits[:8]}-{bits[8:12]}-4{bits[13:16]}-{'89ab'[int(bits[16], 16) & 3]}{bits[17:20]}-{bits[20:]}"
-
-
-class _Response:
-    """A call that is on its way, and how one waits for it and reads what became of it."""
-
-    #: Its arguments that are answers of other calls.
-    _answers: list[tuple[int, answers.Answer]] = []  # noqa: RUF012 - never changed, only replaced
-
-    def __init__(
-        self,
-        handle: DeploymentHandle,
-        request_id: str,
-        owner: AnyCaller | None,
-        call: AnyCall | None,
-        error: BaseException | None = None,
-    ) -> None:
-        self._handle = handle
-        self._caller = owner
-        self._request_id = request_id
-        self._call = call
-        self._error: BaseException | None = error
-        self._cancelled = False
-
-    @property
-    def request_id(self) -> str:
-        """The id of the request that the call belongs to."""
-        return self._request_id
-
-    @property
-    def by_reference(self) -> bool:
-        """False: the value itself travels."""
-        return False
-
-    def cancel(self) -> None:
-        """Cancel the call: a queued one never starts, a running coroutine gets `asyncio.CancelledError`."""
-        if (call := self._call) is not None and call.cancel():
-            self._cancelled = True
-
-    def cancelled(self) -> bool:
-        """Whether `cancel` came before the answer."""
-        return self._cancelled
-
-    def _wait_here(self, call: AnyCall, timeout_s: float | None, instead: str) -> bool:
-        """Wait on this thread; whether there is something before the time is over."""
-        if asyncio._get_running_loop() is not None:
-            raise RuntimeError(
-                f"Sync methods should not be called from within an `asyncio` event loop. Use `{instead}` instead."
-            )
-        self._check_process()
-        # Signals are for the main thread, which must not sleep through them.
-        return call.wait(timeout_s, threading.current_thread() is threading.main_thread())
-
-    def _waiting(self, call: AnyCall) -> Awaitable[None]:
-        watch = self._check_process().watch(asyncio.get_running_loop())
-        return watch.wait(call)  # type: ignore[arg-type]  # each kind of caller with its own kind of call
-
-    def _check_process(self) -> AnyCaller:
-        assert self._caller is not None, "a call has a caller"
-        if self._caller.forked:
-            raise RuntimeError("The call was made before this process was forked; its answer is the parent's.")
-        return self._caller
-
-    def _read(self, kind: str, *rest: Any) -> Any:
-        """The value of an outcome of the native client, or the exception that it stands for."""
-        if kind == "value":
-            return values.loads(*rest)
-        if kind == "end":
-            return None
-        if kind == "fault":
-            self._raise_fault(*rest)
-        if kind == "argument":
-            raise self._answers[rest[0]][1]._failure()
-        if kind == "died":
-            error = ActorDiedError()
-            error.error_msg = f"{error.error_msg} {self._handle._described()}: {rest[0]}"
-            raise error
-        if kind == "backpressure":
-            raise BackPressureError(*rest)
-        if kind == "unavailable":
-            raise DeploymentUnavailableError._because(self._handle.deployment_id, rest[0])
-        if kind == "unknown":
-            raise DeploymentUnavailableError._because(
-                self._handle.deployment_id, f"{self._handle.deployment_id} does not exist."
-            )
-        if kind == "gone":
-            raise ReplicaUnavailableError(rest[0])
-        if kind == "cancelled":
-            if not self._cancelled and asyncio._get_running_loop() is not None:
-                raise asyncio.CancelledError  # with the request that the call belongs to, and that waits here
-            raise RequestCancelledError(self._request_id)
-        if kind == "closed":
-            raise RayServeException(f"{self._handle._described()} has not answered: Serve has been shut down.")
-        raise RayServeException(f"{self._handle._described()}: {rest[0]}")
-
-    def _raise_fault(self, fault: int, payload: bytes) -> NoReturn:
-        """Raise what an ERROR frame says; the numbers are `Fault` of the wire format."""
-        if fault == 2:
-            raise values.load_error(payload)
-        if fault == 4:
-            raise RequestCancelledError(self._request_id)
-        text = payload.decode("utf-8", "replace")
-        if fault == 5:
-            raise TimeoutError(text)
-        if fault in (7, 8):
-            raise values.task_error(TypeError(text), self._handle._options.method_name)
-        raise values.task_error(RayServeException(text), self._handle._options.method_name)
-
-    def __repr__(self) -> str:
-        kind = type(self).__name__
-        return f"{kind}(deployment='{self._handle.deployment_name}', request_id='{self._request_id}')"
-
-
-class DeploymentResponse(_Response, answers.Answer, promises.ReferableValue):
-    """The answer to a call, which is on its way already; made by `DeploymentHandle.remote`.
-
-    The answer is read when it is asked for, once; asking again gives the same value or raises the same error.
-    """
-
-    _value: Any = None
-
-    def result(self, *, timeout_s: float | None = None) -> Any:
-        """Wait for the answer and return it.
-
-        Args:
-            timeout_s: seconds to wait; None: as long as it takes. The call goes on when the time is over.
-
-        Raises:
-            TimeoutError: there is no answer yet.
-            RuntimeError: the thread runs an asyncio loop, which would stand still; use `await`.
-            RayTaskError: the method raised; the error is also an instance of the type that it raised.
-            ActorDiedError: the replica died during the call.
-            RequestCancelledError: the call was cancelled.
-            BackPressureError: `max_queued_requests` calls of this process wait already.
-            DeploymentUnavailableError: the deployment failed to deploy, or does not exist.
-        """
-        if (call := self._call) is not None:
-            if not self._wait_here(call, timeout_s, "await response"):
-                raise TimeoutError(f"{self._handle._described()} has not answered within {timeout_s} s.")
-            self._settle(call)
-        return self._answer()
-
-    def __await__(self) -> Generator[Any, None, Any]:
-        if (call := self._call) is not None:
-            if not call.ready():
-                yield from self._waiting(call).__await__()
-            self._settle(call)
-        return self._answer()
-
-    def _answer(self) -> Any:
-        if self._error is not None:
-            raise self._error
-        return self._value
-
-    def _settle(self, call: AnyCall) -> None:
-        try:
-            self._value = self._read(*call.outcome())
-        except Exception as error:
-            self._error = error
-        self._call = None
-        self._answers = []
-
-    def __reduce__(self) -> NoReturn:
-        raise RayServeException(
-            "`DeploymentResponse` is not serializable. A handle call takes it as a top-level argument, not inside of a "
-            "list or another object; elsewhere only its value can be sent: `await` it first."
-        )
-
-
-class DeploymentResponseGenerator(_Response, answers.Stream, promises.ReferableItems):
-    """The items of a streaming call, in order; made by `handle.options(stream=True).method.remote()`.
-
-    Iterate it once, with `for` or `async for`; every item is decoded when it is asked for. A method that is far ahead
-    of whoever takes its items is suspended.
-    """
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._items: deque[Any] = deque()
-
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
-        while not self._items:
-            if (call := self._call) is None:
-                raise self._take_error() or StopIteration
-            self._wait_here(call, None, "async for` or `await response.__anext__()")
-            self._take(call)
-        return _load_item(self._items.popleft())
-
-    def __aiter__(self) -> AsyncIterator[Any]:
-        return self
-
-    async def __anext__(self) -> Any:
-        while not self._items:
-            if (call := self._call) is None:
-                raise self._take_error() or StopAsyncIteration
-            if not call.ready():
-                await self._waiting(call)
-            self._take(call)
-        return _load_item(self._items.popleft())
-
-    def _take_error(self) -> BaseException | None:
-        error, self._error = self._error, None
-        return error
-
-    def _take(self, call: AnyCall) -> None:
-        """Take what has come; the end of the stream is looked at once its last item was taken."""
-        outcome = call.outcome()  # asked first: what comes between the two questions must not be lost
-        if items := call.items():
-            self._items.extend(items)
-        elif outcome is not None:
-            self._call = None
-            self._read(*outcome)
-
-    def __await__(self) -> NoReturn:
-        raise TypeError(
-            "`DeploymentResponseGenerator` cannot be awaited directly. "
-            "Use `async for` or `await response.__anext__() instead`."
-        )
-
-    def result(self, *, timeout_s: float | None = None) -> NoReturn:
-        """Always an error: a stream has items and no result."""
-        raise TypeError(
-            "`DeploymentResponseGenerator` doesn't support `.result()`. Use iteration instead: `for item in response` "
-            "(outside deployments) or `async for item in response` (inside deployments)."
-        )
-
-    def __reduce__(self) -> NoReturn:
-        raise RayServeException(
-            "`DeploymentResponseGenerator` is not serializable: its items are taken where it was made."
-        )
-
-
-def _load_item(item: Any) -> Any:
-    return values.loads(item) if type(item) is bytes else values.loads(*item)
