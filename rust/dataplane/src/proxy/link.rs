@@ -8,7 +8,7 @@ use std::{
     cell::{Cell, RefCell},
     convert::Infallible,
     future::poll_fn,
-    io::{self, IoSlice},
+    io::IoSlice,
     pin::{Pin, pin},
     rc::Rc,
     task::{Context, Poll, Waker},
@@ -17,29 +17,23 @@ use std::{
 
 use bytes::{Buf, BufMut, Bytes, BytesMut};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt},
-    net::{TcpStream, UnixStream},
+    io::{AsyncReadExt, AsyncWrite},
     sync::Notify,
     time::{sleep, timeout},
 };
 
 use super::{
+    dial::{Down, Reader, Writer, dial},
     shard::Shard,
     stream::{Stream, StreamRef},
 };
 use crate::{
     engine::{Lease, ReplicaKey, Streams},
-    snapshot, tcp,
-    wire::{
-        Decoder, Header, Kind, MAX_PAYLOAD, Spool, WireError, flag,
-        hello::{Caller, HelloError, MAX_HELLO, Role, Step},
-        models::models,
-        put,
-    },
+    snapshot,
+    wire::{Decoder, Header, Kind, MAX_PAYLOAD, Spool, WireError, flag, models::models, put},
 };
 
 const PING_PERIOD: Duration = Duration::from_secs(2);
-const HELLO_TIMEOUT: Duration = Duration::from_secs(2);
 const FIRST_BACKOFF: Duration = Duration::from_millis(20);
 const LAST_BACKOFF: Duration = Duration::from_secs(1);
 /// Bytes read at once: bodies in large pieces cost a third less than in pieces of 64 KiB.
@@ -48,28 +42,6 @@ const READ: usize = 256 * 1024;
 const SLICES: usize = 32;
 /// Body senders wait while more than this is unsent: requests and answers of others stay quick.
 pub(super) const HIGH_WATER: usize = 512 * 1024;
-
-type Reader = Box<dyn AsyncRead + Unpin>;
-type Writer = Box<dyn AsyncWrite + Unpin>;
-
-/// Why a link ended.
-#[derive(Debug, thiserror::Error)]
-enum Down {
-    #[error("replica closed the link")]
-    Eof,
-    #[error("socket failed")]
-    Io(#[from] io::Error),
-    #[error("peer broke the protocol")]
-    Wire(#[from] WireError),
-    #[error("handshake failed")]
-    Hello(#[from] HelloError),
-    #[error("peer was silent for too long")]
-    Slow(#[from] tokio::time::error::Elapsed),
-    #[error("replica has no address that this node reaches")]
-    Unreachable,
-    #[error("replica left and its last stream has ended")]
-    Left,
-}
 
 /// Frames on their way out, with offsets that say what the kernel has taken.
 #[derive(Default)]
@@ -228,8 +200,7 @@ impl Link {
 
     /// One socket from its opening to its end; returns whether it was ever up.
     async fn session(self: &Rc<Self>, shard: &Rc<Shard>) -> bool {
-        let opening = timeout(HELLO_TIMEOUT, self.connect(shard));
-        let (reader, writer, max_ongoing, rest) = match opening.await.unwrap_or_else(|late| Err(late.into())) {
+        let (reader, writer, max_ongoing, rest) = match dial(&self.address, &shard.shared.config).await {
             Ok(open) => open,
             Err(down) => {
                 // Every shard and every further attempt meets the same: one of them tells.
@@ -279,40 +250,6 @@ impl Link {
         shard.events.up();
         if !self.heard.replace(true) {
             shard.engine.borrow_mut().silent(self.key, false);
-        }
-    }
-
-    async fn connect(&self, shard: &Shard) -> Result<(Reader, Writer, u32, BytesMut), Down> {
-        let config = &shard.shared.config;
-        let (mut reader, mut writer): (Reader, Writer) = match (&self.address.unix, &self.address.tcp) {
-            (Some(path), _) if self.address.node_id == config.node_id => {
-                let socket = UnixStream::connect(path).await?;
-                tcp::widen(&socket)?;
-                let (reader, writer) = socket.into_split();
-                (Box::new(reader), Box::new(writer))
-            }
-            (_, Some(address)) => {
-                let socket = TcpStream::connect(address).await?;
-                tcp::prepare(&socket)?;
-                let (reader, writer) = socket.into_split();
-                (Box::new(reader), Box::new(writer))
-            }
-            _ => return Err(Down::Unreachable),
-        };
-        let (mut out, mut buf, mut decoder) = (BytesMut::new(), BytesMut::new(), Decoder::new(MAX_HELLO));
-        let mut caller = Caller::start(&config.token, Role::Proxy, &self.address.id, &mut out);
-        loop {
-            writer.write_all_buf(&mut out).await?;
-            let frame = loop {
-                match decoder.next(&mut buf)? {
-                    Some(frame) => break frame,
-                    None if reader.read_buf(&mut buf).await? == 0 => return Err(Down::Eof),
-                    None => {}
-                }
-            };
-            if let Step::Done(max_ongoing) = caller.feed(&frame, &mut out)? {
-                return Ok((reader, writer, max_ongoing, buf));
-            }
         }
     }
 

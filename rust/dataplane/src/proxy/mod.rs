@@ -8,6 +8,7 @@ mod body;
 mod builtin;
 mod choose;
 mod config;
+mod dial;
 mod http;
 mod link;
 mod listen;
