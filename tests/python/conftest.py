@@ -6,6 +6,7 @@ Fixtures, from the cheapest to the dearest; a test that needs none of them must 
 - `ray_session`: the driver is connected to a local Ray with 8 declared CPUs, no dashboard, in a directory of its own.
 - `serve_instance`: Serve runs in that Ray on a free port. Yields the base URL, such as `http://127.0.0.1:40123`.
   All applications are deleted after each test, so a test deploys with `serve.run(app)` and leaves it there.
+- `run`: `serve.run`, once in that Serve and once in local testing mode; the test must hold in both.
 
 A test that needs a Ray of its own (another port, a dying controller, a second driver) runs a script with `run_script`,
 or its own processes in the environment `own_ray`. Nothing in this process may call `serve.shutdown()`: the instance
@@ -27,7 +28,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,6 +75,20 @@ def serve_instance(serve_url: str) -> Iterator[str]:
     yield serve_url
     for name in list(serve.status().applications):
         serve.delete(name)
+
+
+@pytest.fixture(params=["cluster", "local"])
+def run(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    from rayserve_fast import serve
+
+    if request.param == "cluster":
+        request.getfixturevalue("serve_instance")
+        yield serve.run
+        return
+    from rayserve_fast.local import applications
+
+    yield partial(serve.run, _local_testing_mode=True)
+    applications.shutdown()
 
 
 @pytest.fixture

@@ -4,113 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
-from ray.exceptions import RayTaskError
+from composed import Model, Refused, Run, until
 
 from rayserve_fast import serve
 from rayserve_fast.context import _get_serve_request_context
 from rayserve_fast.exceptions import BackPressureError, RayServeException, RequestCancelledError
 from rayserve_fast.handle import DeploymentHandle
-
-Run = Callable[..., DeploymentHandle]
-
-
-@pytest.fixture(params=["cluster", "local"])
-def run(request: pytest.FixtureRequest) -> Iterator[Run]:
-    """`serve.run` on Ray, and in this process."""
-    if request.param == "cluster":
-        request.getfixturevalue("serve_instance")
-        yield serve.run
-        return
-    from rayserve_fast.local import applications
-
-    yield partial(serve.run, _local_testing_mode=True)
-    applications.shutdown()
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
-    """Wait for what no event tells of."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
-
-
-class Refused(ValueError):
-    """The user's own, with a constructor that asks for more than a message."""
-
-    def __init__(self, message: str, code: int) -> None:
-        super().__init__(message, code)
-        self.code = code
-
-
-@serve.deployment(max_ongoing_requests=20)
-class Model:
-    def __init__(self, factor: int = 2) -> None:
-        self.factor = factor
-        self.hangs = self.cancelled = 0
-        self.config: Any = None
-
-    def reconfigure(self, config: Any) -> None:
-        self.config = config
-
-    async def __call__(self, value: Any) -> Any:
-        return value * self.factor
-
-    def sync(self, value: Any) -> Any:
-        return value * self.factor
-
-    async def configured(self) -> Any:
-        return self.config
-
-    async def append(self, values: list[int]) -> list[int]:
-        values.append(0)
-        return values
-
-    async def fail(self) -> None:
-        raise Refused("on purpose", 42)
-
-    async def hang(self) -> None:
-        self.hangs += 1
-        try:
-            await asyncio.Event().wait()
-        except asyncio.CancelledError:
-            self.cancelled += 1
-            raise
-
-    async def hanging(self) -> int:
-        return self.hangs - self.cancelled
-
-    async def cancellations(self) -> int:
-        return self.cancelled
-
-    async def lock(self) -> Any:
-        return threading.Lock()
-
-    async def items(self, n: int) -> Any:
-        for i in range(n):
-            yield i
-
-    async def context(self) -> dict[str, Any]:
-        request, replica = _get_serve_request_context(), serve.get_replica_context()
-        seen_in_thread = await asyncio.to_thread(lambda: _get_serve_request_context().request_id)
-        return {
-            "request_id": request.request_id,
-            "in_thread": seen_in_thread,
-            "app_name": request.app_name,
-            "model": request.multiplexed_model_id,
-            "session": request.session_id,
-            "deployment": replica.deployment,
-            "application": replica.app_name,
-            "self": replica.servable_object is self,
-        }
 
 
 @dataclass
@@ -223,53 +126,6 @@ def test_a_deployment_calls_itself(run: Run) -> None:
     assert run(Factorial.bind()).remote(20).result(timeout_s=20) == 2432902008176640000
 
 
-def test_arguments_and_results_are_copies(run: Run) -> None:
-    handle = run(Model.bind())
-    values = [1]
-    assert handle.append.remote(values).result(timeout_s=20) == [1, 0]
-    assert values == [1]
-    array = np.arange(10_000.0)
-    doubled = handle.remote(array).result(timeout_s=20)
-    np.testing.assert_array_equal(doubled, array * 2)
-    doubled[0] = 1  # a copy of one's own
-
-
-def test_what_the_user_raises_arrives_through_two_deployments(run: Run) -> None:
-    @serve.deployment
-    class Outer:
-        def __init__(self, model: DeploymentHandle) -> None:
-            self.model = model
-
-        async def __call__(self) -> Any:
-            return await self.model.fail.remote()
-
-        async def caught(self) -> int:
-            try:
-                await self.model.fail.remote()
-            except Refused as error:
-                return error.code
-            return 0
-
-    handle = run(Outer.bind(Model.bind()))
-    with pytest.raises(Refused, match="in fail") as raised:
-        handle.remote().result(timeout_s=20)
-    assert isinstance(raised.value, RayTaskError)
-    assert isinstance(raised.value.cause, Refused)
-    assert handle.caught.remote().result(timeout_s=20) == 42
-
-
-def test_wrong_calls_are_told_what_is_wrong(run: Run) -> None:
-    handle = run(Model.bind())
-    with pytest.raises(RayServeException, match=r"Tried to call a method 'nothing' that does not exist.*'fail'"):
-        handle.nothing.remote().result(timeout_s=20)
-    with pytest.raises(TypeError, match="returned a generator"):
-        handle.items.remote(1).result(timeout_s=20)
-    with pytest.raises(TypeError, match="cannot be pickled"):
-        handle.remote(threading.Lock()).result(timeout_s=20)
-    with pytest.raises(TypeError, match="cannot be sent"):
-        handle.lock.remote().result(timeout_s=20)
-
-
 def test_cancelling_reaches_the_coroutine_and_gives_the_slot_back(run: Run) -> None:
     handle = run(Model.options(max_ongoing_requests=2).bind())
     running = [handle.hang.remote() for _ in range(2)]
@@ -350,124 +206,6 @@ def test_user_config_and_redeploys(run: Run) -> None:
         handle.remote(1).result(timeout_s=20)
 
 
-@serve.deployment(max_ongoing_requests=20)
-class Stream:
-    def __init__(self) -> None:
-        self.made = 0
-        self.ended: list[str] = []
-
-    async def count(self, n: int) -> AsyncIterator[int]:
-        for i in range(n):
-            yield i
-
-    def count_sync(self, n: int) -> Iterator[int]:
-        yield from range(n)
-
-    async def fails(self, after: int) -> AsyncIterator[int]:
-        for i in range(after):
-            yield i
-        raise Refused("in the middle", 7)
-
-    async def arrays(self, n: int) -> AsyncIterator[Any]:
-        for i in range(n):
-            self.made += 1
-            yield np.full(64 << 10, i, np.uint8)
-
-    def arrays_sync(self, n: int) -> Iterator[Any]:
-        for i in range(n):
-            self.made += 1
-            yield np.full(64 << 10, i, np.uint8)
-
-    async def for_ever(self) -> AsyncIterator[int]:
-        try:
-            while True:
-                self.made += 1
-                yield self.made
-                await asyncio.sleep(0.001)
-        except BaseException as error:
-            self.ended.append(type(error).__name__)
-            raise
-
-    async def plain(self) -> int:
-        return 1
-
-    async def state(self) -> tuple[int, list[str]]:
-        return self.made, self.ended
-
-
-@serve.deployment(max_ongoing_requests=20)
-class Relay:
-    """Passes on the items of another deployment's stream."""
-
-    def __init__(self, model: DeploymentHandle) -> None:
-        self.model = model.options(stream=True)
-
-    async def count(self, n: int) -> AsyncIterator[int]:
-        async for i in self.model.count.remote(n):
-            yield 10 * i
-
-    def count_sync(self, n: int) -> Iterator[int]:
-        for i in self.model.count_sync.remote(n):
-            yield 10 * i
-
-    async def fails(self, after: int) -> AsyncIterator[int]:
-        async for i in self.model.fails.remote(after):
-            yield i
-
-
-def collected(generator: Any) -> list[Any]:
-    async def main() -> list[Any]:
-        return [item async for item in generator]
-
-    return asyncio.run(main())
-
-
-@pytest.mark.parametrize("method", ["count", "count_sync"])
-@pytest.mark.parametrize("taken", [list, collected])
-def test_items_stream_through_two_deployments(run: Run, method: str, taken: Any) -> None:
-    handle = run(Relay.bind(Stream.bind())).options(stream=True, method_name=method)
-    assert taken(handle.remote(500)) == [10 * i for i in range(500)]
-
-
-def test_an_error_comes_after_the_items_that_were_made(run: Run) -> None:
-    items, got = run(Relay.bind(Stream.bind())).options(stream=True).fails.remote(3), []
-    with pytest.raises(Refused, match="in the middle"):
-        got.extend(items)
-    assert got == [0, 1, 2]
-
-
-def test_streaming_and_plain_calls_are_told_apart(run: Run) -> None:
-    handle = run(Stream.bind())
-    with pytest.raises(TypeError, match="did not return a generator"):
-        next(handle.options(stream=True).plain.remote())
-    with pytest.raises(TypeError, match=r"You must use `handle.options\(stream=True\)`"):
-        handle.count.remote(1).result(timeout_s=20)
-    items = handle.options(stream=True).count.remote(1)
-    with pytest.raises(TypeError):
-        items.result()
-    assert list(items) == [0]
-
-
-@pytest.mark.parametrize("method", ["arrays", "arrays_sync"])
-def test_a_stream_that_is_not_read_does_not_run_ahead(run: Run, method: str) -> None:
-    handle = run(Stream.bind())
-    items = handle.options(stream=True, method_name=method).remote(100)
-    assert next(items)[0] == 0
-    time.sleep(0.3)
-    assert handle.state.remote().result(timeout_s=20)[0] < 20
-    assert [int(item[0]) for item in items] == list(range(1, 100))
-
-
-def test_cancelling_a_stream_reaches_its_generator(run: Run) -> None:
-    handle = run(Stream.bind())
-    items = handle.options(stream=True).for_ever.remote()
-    assert [next(items), next(items)] == [1, 2]
-    items.cancel()
-    with pytest.raises(RequestCancelledError):
-        list(items)
-    until(lambda: handle.state.remote().result(timeout_s=20)[1] == ["CancelledError"])
-
-
 def test_models_are_multiplexed_behind_a_handle(run: Run) -> None:
     @serve.deployment
     class Models:
@@ -487,54 +225,6 @@ def test_models_are_multiplexed_behind_a_handle(run: Run) -> None:
         answer, loads = handle.options(multiplexed_model_id=model).remote().result(timeout_s=20)
         assert answer == f"model {model}"
     assert loads == ["a", "b", "c", "b"]
-
-
-@serve.deployment(max_ongoing_requests=20)
-class Passing:
-    """Passes on what it has not read."""
-
-    def __init__(self, model: DeploymentHandle) -> None:
-        self.model = model
-
-    async def __call__(self, value: Any) -> Any:
-        return await self.model.remote(self.model.remote(value))
-
-    def sync(self, value: Any) -> Any:
-        return self.model.sync.remote(value=self.model.remote(value)).result()
-
-    async def read_before(self, value: Any) -> Any:
-        response = self.model.remote(value)
-        await response
-        return await self.model.remote(response)
-
-    async def failed(self) -> str:
-        try:
-            await self.model.remote(self.model.fail.remote())
-        except Refused as error:
-            return f"{error.code}"
-        return "nothing"
-
-    async def nested(self) -> None:
-        await self.model.remote([self.model.remote(1)])
-
-    async def stream(self) -> None:
-        await self.model.remote(self.model.options(stream=True).items.remote(1))
-
-
-@pytest.mark.parametrize("method", ["__call__", "sync", "read_before"])
-def test_responses_are_passed_on(run: Run, method: str) -> None:
-    handle = run(Passing.bind(Model.bind())).options(method_name=method)
-    assert handle.remote(3).result(timeout_s=20) == 12
-    np.testing.assert_array_equal(handle.remote(np.arange(5)).result(timeout_s=20), 4 * np.arange(5))
-
-
-def test_what_cannot_be_passed_on_says_so(run: Run) -> None:
-    handle = run(Passing.bind(Model.bind()))
-    assert handle.failed.remote().result(timeout_s=20) == "42"
-    with pytest.raises(RayServeException, match="top-level argument"):
-        handle.nested.remote().result(timeout_s=20)
-    with pytest.raises(RuntimeError, match="treaming"):
-        handle.stream.remote().result(timeout_s=20)
 
 
 def test_a_broadcast_reaches_every_replica(run: Run) -> None:

@@ -1,4 +1,4 @@
-"""Local testing mode where it is meant to differ from a cluster; what is the same is in `test_composition.py`."""
+"""Local testing mode where it is meant to differ from a cluster; what is the same is in `test_composition*.py`."""
 
 from __future__ import annotations
 
