@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, GetTimeoutError
 
 from rayserve_fast import answers, promises, values
 from rayserve_fast.exceptions import (
@@ -161,7 +161,7 @@ class DeploymentResponse(_Response, answers.Answer, promises.ReferableValue):
             timeout_s: seconds to wait; None: as long as it takes. The call goes on when the time is over.
 
         Raises:
-            TimeoutError: there is no answer yet.
+            GetTimeoutError: a TimeoutError; there is no answer yet.
             RuntimeError: the thread runs an asyncio loop, which would stand still; use `await`.
             RayTaskError: the method raised; the error is also an instance of the type that it raised.
             ActorDiedError: the replica died during the call.
@@ -171,7 +171,7 @@ class DeploymentResponse(_Response, answers.Answer, promises.ReferableValue):
         """
         if (call := self._call) is not None:
             if not self._wait_here(call, timeout_s, "await response"):
-                raise TimeoutError(f"{self._handle._described()} has not answered within {timeout_s} s.")
+                raise GetTimeoutError(f"{self._handle._described()} has not answered within {timeout_s} s.")
             self._settle(call)
         return self._answer()
 

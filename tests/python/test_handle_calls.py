@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import RayTaskError
+from ray.exceptions import GetTimeoutError, RayTaskError
 from scripted_replica import (  # noqa: F401 - fixtures
     FAST,
     TOKEN,
@@ -103,7 +103,7 @@ def test_result_times_out_and_the_call_goes_on(replica: Replicas, connect: Any) 
     handle = connect(Cluster(server))
     response = handle.remote()
     call = server.calls.get(timeout=5)
-    with pytest.raises(TimeoutError, match=r"D\.__call__"):
+    with pytest.raises(GetTimeoutError, match=r"D\.__call__"):
         response.result(timeout_s=0.05)
     call.reply("late")
     assert response.result(timeout_s=5) == "late"
