@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextvars import Context
 from typing import Any, Protocol, TypeAlias, final
 
@@ -58,10 +58,10 @@ class Client:
         deployment: str,
         texts: tuple[str, str, str, str, str, str],
         pickle: bytes,
-        buffers: list[memoryview],
+        buffers: Sequence[memoryview],
         stream: bool,
         parent: object,
-        needs: list[tuple[int, Call]],
+        needs: Sequence[tuple[int, Call]],
         keep: object,
         target: str | None = None,
     ) -> Call | None:

@@ -7,6 +7,8 @@ top-level arguments may be answers.
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -55,16 +57,16 @@ class Packed:
     """Arguments, ready to be sent."""
 
     pickle: bytes
-    buffers: list[memoryview]
+    buffers: Sequence[memoryview] = ()
     #: Answers that are to come, each with its place among positional and then keyword arguments.
-    answers: list[tuple[int, Answer]]
+    answers: Sequence[tuple[int, Answer]] = ()
     #: To be kept alive until the call has ended: nobody else counts references that travel outside of Ray's channels.
-    refs: list[ObjectRef[Any]]
+    refs: Sequence[ObjectRef[Any]] = ()
 
     @property
-    def calls(self) -> list[tuple[int, Any]]:
+    def calls(self) -> Sequence[tuple[int, Any]]:
         """What the native client waits for."""
-        return [(slot, answer._call) for slot, answer in self.answers]
+        return [(slot, answer._call) for slot, answer in self.answers] if self.answers else ()
 
 
 def pack(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
@@ -74,14 +76,15 @@ def pack(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
         FailedAnswerError: with the error of an argument as its cause.
         RuntimeError: an argument is a stream of items.
     """
+    if not kwargs and values.SCALARS.issuperset(map(type, args)):
+        return Packed(pickle.dumps((args, kwargs), 5))
     refs: list[ObjectRef[Any]] = []
     answers: list[tuple[int, Answer]] = []
-    plain = not kwargs and values.SCALARS.issuperset(map(type, args))
-    if not plain and any(isinstance(value, (Answer, Stream)) for value in (*args, *kwargs.values())):
+    if any(isinstance(value, (Answer, Stream)) for value in (*args, *kwargs.values())):
         given = [_of(value, slot, answers) for slot, value in enumerate((*args, *kwargs.values()))]
         args, kwargs = tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
-    pickle, buffers = values.dump_arguments(args, kwargs, refs)
-    return Packed(pickle, [buffer.raw() for buffer in buffers], answers, refs)
+    encoded, buffers = values.dumps((args, kwargs), refs)
+    return Packed(encoded, [buffer.raw() for buffer in buffers], answers, refs)
 
 
 def _of(value: Any, slot: int, answers: list[tuple[int, Answer]]) -> Any:
@@ -100,7 +103,7 @@ def _of(value: Any, slot: int, answers: list[tuple[int, Answer]]) -> Any:
     return value._value
 
 
-def settle(answers: list[tuple[int, Answer]]) -> None:
+def settle(answers: Sequence[tuple[int, Answer]]) -> None:
     """Read those that are there: another thread has taken the bytes of one of them just now."""
     for _, answer in answers:
         if (call := answer._call) is not None and call.ready():

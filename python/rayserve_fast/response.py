@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Generator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
 
 from ray.exceptions import ActorDiedError, GetTimeoutError
@@ -38,7 +38,7 @@ class _Response:
     """A call that is on its way, and how one waits for it and reads what became of it."""
 
     #: Its arguments that are answers of other calls.
-    _answers: list[tuple[int, answers.Answer]] = []  # noqa: RUF012 - never changed, only replaced
+    _answers: Sequence[tuple[int, answers.Answer]] = ()
 
     def __init__(
         self,
@@ -193,7 +193,7 @@ class DeploymentResponse(_Response, answers.Answer, promises.ReferableValue):
         except Exception as error:
             self._error = error
         self._call = None
-        self._answers = []
+        self._answers = ()
 
     def __reduce__(self) -> NoReturn:
         raise RayServeException(

@@ -104,19 +104,10 @@ def loads(encoded: Buffer, buffers: Sequence[Buffer] = ()) -> Any:
     return pickle.loads(encoded, buffers=buffers)
 
 
-def dump_arguments(
-    args: tuple[Any, ...], kwargs: dict[str, Any], refs: list[ObjectRef[Any]] | None = None
-) -> tuple[bytes, list[pickle.PickleBuffer]]:
-    """Encode the arguments of a call: the pair of tuple and dict."""
-    if not kwargs and SCALARS.issuperset(map(type, args)):
-        return pickle.dumps((args, kwargs), 5), []
-    return dumps((args, kwargs), refs)
-
-
 def load_arguments(
     encoded: Buffer, buffers: Sequence[Buffer], relayed: Sequence[tuple[int, Buffer, Sequence[Buffer]]] = ()
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Decode what :func:`dump_arguments` made, with relayed answers in their places."""
+    """Decode the pair of arguments of a call, with relayed answers in their places."""
     args, kwargs = pickle.loads(encoded, buffers=buffers)
     if relayed:
         given = [*args, *kwargs.values()]

@@ -34,6 +34,9 @@ from typing import Any
 
 import pytest
 
+# A shell that starts the suite in the background has it ignore Ctrl-C, and all that the suite starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 EXIT_DEADLINE_S = 15.0  # Ray's own agents take about a second to follow their raylet
 
 

@@ -65,7 +65,7 @@ def test_builtin_values_come_back_equal_and_without_imports(value: Any) -> None:
 
 @given(st.tuples(plain, plain), st.dictionaries(st.text(max_size=8), plain, max_size=3))
 def test_arguments_come_back_as_tuple_and_dict(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    encoded, buffers = values.dump_arguments(args, kwargs)
+    encoded, buffers = values.dumps((args, kwargs))
     assert values.loads(encoded, buffers) == (args, kwargs)
 
 
@@ -231,7 +231,7 @@ def test_plain_arguments_cost_no_more_than_pickle() -> None:
 
     sys.setprofile(trace)
     try:
-        values.dump_arguments((b"x", [1, 2.0, {"k": np.zeros(3)}]), {"flag": True})
+        values.dumps(((b"x", [1, 2.0, {"k": np.zeros(3)}]), {"flag": True}))
     finally:
         sys.setprofile(None)
     assert entered == []
