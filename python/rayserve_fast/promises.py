@@ -88,7 +88,7 @@ def of_items(items: Callable[[], Any]) -> Any:
 
     def pass_on() -> None:
         for item in items():
-            actor.keep.remote(key, "value", item)
+            ray.get(actor.keep.remote(key, "value", item))  # calls of such an actor may overtake each other
         actor.keep.remote(key, "end", None)
 
     _fulfil(actor, key, pass_on)
