@@ -7,6 +7,7 @@
 
 mod admit;
 mod affinity;
+pub mod batch;
 pub mod limit;
 mod members;
 mod pick;
