@@ -95,7 +95,7 @@ def test_a_release_that_is_slow_is_taken_back(load: Load, bound: dict[str, float
 def test_an_operator_pauses_resumes_and_aborts_from_anywhere(load: Load, tmp_path: Path) -> None:
     deploy("new")
     serve.rollout(ROUTE, "new", **{**PLAN, "steps": [0.2, 1.0], "step_duration_s": 3.0})
-    script = tmp_path / "operator.py"
+    script = tmp_path / "steer.py"
     script.write_text(
         "import sys, ray\n"
         "ray.init(address=sys.argv[1], log_to_driver=False)\n"
