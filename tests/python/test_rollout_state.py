@@ -110,7 +110,11 @@ def test_windows_with_too_few_requests_decide_nothing_and_hold_the_step_which_is
 
 def test_the_ratio_is_not_judged_against_too_few_old_requests() -> None:
     r = rollout(max_p99_ratio=2)
-    assert r.observe(T0 + 1, window(200, p99=100, old=99, old_p99=1)) is None
+    few_old = window(200, p99=100, old=99, old_p99=1)
+    assert r.observe(T0 + 1, few_old) is None
+    assert r.observe(T0 + 10, few_old) is not None
+    assert r.step == 0, "nor does a step pass that was not judged"
+    assert r.status().reason == "99 of the 100 requests of the old targets that max_p99_ratio needs"
 
 
 def test_when_the_old_ones_get_nothing_any_more_the_ratio_is_to_what_they_had() -> None:
