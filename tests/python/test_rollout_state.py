@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rayserve_fast.controlplane.figures import Tally, of_targets, shadow_traffic, target_traffic, total
-from rayserve_fast.controlplane.rollout import HISTORY, Plan, Rollout, Samples, Window
+from rayserve_fast.controlplane.rollout import GRAINS, HISTORY, Plan, Rollout, Samples, Window
 
 T0 = 1000.0
 
@@ -198,6 +198,14 @@ def test_a_window_forgets_what_is_older_than_itself() -> None:
     for second in range(100):
         s.add(second, {"p": {"new": tally(10 * second)}}, 5)
     assert s.window("new").requests == 50
+
+
+def test_a_long_window_needs_few_readings() -> None:
+    s = Samples()
+    for second in range(100_000):
+        s.add(second, {"p": {"new": tally(second)}}, 10_000)
+    assert len(s) <= GRAINS + 3
+    assert 10_000 <= s.window("new").requests <= 10_000 * (1 + 1.1 / GRAINS)
 
 
 def test_a_proxy_that_starts_counts_from_its_first_reading_and_one_that_misses_a_reading_loses_nothing() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import secrets
 import time
 from collections import Counter
@@ -50,6 +51,9 @@ def test_each_target_gets_its_share_exactly_and_the_figures_say_so(serve_instanc
         assert t.p99_ms is not None
         assert 0 < t.p50_ms <= t.p95_ms <= t.p99_ms
     assert serve.get_traffic().keys() == {route}
+    page = get(f"{serve_instance}/-/metrics")[1]
+    told = re.findall(rf'^ray_serve_traffic_requests_total{{route="{route}",target="(\w+)"}} (\d+)$', page, re.M)
+    assert {name: int(n) for name, n in told} == counted
 
 
 def test_a_target_sees_the_route_as_its_root_path(serve_instance: str) -> None:
@@ -129,7 +133,7 @@ def test_a_growing_share_only_moves_users_to_it(serve_instance: str, route: str)
 
 
 def test_a_shadow_gets_copies_and_a_hung_one_is_no_burden(serve_instance: str, route: str) -> None:
-    @serve.deployment
+    @serve.deployment(graceful_shutdown_timeout_s=0.5)
     async def hung(request: Any) -> str:
         await asyncio.sleep(3600)
         return ""

@@ -22,6 +22,8 @@ from rayserve_fast.controlplane.figures import Tally, total
 
 #: How many decisions are remembered; the oldest go first.
 HISTORY = 100
+#: A window moves on in so many steps; it is at most one of them longer than asked for.
+GRAINS = 20
 
 
 @dataclass(frozen=True)
@@ -224,10 +226,18 @@ class Samples:
         """A step begins: what was counted before it is not its own."""
         self._samples.clear()
 
+    def __len__(self) -> int:
+        return len(self._samples)
+
     def add(self, now: float, tallies: Mapping[str, Mapping[str, Tally]], seconds: float) -> None:
-        """Take a reading; of those older than `seconds` only the newest is still needed."""
+        """Take a reading; of those older than `seconds` only the newest is still needed.
+
+        The others are kept at a distance, so that a window of a day needs no more of them than one of a second.
+        """
         while len(self._samples) > 1 and self._samples[1][0] <= now - seconds:
             self._samples.pop(0)
+        if len(self._samples) > 1 and self._samples[-1][0] - self._samples[-2][0] < seconds / GRAINS:
+            self._samples.pop()
         self._samples.append((now, tallies))
 
     def window(self, target: str) -> Window:
