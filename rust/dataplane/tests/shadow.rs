@@ -9,7 +9,7 @@ use std::sync::{
 
 use rayserve_dataplane::wire::{Fault, Kind, flag};
 use serde_json::{Value, json};
-use support::{Auto, Client, Replica, Served, eventually};
+use support::{Client, Replica, Served, auto::Auto, eventually};
 
 /// Copies of one shadow on one shard, as `proxy/shadow.rs` has it.
 const OPEN: u64 = 256;

@@ -12,7 +12,7 @@ use std::{
 
 use rayserve_dataplane::wire::{Fault, Header, Kind, flag};
 use serde_json::{Value, json};
-use support::{Auto, Client, Replica, Served, eventually};
+use support::{Client, Replica, Served, auto::Auto, eventually};
 
 fn targets(weights: &[(&str, f64)]) -> Value {
     let target =
@@ -178,7 +178,9 @@ fn while_no_target_is_ready_requests_wait_and_go_where_readiness_comes_first() {
         let none = [("a", json!({}), vec![]), ("b", json!({}), vec![])];
         served.publish_split(&weights, if declared { &none } else { &[] });
         let mut clients: Vec<_> = (0..5).map(|_| served.client()).collect();
-        clients.iter_mut().for_each(|client| client.get("/"));
+        for client in &mut clients {
+            client.get("/");
+        }
         served.settles("requests_open", 5);
         let b = Auto::start(served.dir.path(), "b", 100);
         let (a, b) = (("a", json!({}), vec![]), ("b", json!({}), vec![b.address.clone()]).clone());
@@ -327,7 +329,9 @@ fn weights_and_targets_that_change_under_load_lose_nothing() {
         eventually("requests go on", || done.load(Ordering::SeqCst) > seen + 4, || format!("round {round}"));
     }
     stop.store(true, Ordering::SeqCst);
-    clients.into_iter().for_each(|client| client.join().expect("no request has failed"));
+    for client in clients {
+        client.join().expect("no request has failed");
+    }
     let traffic: Value = serde_json::from_str(&it.served.proxy.traffic()).expect("JSON");
     let sum: u64 = ["a", "b", "c"].iter().filter_map(|name| traffic["/x"]["targets"][name]["requests"].as_u64()).sum();
     assert_eq!(sum as usize, done.load(Ordering::SeqCst), "each is counted once, over all snapshots");
