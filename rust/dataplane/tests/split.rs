@@ -117,6 +117,17 @@ fn a_target_sees_the_route_as_its_root_path() {
 }
 
 #[test]
+fn a_snapshot_that_comes_while_a_body_is_read_is_the_one_that_counts() {
+    let it = Split::start(&["a", "b"], &split(&[("a", 1.0), ("b", 0.0)]));
+    let mut client = it.served.client();
+    client.send("POST /x HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\n\r\nbo");
+    it.served.settles("requests_open", 1);
+    it.publish(&split(&[("b", 1.0)]));
+    client.send("dy");
+    assert_eq!(client.response().text(), "b");
+}
+
+#[test]
 fn rules_come_first_and_the_rest_is_split() {
     let mut split = split(&[("a", 1.0), ("b", 0.0)]);
     split["rules"] =
