@@ -54,7 +54,7 @@ fn a_copy_is_the_request_and_its_answer_is_thrown_away() {
     // A large answer is read to its end, and the window given back.
     c.head(&got, 200, &[], 0, b"");
     for _ in 0..4 {
-        c.chunk(&got, &[0; 32 * 1024], 0);
+        c.chunk(&got, &vec![0; 32 * 1024], 0);
     }
     assert_eq!(c.expect(Kind::Window).header.aux, 128 * 1024);
     c.chunk(&got, b"", flag::FIN);
@@ -186,7 +186,7 @@ fn a_body_that_is_not_there_as_a_whole_is_not_copied() {
     served.publish_split(&shadowed(1.0), &deployments);
     served.linked(&[&a, &c]);
     let mut client = served.client();
-    client.post("/", &[1; 100_000]);
+    client.post("/", &vec![1; 100_000]);
     let got = a.request();
     a.body(&got);
     a.answer(&got, "");
