@@ -51,8 +51,6 @@ pub(super) struct Call<'c> {
     pub(super) deadline: Option<Instant>,
     /// Counts it, if its route has several targets.
     pub(super) watch: Option<Watch>,
-    /// Shadows have had their copies.
-    pub(super) copied: bool,
 }
 
 /// Sends the request until one replica has answered. A body that is still on its way goes on by itself.
@@ -167,7 +165,7 @@ impl Call<'_> {
         let came = if self.watch.is_some() { self.unless_stranded(lease).await } else { Some(lease.await) };
         match came {
             Some(came) => self.leased(came).await,
-            None => self.choose().await,
+            None => self.choose(None).await,
         }
     }
 
@@ -177,7 +175,7 @@ impl Call<'_> {
         loop {
             match came {
                 Err(error) if error.retry() == Retry::Reroute => match self.shard.route(self.path) {
-                    Some(route) if route.fork.is_some() => return self.choose().await,
+                    Some(route) if route.fork.is_some() => return self.choose(Some(route)).await,
                     Some(route) if route.deployment != self.route.deployment => self.route = route,
                     _ => return Err(error),
                 },

@@ -110,24 +110,21 @@ impl Drop for Watch {
 impl Call<'_> {
     /// A lease at one of the targets of the route's split, as soon as there is one; copies are on their way then too.
     pub(super) async fn forked(&mut self, body: &Inbound) -> Result<Lease, Error> {
-        let lease = self.choose().await?;
-        if let Some(route) = self.shard.route(self.path)
-            && let Some(fork) = &route.fork
-            && !std::mem::replace(&mut self.copied, true)
-        {
-            for shadow in &fork.shadows {
-                copy(self, shadow, body);
-            }
+        let route = Rc::clone(&self.route);
+        let lease = self.choose(Some(Rc::clone(&route))).await?;
+        for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
+            copy(self, shadow, body);
         }
         Ok(lease)
     }
 
-    /// As long as no target is ready this only waits; the request's deadline or its client ends that.
-    pub(super) async fn choose(&mut self) -> Result<Lease, Error> {
+    /// As long as no target is ready this only waits; the request's deadline or its client ends that. `found` is the route
+    /// if it has been looked up; one of an earlier snapshot is looked up again.
+    pub(super) async fn choose(&mut self, mut found: Option<Rc<Route>>) -> Result<Lease, Error> {
         let shard = self.shard;
         loop {
             let turned = shard.readiness.notified();
-            let Some(route) = shard.route(self.path) else {
+            let Some(route) = found.take().or_else(|| shard.route(self.path)) else {
                 return Err(Error::Deleted("The route was deleted.".into()));
             };
             let Some(fork) = &route.fork else {
@@ -140,9 +137,14 @@ impl Call<'_> {
             let headers = &self.parts.headers;
             let turn =
                 shard.engine.borrow_mut().choose(fork.key, |splitter| splitter.choose(|sign| read(headers, sign)));
-            let (Turn::To(target) | Turn::Wait(Some(target))) = turn? else {
-                turned.await;
-                continue;
+            let target = match turn {
+                Ok(Turn::To(target) | Turn::Wait(Some(target))) => target,
+                Ok(Turn::Wait(None)) => {
+                    turned.await;
+                    continue;
+                }
+                Err(Error::Deleted(_)) => continue,
+                Err(error) => return Err(error),
             };
             self.aim(&fork.targets[target]);
             let admitted = shard.admit(self.route.deployment, self.marks.affinity, || self.describe());
