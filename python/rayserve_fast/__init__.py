@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         handle as handle,
         schema as schema,
         serve as serve,
+        traffic as traffic,
     )
     from rayserve_fast._core import __version__ as __version__
     from rayserve_fast.api import (
@@ -54,6 +55,14 @@ if TYPE_CHECKING:
         multiplexed as multiplexed,
     )
     from rayserve_fast.schema import TracingConfig as TracingConfig
+    from rayserve_fast.traffic import (
+        delete_traffic as delete_traffic,
+        get_rollout as get_rollout,
+        get_traffic as get_traffic,
+        rollout as rollout,
+        set_traffic as set_traffic,
+        shadow_traffic as shadow_traffic,
+    )
 
 # Where each public name lives; the same table as above, for the interpreter.
 _HOME = {
@@ -66,15 +75,21 @@ _HOME = {
     "RunTarget": "application",
     "TracingConfig": "schema",
     "delete": "api",
+    "delete_traffic": "traffic",
     "deployment": "deployment",
     "get_app_handle": "api",
     "get_deployment_handle": "api",
     "get_multiplexed_model_id": "multiplex",
     "get_replica_context": "context",
+    "get_rollout": "traffic",
+    "get_traffic": "traffic",
     "ingress": "ingress",
     "multiplexed": "multiplex",
+    "rollout": "traffic",
     "run": "api",
     "run_many": "api",
+    "set_traffic": "traffic",
+    "shadow_traffic": "traffic",
     "shutdown": "api",
     "shutdown_async": "api",
     "start": "api",
@@ -82,7 +97,7 @@ _HOME = {
 }
 
 # Modules that are there without having been imported, as those of `ray.serve` are: `serve.config.AutoscalingConfig`.
-_MODULES = {"config", "context", "exceptions", "gang", "handle", "schema"}
+_MODULES = {"config", "context", "exceptions", "gang", "handle", "schema", "traffic"}
 
 __all__ = list(_HOME)
 

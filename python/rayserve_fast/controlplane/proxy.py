@@ -61,6 +61,11 @@ class ProxyActor:
         counters: dict[str, int] = self._core.counters()
         return counters
 
+    async def traffic(self) -> str:
+        """What the splits have counted, as JSON; `_core.pyi` says what stands in it."""
+        traffic: str = self._core.traffic()
+        return traffic
+
     async def drain(self) -> None:
         """Fail the health check, so that load balancers go elsewhere; requests are served as before."""
         self._core.drain()

@@ -155,7 +155,12 @@ async fn dispatch(
     };
     let body = Inbound::read(source, config.max_body_bytes).await?;
     let deadline = deadline.map(|(instant, _)| instant);
-    relay(Call { shard, conn, route, path: &path, parts, marks, deadline }, body).await
+    let mut call = Call { shard, conn, route, path: &path, parts, marks, deadline, watch: None };
+    let mut result = relay(&mut call, body).await;
+    if let Some(watch) = call.watch.take() {
+        watch.end(&mut result);
+    }
+    result
 }
 
 /// What a client's headers ask of the proxy, found in one pass.

@@ -5,20 +5,26 @@
 
 use std::{
     cell::{Cell, RefCell},
+    collections::HashMap,
     rc::Rc,
     sync::Arc,
     task::{Poll, Waker},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use slab::Slab;
+use tokio::{sync::Notify, time::Instant};
 
-use super::{Shared, choose::Choice, link::Link, listen::Conn, vigil::Events};
+use super::{
+    Shared, choose::Choice, link::Link, listen::Conn, shadow::Lane, split::Fork, stream::StreamRef, vigil::Events,
+};
 use crate::{
     engine::{Action, Admission, Affinity, DeploymentKey, Engine, Lease, Place, ReplicaKey, RouteTable},
     error::Error,
     metrics::Metrics,
-    snapshot::Snapshot,
+    snapshot::{self, Snapshot},
+    traffic::TargetMeter,
+    wire::{Header, Kind, flag, frame::put_with},
 };
 
 /// What a request needs to know of its route, resolved when the snapshot came.
@@ -29,6 +35,10 @@ pub(super) struct Route {
     /// `HTTPOptions.root_path` and the prefix.
     pub(super) root_path: Vec<u8>,
     pub(super) retry_idempotent: bool,
+    /// Several answer, each its share; `deployment` leads nowhere then.
+    pub(super) fork: Option<Fork>,
+    /// Counts the requests, where this is what a fork leads to.
+    pub(super) meter: Option<Arc<TargetMeter>>,
 }
 
 /// A request that waits for a replica.
@@ -45,6 +55,10 @@ pub(super) struct Shard {
     pub(super) index: Cell<usize>,
     pub(super) engine: RefCell<Engine<usize>>,
     routes: RefCell<RouteTable<Rc<Route>>>,
+    /// Wakes who waits for a target of a split.
+    pub(super) readiness: Notify,
+    /// By split and shadow.
+    pub(super) lanes: RefCell<HashMap<(String, String), Rc<Lane>>>,
     /// `/-/routes`; none before the first snapshot.
     pub(super) listing: RefCell<Option<Bytes>>,
     pub(super) node_draining: Cell<bool>,
@@ -67,6 +81,8 @@ impl Shard {
             index: Cell::new(0),
             engine: RefCell::default(),
             routes: RefCell::default(),
+            readiness: Notify::new(),
+            lanes: RefCell::default(),
             listing: RefCell::default(),
             node_draining: Cell::new(false),
             links: RefCell::default(),
@@ -82,16 +98,9 @@ impl Shard {
     pub(super) fn apply(self: &Rc<Self>, snapshot: &Snapshot) {
         let mut engine = self.engine.borrow_mut();
         engine.apply(snapshot);
-        let root_path = self.shared.config.root_path.as_bytes();
         let routes = snapshot.routes.iter().filter_map(|route| {
-            let deployment = engine.deployment(&route.deployment)?;
-            let prefix = route.prefix.as_bytes();
-            let root_path = [root_path, route.prefix.trim_end_matches('/').as_bytes()].concat();
-            let retry_idempotent = engine.config(deployment)?.retry_idempotent;
-            Some((
-                route.prefix.clone(),
-                Rc::new(Route { deployment, prefix: prefix.to_vec(), root_path, retry_idempotent }),
-            ))
+            let resolved = self.resolve(&mut engine, snapshot, route)?;
+            Some((route.prefix.clone(), Rc::new(resolved)))
         });
         *self.routes.borrow_mut() = RouteTable::new(routes);
         drop(engine);
@@ -100,6 +109,25 @@ impl Shard {
         *self.listing.borrow_mut() = Some(serde_json::Value::Object(listing).to_string().into());
         self.node_draining.set(snapshot.draining_nodes.contains(&self.shared.config.node_id));
         self.settle();
+    }
+
+    fn resolve(&self, engine: &mut Engine<usize>, snapshot: &Snapshot, route: &snapshot::Route) -> Option<Route> {
+        let root_path = self.shared.config.root_path.as_bytes();
+        let mut resolved = Route {
+            deployment: DeploymentKey::NONE,
+            prefix: route.prefix.as_bytes().to_vec(),
+            root_path: [root_path, route.prefix.trim_end_matches('/').as_bytes()].concat(),
+            retry_idempotent: false,
+            fork: None,
+            meter: None,
+        };
+        if let Some(name) = &route.split {
+            resolved.fork = Some(Fork::new(self, engine, &resolved, name, snapshot.splits.get(name)?)?);
+        } else {
+            resolved.deployment = engine.deployment(&route.deployment)?;
+            resolved.retry_idempotent = engine.config(resolved.deployment)?.retry_idempotent;
+        }
+        Some(resolved)
     }
 
     /// The route of a percent-decoded path.
@@ -128,6 +156,7 @@ impl Shard {
                         link.unused(count);
                     }
                 }
+                Action::Readiness => self.readiness.notify_waiters(),
             }
         }
     }
@@ -188,6 +217,35 @@ impl Shard {
         let key = self.waiters.borrow_mut().insert(Waiter { waker: None, result: None });
         *waiting = Some(Waiting { shard: Rc::clone(self), place, key });
         key
+    }
+
+    /// Writes a REQUEST whose payload `fill` writes; `None` if the lease's link has gone since.
+    pub(super) fn open(
+        self: &Rc<Self>,
+        lease: Lease,
+        flags: u8,
+        deadline: Option<Instant>,
+        fill: impl FnOnce(&mut BytesMut),
+    ) -> Option<StreamRef> {
+        if !self.engine.borrow().holds(&lease) {
+            return None;
+        }
+        let link = self.link(lease.replica)?;
+        let granted = if lease.granted { flag::GRANTED } else { 0 };
+        let left = deadline.map_or(0, |deadline| {
+            let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+            u32::try_from(left).unwrap_or(u32::MAX).max(1)
+        });
+        let opened = link.open(self, lease, |out, id| {
+            put_with(out, Header::new(Kind::Request, id).with(granted | flags).aux(left), fill);
+        });
+        match opened {
+            Ok(stream) => Some(stream),
+            Err(lease) => {
+                self.release(lease);
+                None
+            }
+        }
     }
 
     /// Gives a lease back that was not used for sending.
