@@ -7,6 +7,7 @@ pub mod error;
 pub mod metrics;
 pub mod proxy;
 pub mod snapshot;
+pub mod tally;
 pub mod tcp;
 pub mod vigil;
 pub mod wire;

@@ -1,5 +1,6 @@
 //! The engine as a driver sees it, in scripted cases; `walk.rs` has random ones.
 
+mod batches;
 mod walk;
 
 use std::collections::{BTreeMap, HashMap};
@@ -21,6 +22,7 @@ fn snapshot(n: u64, max_ongoing: u32, max_queued: i64, replicas: &[&str]) -> Sna
         retry_idempotent: true,
         router: snapshot::Router::default(),
         unavailable: None,
+        batch: None,
         replicas,
     };
     Snapshot {
@@ -41,6 +43,7 @@ struct Driver {
     key: DeploymentKey,
     keys: HashMap<String, ReplicaKey>,
     started: Vec<(u32, Lease)>,
+    batches: Vec<Batch<u32>>,
     refused: Vec<(u32, Error)>,
     closing: Vec<ReplicaKey>,
     unused: u32,
@@ -51,8 +54,8 @@ impl Driver {
         let mut engine = Engine::default();
         engine.apply(snapshot);
         let key = engine.deployment("a#D").unwrap_or(DeploymentKey { index: 0, life: 0 });
-        let (keys, started, refused, closing) = Default::default();
-        let mut driver = Self { engine, key, keys, started, refused, closing, unused: 0 };
+        let (keys, started, batches, refused, closing) = Default::default();
+        let mut driver = Self { engine, key, keys, started, batches, refused, closing, unused: 0 };
         driver.settle();
         driver
     }
@@ -74,6 +77,7 @@ impl Driver {
         while let Some(action) = self.engine.next_action() {
             match action {
                 Action::Start(waiter, lease) => self.started.push((waiter, lease)),
+                Action::Batch(batch) => self.batches.push(batch),
                 Action::Refuse(waiter, error) => self.refused.push((waiter, error)),
                 Action::Open(key, address) => drop(self.keys.insert(address.id, key)),
                 Action::Close(key) => self.closing.push(key),

@@ -6,17 +6,18 @@
 
 use std::{future::poll_fn, rc::Rc, task::Poll};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderName, HeaderValue, Version, request::Parts};
 use tokio::time::Instant;
 
 use super::{
+    batches::{Packed, left_ms},
     body::{Inbound, Upload},
     choose::Choice,
     http::Wishes,
     listen::Conn,
     sender::Sender,
-    shard::{Route, Shard},
+    shard::{Came, Route, Shard},
     stream::{Head, Outcome, StreamRef},
 };
 use crate::{
@@ -28,6 +29,9 @@ use crate::{
         head::{RequestHead, put_request_head},
     },
 };
+
+/// Room for a head of usual length.
+const HEAD: usize = 512;
 
 pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -57,13 +61,20 @@ pub(super) struct Call<'c> {
 /// See [`Error`]; nothing has been sent to the client then.
 pub(super) async fn relay(mut call: Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
-    let first = call.shard.admit(call.route.deployment, call.marks.affinity, || call.describe()).await;
-    let mut lease = call.leased(first).await?;
+    let first = call.admit(&body).await;
+    let mut came = call.settled(first, &body).await?;
     loop {
-        let place = lease.place;
-        let Some(stream) = call.send(lease, &body) else {
+        let (stream, place) = match came {
+            Came::Lease(lease) => {
+                let place = lease.place;
+                (call.send(lease, &body), place)
+            }
+            Came::Sent(stream, place) => (Some(stream), place),
+            Came::Again(place) => (None, place),
+        };
+        let Some(stream) = stream else {
             tokio::task::yield_now().await;
-            lease = call.again(place).await?;
+            came = call.again(place, &body).await?;
             continue;
         };
         let outcome = match &mut body {
@@ -83,8 +94,8 @@ pub(super) async fn relay(mut call: Call<'_>, mut body: Inbound) -> Result<(Stre
                 if !body.rewind() {
                     return Err(Error::NotBegun);
                 }
-                let came = waiting.lease(|| call.describe()).await;
-                lease = call.leased(came).await?;
+                let next = waiting.end(|| call.describe()).await;
+                came = call.settled(next, &body).await?;
                 continue;
             }
             Outcome::Failed(error) => error,
@@ -102,7 +113,7 @@ pub(super) async fn relay(mut call: Call<'_>, mut body: Inbound) -> Result<(Stre
             return Err(error);
         }
         call.shard.metrics.retried.up();
-        lease = call.again(place).await?;
+        came = call.again(place, &body).await?;
     }
 }
 
@@ -146,18 +157,26 @@ impl Call<'_> {
         }
     }
 
-    /// The next lease for a request that came back.
-    async fn again(&mut self, place: Place) -> Result<Lease, Error> {
-        let came = match self.shard.again(place) {
-            Ok(waiting) => waiting.lease(|| self.describe()).await,
+    async fn admit(&self, body: &Inbound) -> Result<Came, Error> {
+        let (route, marks) = (&self.route, self.marks);
+        self.shard.admit(route.deployment, marks.affinity, || self.pack(body), || self.describe()).await
+    }
+
+    /// What comes next of a request that came back.
+    async fn again(&mut self, place: Place, body: &Inbound) -> Result<Came, Error> {
+        let came = match self.shard.again(place, None) {
+            Ok(waiting) => {
+                waiting.pack(|| self.pack(body));
+                waiting.end(|| self.describe()).await
+            }
             Err(error) => Err(error),
         };
-        self.leased(came).await
+        self.settled(came, body).await
     }
 
     /// Takes a request whose deployment is gone to where its route leads by now. It may go on for as long as redeploys
     /// rename the ingress: only the request's deadline ends that.
-    async fn leased(&mut self, mut came: Result<Lease, Error>) -> Result<Lease, Error> {
+    async fn settled(&mut self, mut came: Result<Came, Error>, body: &Inbound) -> Result<Came, Error> {
         loop {
             match came {
                 Err(error) if error.retry() == Retry::Reroute => match self.shard.route(self.path) {
@@ -166,8 +185,19 @@ impl Call<'_> {
                 },
                 came => return came,
             }
-            came = self.shard.admit(self.route.deployment, self.marks.affinity, || self.describe()).await;
+            came = self.admit(body).await;
         }
+    }
+
+    /// The REQUEST for a batch.
+    fn pack(&self, body: &Inbound) -> Packed {
+        let mut head = BytesMut::with_capacity(HEAD);
+        self.put_head(&mut head);
+        let (body, whole) = match body {
+            Inbound::Whole(bytes) => (bytes.clone(), true),
+            Inbound::Streamed(_) => (Bytes::new(), false),
+        };
+        Packed { head: head.freeze(), body, whole, deadline: self.deadline }
     }
 
     /// Writes the REQUEST; `None` if the lease's link has gone since.
@@ -177,10 +207,7 @@ impl Call<'_> {
         }
         let link = self.shard.link(lease.replica)?;
         let granted = if lease.granted { flag::GRANTED } else { 0 };
-        let left = self.deadline.map_or(0, |deadline| {
-            let left = deadline.saturating_duration_since(Instant::now()).as_millis();
-            u32::try_from(left).unwrap_or(u32::MAX).max(1)
-        });
+        let left = self.deadline.map_or(0, |deadline| left_ms(deadline.saturating_duration_since(Instant::now())));
         let (inline, fin) = match body {
             Inbound::Whole(bytes) => (&bytes[..], flag::FIN),
             Inbound::Streamed(_) => (&[][..], 0),
