@@ -139,6 +139,8 @@ class Builder:
         deployment = app._bound_deployment
         packed = self.define(deployment)  # names callees before their caller
         asgi = asgi_app_of(deployment.func_or_class)
+        if deployment._options.max_batch_size is not None:
+            _refuse_to_batch(deployment, asgi is not None)
         spec = DeploymentSpec(
             app=self._app_name,
             name=self._free_name(deployment.name),
