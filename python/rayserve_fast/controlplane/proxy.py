@@ -61,6 +61,11 @@ class ProxyActor:
         counters: dict[str, int] = self._core.counters()
         return counters
 
+    async def batches(self) -> dict[str, Any]:
+        """What the Rust side counts of batches, by `app#deployment`; see `_core.Proxy.batches`."""
+        batches: dict[str, Any] = json.loads(self._core.batches())
+        return batches
+
     async def drain(self) -> None:
         """Fail the health check, so that load balancers go elsewhere; requests are served as before."""
         self._core.drain()
