@@ -180,10 +180,10 @@ def test_a_call_that_is_cancelled_while_it_waits_is_left_out() -> None:
 def test_max_queued_requests_does_not_count_those_that_a_free_slot_will_take() -> None:
     options = {"max_batch_size": 2, "batch_wait_timeout_s": 30.0, "max_queued_requests": 1}
     with called(Sizes, **options) as (handle, _):
-        handle.remote(-1).cancel()
+        filling = [handle.remote(0)]
         while not caller.current().client.counters()["links"]:
             time.sleep(0.002)  # no event tells
-        filling = [handle.remote(n) for n in range(2)]
+        filling.append(handle.remote(1))
         assert gate.entered.wait(10)
         waits = handle.remote(2)
         with pytest.raises(BackPressureError, match="num_queued_requests=1, max_queued_requests=1"):
