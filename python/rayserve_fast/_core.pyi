@@ -36,8 +36,8 @@ class Proxy:
     def batches(self) -> str:
         """What is counted of batches, as JSON by `app#deployment`.
 
-        Each has `batches`, `requests`, `released` (`full`, `waited`), and pairs of upper bound and count: `size` in requests
-        and `wait_us` for the time that the first request of a batch has waited.
+        Each has `batches`, `requests`, `released` (`full`, `waited`), and pairs of upper bound and count: `size` in
+        requests and `wait_us` for the time that the first request of a batch has waited.
         """
 
     def drain(self) -> None: ...

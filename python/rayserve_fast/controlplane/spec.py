@@ -89,7 +89,7 @@ class DeploymentConfig:
     num_replicas: int = 1  # how many to run now; with autoscaling: initial_replicas, else min_replicas, at least 1
     max_ongoing_requests: int = 5
     max_queued_requests: int = -1
-    max_batch_size: int | None = None  # not None: requests are put together by the router, and code is called with lists
+    max_batch_size: int | None = None  # not None: the router puts requests together, code takes lists
     batch_wait_timeout_s: float = 0.0
     max_concurrent_batches: int = 1
     backpressure: Backpressure = Backpressure()

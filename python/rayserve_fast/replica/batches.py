@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from ray import ObjectRef
 
@@ -23,6 +23,8 @@ from rayserve_fast.replica.calls import WrongKindError, read_arguments
 if TYPE_CHECKING:
     from rayserve_fast._core import RequestHead
     from rayserve_fast.replica.calls import CallHead, Calls
+
+H = TypeVar("H", bound="CallHead")
 
 logger = logging.getLogger("ray.serve")
 
@@ -46,10 +48,10 @@ class Batches:
     def __init__(self, calls: Calls) -> None:
         self._calls = calls
 
-    def group(self, heads: Sequence[CallHead]) -> tuple[list[Group], list[tuple[CallHead, Exception]]]:
+    def group(self, heads: Sequence[H]) -> tuple[list[Group], list[tuple[H, Exception]]]:
         """The groups of these calls, and the calls that have failed already."""
-        groups: dict[Any, tuple[list[CallHead], list[tuple[Any, ...]], list[dict[str, Any]]]] = {}
-        failures: list[tuple[CallHead, Exception]] = []
+        groups: dict[Any, tuple[list[H], list[tuple[Any, ...]], list[dict[str, Any]]]] = {}
+        failures: list[tuple[H, Exception]] = []
         for head in heads:
             try:
                 if head.streaming:
@@ -69,7 +71,7 @@ class Batches:
             named.append(kwargs)
         return [self._together(*group) for group in groups.values()], failures
 
-    def _together(self, heads: list[CallHead], rows: list[tuple[Any, ...]], named: list[dict[str, Any]]) -> Group:
+    def _together(self, heads: Sequence[CallHead], rows: list[tuple[Any, ...]], named: list[dict[str, Any]]) -> Group:
         first = heads[0]
         method, sync = self._calls.method(first.method)
         columns = [list(column) for column in zip(*rows, strict=True)]
@@ -77,7 +79,7 @@ class Batches:
         call: Callable[[], Any] = partial(method, *columns, **by_name)
         if any(type(value) is ObjectRef for column in (*columns, *by_name.values()) for value in column):
             call = partial(_run_with_values if sync else _with_values, method, columns, by_name)
-        return Group(heads, sync, call, first.multiplexed_model_id)
+        return Group(list(heads), sync, call, first.multiplexed_model_id)
 
 
 def run(call: Callable[[], Any]) -> Any:
