@@ -73,3 +73,9 @@ def test_composition_runs_from_top_to_bottom(serve_instance: str, capfd: pytest.
     run_python_blocks("docs/composition.md", check_and_delete)
     assert not checks
     assert "cancelled\n" in capfd.readouterr().out
+
+
+def test_batching_runs_from_top_to_bottom(serve_instance: str) -> None:
+    run_python_blocks("docs/batching.md")
+    answer = requests.post(f"{serve_instance}/lengths", json={"text": "four"}, timeout=10)
+    assert answer.json() == {"length": 4}
