@@ -145,7 +145,8 @@ impl<W> Engine<W> {
         let Some(member) = deployment.picker.pick(&self.replicas, &deployment.members, wish) else { return false };
         let replica = &mut self.replicas[member.0];
         let Some(session) = replica.session else { return false };
-        let waited = deployment.queue.oldest(now).map_or(Duration::ZERO, |oldest| now.saturating_duration_since(oldest));
+        let waited =
+            deployment.queue.oldest(now).map_or(Duration::ZERO, |oldest| now.saturating_duration_since(oldest));
         let granted = replica.take(wish);
         let batch = Some(replica.batches.insert(Shared { left: count, sent: false, refused: false, wish }));
         let taken = std::iter::from_fn(|| deployment.queue.take()).take(count);

@@ -24,6 +24,10 @@ use std::{
 
 use slab::Slab;
 
+pub use self::{
+    admit::Seq, affinity::Affinity, bind::Batch, replica::Candidate, reserve::Assigned, route::RouteTable,
+    streams::Streams,
+};
 use self::{
     admit::{Queue, Since},
     batch::Window,
@@ -31,9 +35,6 @@ use self::{
     members::Deployments,
     pick::Picker,
     replica::Replica,
-};
-pub use self::{
-    admit::Seq, affinity::Affinity, bind::Batch, replica::Candidate, reserve::Assigned, route::RouteTable, streams::Streams,
 };
 use crate::{error::Error, snapshot};
 

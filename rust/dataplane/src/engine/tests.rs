@@ -1,5 +1,6 @@
-//! The engine as a driver sees it, in scripted cases; `walk.rs` has random ones.
+//! The engine as a driver sees it, in scripted cases; `walk.rs` has random ones, `batches.rs` those of batches.
 
+mod batch_walk;
 mod batches;
 mod walk;
 

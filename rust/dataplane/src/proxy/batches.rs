@@ -5,7 +5,7 @@
 
 use std::{rc::Rc, sync::Arc};
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
@@ -20,7 +20,7 @@ use crate::{
 
 /// The REQUEST of a request that waits for its batch, but for its stream.
 pub(super) struct Packed {
-    pub(super) head: Bytes,
+    pub(super) head: BytesMut,
     /// The inline body.
     pub(super) body: Bytes,
     /// Nothing follows the frame.

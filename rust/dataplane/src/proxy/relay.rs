@@ -197,7 +197,7 @@ impl Call<'_> {
             Inbound::Whole(bytes) => (bytes.clone(), true),
             Inbound::Streamed(_) => (Bytes::new(), false),
         };
-        Packed { head: head.freeze(), body, whole, deadline: self.deadline }
+        Packed { head, body, whole, deadline: self.deadline }
     }
 
     /// Writes the REQUEST; `None` if the lease's link has gone since.

@@ -261,8 +261,7 @@ impl Waiting {
     /// What comes of it, as soon as it does; a router in Python is told of the request that `describe` describes.
     pub(super) async fn end(self, describe: impl Fn() -> Choice) -> Result<Came, Error> {
         let shard = &self.shard;
-        if shard.engine.borrow_mut().is_custom(self.place.deployment)
-            && shard.waiters.borrow()[self.key].came.is_none()
+        if shard.engine.borrow_mut().is_custom(self.place.deployment) && shard.waiters.borrow()[self.key].came.is_none()
         {
             shard.shared.choices.ask(shard.index.get(), self.place, describe());
         }

@@ -55,7 +55,10 @@ impl Router {
                 Ok(stream) => streams.push(stream),
                 Err(lease) => {
                     self.engine.unsent(lease);
-                    self.finish(&call, Outcome::Refused(Error::Internal("a million calls are open on one link".into())));
+                    self.finish(
+                        &call,
+                        Outcome::Refused(Error::Internal("a million calls are open on one link".into())),
+                    );
                 }
             }
         }

@@ -20,7 +20,9 @@ use rayserve_dataplane::{
     engine::{Lease, ReplicaKey, Streams},
     snapshot::Replica,
     tcp,
-    wire::{Decoder, Frame, HEADER_LEN, Header, Kind, MAX_PAYLOAD, Spool, WireError, batch::put_batch, flag, hello, put},
+    wire::{
+        Decoder, Frame, HEADER_LEN, Header, Kind, MAX_PAYLOAD, Spool, WireError, batch::put_batch, flag, hello, put,
+    },
 };
 
 use super::pending::{Pending, Place};
@@ -180,7 +182,13 @@ impl Link {
         batched: bool,
     ) -> Result<u32, Lease> {
         let payload = call.payload();
-        let slot = if batched { flag::BATCHED } else if lease.granted { flag::GRANTED } else { 0 };
+        let slot = if batched {
+            flag::BATCHED
+        } else if lease.granted {
+            flag::GRANTED
+        } else {
+            0
+        };
         let flags = slot | if call.stream { flag::STREAM } else { 0 };
         let end = self.flushed + (self.spool.remaining() + HEADER_LEN + payload.len()) as u64;
         let sent = Sent { call: Arc::clone(call), lease, end };

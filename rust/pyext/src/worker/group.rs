@@ -295,7 +295,8 @@ pub(super) struct Call {
 
 /// What Python makes of handle calls: groups of calls, each with whether a pool thread runs it, what to call and the
 /// model; and calls that have failed already.
-type Grouped<'py> = (Vec<(Vec<Running>, bool, Bound<'py, PyAny>, Bound<'py, PyAny>)>, Vec<(Running, Bound<'py, PyAny>)>);
+type Grouped<'py> =
+    (Vec<(Vec<Running>, bool, Bound<'py, PyAny>, Bound<'py, PyAny>)>, Vec<(Running, Bound<'py, PyAny>)>);
 
 /// A result that is an exception fails its request, and no other.
 fn failure(value: Bound<'_, PyAny>) -> PyResult<Bound<'_, PyAny>> {
