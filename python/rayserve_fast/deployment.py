@@ -201,6 +201,9 @@ class Deployment:
         deployment_actors: Default[list[dict[str, Any] | DeploymentActorConfig] | None] = DEFAULT.VALUE,
         max_surge_percent: Default[int] = DEFAULT.VALUE,
         retry_idempotent: Default[bool] = DEFAULT.VALUE,
+        max_batch_size: Default[int | None] = DEFAULT.VALUE,
+        batch_wait_timeout_s: Default[float] = DEFAULT.VALUE,
+        max_concurrent_batches: Default[int] = DEFAULT.VALUE,
     ) -> Deployment:
         """A copy with other options; those not given stay as they are. See `serve.deployment` for what they mean.
 
@@ -265,6 +268,9 @@ def deployment(
     rolling_update_percentage: Default[float] = DEFAULT.VALUE,
     max_surge_percent: Default[int] = DEFAULT.VALUE,
     retry_idempotent: Default[bool] = DEFAULT.VALUE,
+    max_batch_size: Default[int | None] = DEFAULT.VALUE,
+    batch_wait_timeout_s: Default[float] = DEFAULT.VALUE,
+    max_concurrent_batches: Default[int] = DEFAULT.VALUE,
 ) -> _Decorated:
     """Make a class or function a `Deployment`; bare or with options.
 
@@ -299,6 +305,11 @@ def deployment(
         max_surge_percent: replicas beyond the number, 0 to 100 percent of it, that an update may start; default 0.
         retry_idempotent: send a request of an idempotent method once more when its replica dies before anything of the
             answer went to the client; default True. This project's own.
+        max_batch_size: put up to so many requests together and call the code with lists, see docs/batching.md; default
+            None: one call for each request. This project's own, as are the next two.
+        batch_wait_timeout_s: seconds that the first request of a batch waits for others while a replica is free;
+            default 0.
+        max_concurrent_batches: batches that a replica works on at once, whatever max_ongoing_requests says; default 1.
 
     Returns:
         A Deployment, or used with options, what makes one of a class or function.
@@ -317,6 +328,7 @@ def deployment(
     return decorate if _func_or_class is None else decorate(_func_or_class)  # type: ignore[return-value]
 
 
+_OF_BATCHES = {"batch_wait_timeout_s", "max_concurrent_batches"}
 _NOT_OPTIONS = {"self", "func_or_class", "_func_or_class", "name", "version", "_init_args", "_init_kwargs", "_internal"}
 
 
@@ -348,4 +360,6 @@ def _given(options: dict[str, Any]) -> dict[str, Any]:
 def _merge(options: DeploymentOptions, given: dict[str, Any]) -> DeploymentOptions:
     """`options` with those given on top, all of them checked together."""
     kept = {name: getattr(options, name) for name in options.model_fields_set}
+    if given.get("max_batch_size", kept) is None:  # batching ends, and with it what was said of it
+        kept = {name: value for name, value in kept.items() if name not in _OF_BATCHES}
     return DeploymentOptions(**{**kept, **given}).check()

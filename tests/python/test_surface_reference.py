@@ -21,7 +21,8 @@ from cases import CASES, Library, outcome
 REFERENCE: dict[str, Any] = json.loads((Path(__file__).parent / "reference" / "serve_2_60.json").read_text())
 
 # Options of our own, which stand behind the reference's.
-OWN_PARAMETERS = {"serve.deployment": ["retry_idempotent"], "serve.Deployment.options": ["retry_idempotent"]}
+OWN_OPTIONS = ["retry_idempotent", "max_batch_size", "batch_wait_timeout_s", "max_concurrent_batches"]
+OWN_PARAMETERS = {"serve.deployment": OWN_OPTIONS, "serve.Deployment.options": OWN_OPTIONS}
 OWN_FIELDS = {"config.HTTPOptions": {"max_head_bytes": 65536, "max_body_bytes": None, "shards": None}}
 OTHER_DEFAULTS = {
     # built-in implementations have our import paths
