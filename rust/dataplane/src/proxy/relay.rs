@@ -60,7 +60,8 @@ pub(super) struct Call<'c> {
 pub(super) async fn relay(call: &mut Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
     let mut lease = if call.route.fork.is_some() {
-        call.forked(&body).await?
+        // In boxes of their own: what waits for targets must not make every request's future larger.
+        Box::pin(call.forked(&body)).await?
     } else {
         let first = call.shard.admit(call.route.deployment, call.marks.affinity, || call.describe()).await;
         call.leased(first).await?
@@ -161,12 +162,11 @@ impl Call<'_> {
 
     /// The same for one that waits again already.
     async fn resumed(&mut self, waiting: Waiting) -> Result<Lease, Error> {
-        let lease = waiting.lease(|| self.describe());
-        let came = if self.watch.is_some() { self.unless_stranded(lease).await } else { Some(lease.await) };
-        match came {
-            Some(came) => self.leased(came).await,
-            None => self.choose(None).await,
+        if self.watch.is_some() {
+            return Box::pin(self.stay(waiting)).await;
         }
+        let came = waiting.lease(|| self.describe()).await;
+        self.leased(came).await
     }
 
     /// Takes a request whose deployment is gone to where its route leads by now. It may go on for as long as redeploys
@@ -175,7 +175,7 @@ impl Call<'_> {
         loop {
             match came {
                 Err(error) if error.retry() == Retry::Reroute => match self.shard.route(self.path) {
-                    Some(route) if route.fork.is_some() => return self.choose(Some(route)).await,
+                    Some(route) if route.fork.is_some() => return Box::pin(self.choose(Some(route))).await,
                     Some(route) if route.deployment != self.route.deployment => self.route = route,
                     _ => return Err(error),
                 },

@@ -189,14 +189,22 @@ impl Shard {
         affinity: Affinity,
         describe: impl Fn() -> Choice,
     ) -> Result<Lease, Error> {
+        match self.ask(deployment, affinity)? {
+            Asked::Go(lease) => Ok(lease),
+            Asked::Wait(waiting) => waiting.lease(describe).await,
+        }
+    }
+
+    /// A lease for a new request, or its place in the queue.
+    pub(super) fn ask(self: &Rc<Self>, deployment: DeploymentKey, affinity: Affinity) -> Result<Asked, Error> {
         let mut waiting = None;
         let admission =
             self.engine.borrow_mut().request(deployment, affinity, |place| self.wait(place, &mut waiting))?;
         match (admission, waiting) {
-            (Admission::Go(lease), _) => Ok(lease),
+            (Admission::Go(lease), _) => Ok(Asked::Go(lease)),
             (Admission::Wait(_), Some(waiting)) => {
                 self.metrics.queued.up();
-                waiting.lease(describe).await
+                Ok(Asked::Wait(waiting))
             }
             (Admission::Wait(_), None) => unreachable!("the engine asks for a waiter before it says that one waits"),
         }
@@ -253,6 +261,12 @@ impl Shard {
         self.engine.borrow_mut().unsent(lease);
         self.settle();
     }
+}
+
+/// What comes of asking for a lease.
+pub(super) enum Asked {
+    Go(Lease),
+    Wait(Waiting),
 }
 
 /// A place in the queue: left when the request goes away, and a lease that came too late is given back.

@@ -3,7 +3,7 @@
 //! The choice itself is the engine's. A request waits in the queue of the target that was chosen for it, within that
 //! deployment's limits; one whose target is not ready while another is leaves for the other.
 
-use std::{future::Future, pin::pin, rc::Rc, sync::Arc, task::Poll, time::Instant as Clock};
+use std::{pin::pin, rc::Rc, sync::Arc, task::Poll, time::Instant as Clock};
 
 use http::{HeaderMap, header::COOKIE};
 use tokio::time::Instant;
@@ -12,7 +12,7 @@ use super::{
     body::Inbound,
     relay::Call,
     shadow::{Shadow, copy},
-    shard::{Route, Shard},
+    shard::{Asked, Route, Shard, Waiting},
     stream::{Head, StreamRef},
 };
 use crate::{
@@ -147,11 +147,23 @@ impl Call<'_> {
                 Err(error) => return Err(error),
             };
             self.aim(&fork.targets[target]);
-            let admitted = shard.admit(self.route.deployment, self.marks.affinity, || self.describe());
-            match self.unless_stranded(admitted).await {
-                Some(Err(Error::Deleted(_))) | None => {}
-                Some(came) => return came,
+            match shard.ask(self.route.deployment, self.marks.affinity) {
+                Ok(Asked::Go(lease)) => return Ok(lease),
+                Ok(Asked::Wait(waiting)) => match self.unless_stranded(waiting).await {
+                    Some(Err(Error::Deleted(_))) | None => {}
+                    Some(came) => return came,
+                },
+                Err(Error::Deleted(_)) => {}
+                Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// A lease for one that waits at a target once more, there or at another.
+    pub(super) async fn stay(&mut self, waiting: Waiting) -> Result<Lease, Error> {
+        match self.unless_stranded(waiting).await {
+            Some(Err(Error::Deleted(_))) | None => self.choose(None).await,
+            Some(came) => came,
         }
     }
 
@@ -166,9 +178,9 @@ impl Call<'_> {
         }
     }
 
-    /// What `work` gives, unless the target is not ready and another becomes so; then the request leaves its place.
-    pub(super) async fn unless_stranded<T>(&self, work: impl Future<Output = T>) -> Option<T> {
-        let mut work = pin!(work);
+    /// The lease, unless the target is not ready and another is or becomes so; then the request leaves its place.
+    async fn unless_stranded(&self, waiting: Waiting) -> Option<Result<Lease, Error>> {
+        let mut work = pin!(waiting.lease(|| self.describe()));
         let mut turned = pin!(self.shard.readiness.notified());
         // One that comes back waits where readiness may have changed before it did.
         let mut unsure = true;
