@@ -105,7 +105,7 @@ def test_an_operator_pauses_resumes_and_aborts_from_anywhere(load: Load, tmp_pat
     subprocess.run([sys.executable, script, ray.get_runtime_context().gcs_address], check=True, timeout=60)
     rollout = serve.get_rollout(ROUTE)
     assert rollout.status().state == "PAUSED"
-    with pytest.raises(TimeoutError, match="was not over after 0.5 s"):
+    with pytest.raises(TimeoutError, match=r"was not over after 0\.5 s"):
         rollout.wait(timeout_s=0.5)
     assert rollout.status().share == 0.2
     with pytest.raises(RayServeException, match="A rollout of 'new' decides over the weights"):
