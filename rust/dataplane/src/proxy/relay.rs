@@ -64,7 +64,8 @@ pub(super) struct Call<'c> {
 pub(super) async fn relay(call: &mut Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
     let mut came = if call.route.fork.is_some() {
-        call.forked(&body).await?
+        // In boxes of their own: what waits for targets must not make every request's future larger.
+        Box::pin(call.forked(&body)).await?
     } else {
         let first = call.admit(&body).await;
         call.settled(first, &body).await?
@@ -181,12 +182,11 @@ impl Call<'_> {
 
     /// The same for one that waits again already.
     async fn resumed(&mut self, waiting: Waiting, body: &Inbound) -> Result<Came, Error> {
-        let end = waiting.end(|| self.describe());
-        let came = if self.watch.is_some() { self.unless_stranded(end).await } else { Some(end.await) };
-        match came {
-            Some(came) => self.settled(came, body).await,
-            None => self.choose(None, body).await,
+        if self.watch.is_some() {
+            return Box::pin(self.stay(waiting, body)).await;
         }
+        let came = waiting.end(|| self.describe()).await;
+        self.settled(came, body).await
     }
 
     /// Takes a request whose deployment is gone to where its route leads by now. It may go on for as long as redeploys
@@ -195,7 +195,7 @@ impl Call<'_> {
         loop {
             match came {
                 Err(error) if error.retry() == Retry::Reroute => match self.shard.route(self.path) {
-                    Some(route) if route.fork.is_some() => return self.choose(Some(route), body).await,
+                    Some(route) if route.fork.is_some() => return Box::pin(self.choose(Some(route), body)).await,
                     Some(route) if route.deployment != self.route.deployment => self.route = route,
                     _ => return Err(error),
                 },
@@ -206,7 +206,7 @@ impl Call<'_> {
     }
 
     /// The REQUEST for a batch.
-    fn pack(&self, body: &Inbound) -> Packed {
+    pub(super) fn pack(&self, body: &Inbound) -> Packed {
         let mut head = BytesMut::with_capacity(HEAD);
         self.put_head(&mut head);
         let (body, whole) = match body {

@@ -3,7 +3,7 @@
 //! The choice itself is the engine's. A request waits in the queue of the target that was chosen for it, within that
 //! deployment's limits; one whose target is not ready while another is leaves for the other.
 
-use std::{future::Future, pin::pin, rc::Rc, sync::Arc, task::Poll, time::Instant as Clock};
+use std::{pin::pin, rc::Rc, sync::Arc, task::Poll, time::Instant as Clock};
 
 use http::{HeaderMap, header::COOKIE};
 use tokio::time::Instant;
@@ -12,7 +12,7 @@ use super::{
     body::Inbound,
     relay::Call,
     shadow::{Shadow, copy},
-    shard::{Came, Route, Shard},
+    shard::{Asked, Came, Route, Shard, Waiting},
     stream::{Head, StreamRef},
 };
 use crate::{
@@ -147,10 +147,26 @@ impl Call<'_> {
                 Err(error) => return Err(error),
             };
             self.aim(&fork.targets[target]);
-            match self.unless_stranded(self.admit(body)).await {
-                Some(Err(Error::Deleted(_))) | None => {}
-                Some(came) => return came,
+            match shard.ask(self.route.deployment, self.marks.affinity) {
+                Ok(Asked::Go(lease)) => return Ok(Came::Lease(lease)),
+                Ok(Asked::Wait(waiting)) => {
+                    waiting.pack(|| self.pack(body));
+                    match self.unless_stranded(waiting).await {
+                        Some(Err(Error::Deleted(_))) | None => {}
+                        Some(came) => return came,
+                    }
+                }
+                Err(Error::Deleted(_)) => {}
+                Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// What comes of one that waits at a target once more, there or at another.
+    pub(super) async fn stay(&mut self, waiting: Waiting, body: &Inbound) -> Result<Came, Error> {
+        match self.unless_stranded(waiting).await {
+            Some(Err(Error::Deleted(_))) | None => self.choose(None, body).await,
+            Some(came) => came,
         }
     }
 
@@ -165,9 +181,9 @@ impl Call<'_> {
         }
     }
 
-    /// What `work` gives, unless the target is not ready and another becomes so; then the request leaves its place.
-    pub(super) async fn unless_stranded<T>(&self, work: impl Future<Output = T>) -> Option<T> {
-        let mut work = pin!(work);
+    /// What comes of it, unless the target is not ready and another is or becomes so; then the request leaves its place.
+    async fn unless_stranded(&self, waiting: Waiting) -> Option<Result<Came, Error>> {
+        let mut work = pin!(waiting.end(|| self.describe()));
         let mut turned = pin!(self.shard.readiness.notified());
         // One that comes back waits where readiness may have changed before it did.
         let mut unsure = true;
