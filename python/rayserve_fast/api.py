@@ -251,6 +251,8 @@ def shutdown() -> None:
     client.stop(controller)
     if (caller := sys.modules.get("rayserve_fast.caller")) is not None:
         caller.reset()  # the next cluster has another token and counts its snapshots from one
+    if (bridge := sys.modules.get("rayserve_fast.classic.bridge")) is not None:
+        bridge.end()
 
 
 async def shutdown_async() -> None:
