@@ -18,7 +18,7 @@ import ray
 from rayserve_fast import inactive
 from rayserve_fast.controlplane import client
 from rayserve_fast.controlplane.options import ClusterOptions
-from rayserve_fast.controlplane.spec import DeploymentID
+from rayserve_fast.controlplane.spec import DEFAULT_ROUTE, DeploymentID
 from rayserve_fast.controlplane.status import ServeStatus
 from rayserve_fast.exceptions import RayServeException
 
@@ -36,7 +36,7 @@ def run(
     target: Application,
     blocking: bool = False,
     name: str = "default",
-    route_prefix: str | None = "/",
+    route_prefix: str | None = DEFAULT_ROUTE,
     logging_config: Any = None,
     _local_testing_mode: bool = False,
     external_scaler_enabled: bool = False,
@@ -50,7 +50,8 @@ def run(
         target: what `Deployment.bind()` returned.
         blocking: stay until Ctrl-C, which raises KeyboardInterrupt here.
         name: of the application, unique in the cluster.
-        route_prefix: where HTTP requests reach it; None: only handles do.
+        route_prefix: where HTTP requests reach it; None: only handles do. If it is not given, an older deployment's
+            own counts, see docs/classic.md.
         logging_config: accepted, has no effect yet.
         external_scaler_enabled: accepted, has no effect yet.
         controller_options: `runtime_env.env_vars` of the controller, when this call starts it.
@@ -84,7 +85,7 @@ def _run(
     *,
     _blocking: bool = True,
     name: str = "default",
-    route_prefix: str | None = "/",
+    route_prefix: str | None = DEFAULT_ROUTE,
     logging_config: Any = None,
     _local_testing_mode: bool = False,
     external_scaler_enabled: bool = False,
