@@ -59,7 +59,7 @@ def run(
             variable RAY_SERVE_FORCE_LOCAL_TESTING_MODE=1 does the same for every call.
 
     Returns:
-        A handle to the ingress deployment.
+        A handle to the ingress deployment; for a `DAGDriver` a `RayServeSyncHandle`.
 
     Raises:
         TypeError: `target` is no Application.
@@ -156,7 +156,19 @@ def _run_many(
     specs = [build_target(t, runtime_env) for t in targets]
     controller = client.find() or client.start(_cluster_options(None, None), env_vars)
     client.deploy(controller, specs, wait_for_applications_running, began)
-    return [DeploymentHandle(spec.ingress, spec.name) for spec in specs]
+    handles = [DeploymentHandle(spec.ingress, spec.name) for spec in specs]
+    return [_ingress_handle(target.target, handle) for target, handle in zip(targets, handles, strict=True)]
+
+
+def _ingress_handle(app: Application, handle: DeploymentHandle) -> DeploymentHandle:
+    """What `run` returns: for a graph's driver the handle that its users know."""
+    from rayserve_fast.classic.driver import GraphDriver
+
+    if not isinstance(app._bound_deployment, GraphDriver):
+        return handle
+    from rayserve_fast.classic.handles import older_handle
+
+    return older_handle(handle, sync=True)  # type: ignore[return-value]
 
 
 def start(

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from rayserve_fast.autoscaling import AutoscalingConfig
 from rayserve_fast.classic.deployable import Deployable
+from rayserve_fast.classic.graph import CallNode, Method, holds_node, method_of
 from rayserve_fast.classic.spelling import OlderOptions, rename
 from rayserve_fast.options import DeploymentOptions
 
@@ -47,6 +48,12 @@ class Application:
     def __init__(self, bound_deployment: Deployment) -> None:
         self._bound_deployment = bound_deployment
 
+    def __getattr__(self, name: str) -> Method:
+        """A method of the class, to be bound as a node of a graph: `model.predict.bind(node)`."""
+        if name == "_bound_deployment":  # asked for by copying, before there is one
+            raise AttributeError(name)
+        return method_of(self, name)
+
     def __repr__(self) -> str:
         return f"Application({self._bound_deployment.name})"
 
@@ -63,6 +70,9 @@ class Deployment(Deployable):
     >>> Doubler.options(name="Twice", num_replicas=1).bind()
     Application(Twice)
     """
+
+    #: A function as what all nodes of graphs call that are bound of it.
+    _called: Application | None = None
 
     def __init__(
         self,
@@ -157,7 +167,7 @@ class Deployment(Deployable):
 
     def set_logging_config(self, logging_config: dict[str, Any]) -> None:
         """Change the logging options in place."""
-        self._options = _merge(self._options, {"logging_config": logging_config})
+        self._options = self._options.changed({"logging_config": logging_config})
 
     def __call__(self) -> None:
         raise RuntimeError(
@@ -165,14 +175,18 @@ class Deployment(Deployable):
         )
 
     def bind(self, *args: Any, **kwargs: Any) -> Application:
-        """Bind constructor arguments; functions take none.
+        """Bind constructor arguments; functions take none, except as nodes of a graph: see docs/classic.md.
 
         Args:
             *args, **kwargs: anything that pickles; Applications in it, at any depth, arrive as DeploymentHandles.
 
         Raises:
-            ValueError: arguments for a function.
+            ValueError: arguments for a function, and no node of a graph among them.
         """
+        if inspect.isfunction(self._func_or_class) and holds_node((args, kwargs)):
+            if self._called is None:
+                self._called = Application(self._copy())
+            return CallNode(self._called, "__call__", args, kwargs)  # type: ignore[return-value]
         return Application(self._copy(init_args=args, init_kwargs=kwargs))
 
     def options(
@@ -225,8 +239,9 @@ class Deployment(Deployable):
             "init_kwargs": init_kwargs if _init_kwargs is DEFAULT.VALUE else _init_kwargs,
         }
         older = self._older.with_given(given)
+        rename(given)
         changes = {part: value for part, value in parts.items() if value is not DEFAULT.VALUE}
-        return self._copy(options=_merge(self._options, _given(given)), older=older, **changes)
+        return self._copy(options=self._options.changed(given), older=older, **changes)
 
     def _copy(self, **changes: Any) -> Deployment:
         """A copy with other parts, which are named as the constructor's parameters."""
@@ -339,7 +354,8 @@ def deployment(
     """
     given = {k: v for k, v in locals().items() if k not in _NOT_OPTIONS and v is not DEFAULT.VALUE}
     older = OlderOptions().with_given(given)
-    options = _merge(DeploymentOptions(), _given(given))
+    rename(given)
+    options = DeploymentOptions().changed(given)
     args = () if init_args is DEFAULT.VALUE else init_args or ()
     kwargs = {} if init_kwargs is DEFAULT.VALUE else init_kwargs
 
@@ -361,29 +377,3 @@ _NOT_OPTIONS = {
     "name",
     "self",
 }
-
-
-def _given(given: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given under today's names, with what is about the number of replicas sorted out."""
-    rename(given)
-    replicas, scaling = given.get("num_replicas"), given.get("autoscaling_config")
-    if replicas in (None, "auto"):
-        given.pop("num_replicas", None)
-    if "max_ongoing_requests" in given and given["max_ongoing_requests"] is None:
-        raise ValueError("`max_ongoing_requests` must be non-null, got None.")
-    if replicas == "auto":
-        if isinstance(scaling, AutoscalingConfig):
-            scaling = scaling.model_dump(exclude_unset=True)
-        auto = AutoscalingConfig.default().model_dump(exclude_unset=True)
-        return {**given, "autoscaling_config": AutoscalingConfig(**{**auto, **(scaling or {})})}
-    if replicas == 0:
-        raise ValueError("num_replicas is expected to larger than 0")
-    if replicas is not None and scaling is not None:
-        raise ValueError("Manually setting num_replicas is not allowed when autoscaling_config is provided.")
-    return given
-
-
-def _merge(options: DeploymentOptions, given: dict[str, Any]) -> DeploymentOptions:
-    """`options` with those given on top, all of them checked together."""
-    kept = {name: getattr(options, name) for name in options.model_fields_set}
-    return DeploymentOptions(**{**kept, **given}).check()

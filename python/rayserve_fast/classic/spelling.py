@@ -61,7 +61,7 @@ def rename(given: dict[str, Any]) -> None:
             continue
         if today in given:
             raise ValueError(f"`{older}` is the older name of `{today}`: give one of them.")
-        warn_older(f"`{older}`", f"`{today}`", depth=3)
+        warn_older(f"`{older}`", f"`{today}`", depth=2)
         given[today] = given.pop(older)
 
 
