@@ -60,6 +60,11 @@ def rebuild(encoded: bytes, body: Any, path_params: dict[str, Any] | None = None
     return request
 
 
+def empty_request() -> Request:
+    """A request of nobody's: GET / without headers and body."""
+    return rebuild(pickle.dumps(["GET", "/", b"/", b"", "", [], None, None, "http", "1.1"], 5), b"")
+
+
 async def copy(request: StarletteRequest) -> Request:
     """A request of anybody's, with its body, as one of ours that can be sent on."""
     scope = request.scope
