@@ -162,7 +162,7 @@ def test_adapters_that_need_no_fastapi_do_without() -> None:
     def query(request: int) -> None: ...
     def untyped(request) -> None: ...  # type: ignore[no-untyped-def]
 
-    direct = [None, typed, nothing, http_adapters.json_request, http_adapters.pandas_read_json]
+    direct = [typed, nothing, http_adapters.json_request, http_adapters.pandas_read_json]
     assert all(_direct(adapter) is not None for adapter in direct)
     through = [query, untyped, Item, http_adapters.json_to_ndarray, http_adapters.image_to_ndarray]
     assert all(_direct(adapter) is None for adapter in through)

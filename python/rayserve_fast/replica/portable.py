@@ -52,6 +52,24 @@ def reduce(request: Request) -> tuple[Any, ...]:
     return rebuild, (pickle.dumps(parts, 5), pickle.PickleBuffer(body) if len(body) >= BESIDE_BYTES else body, *rest)
 
 
+def arguments(request: Request) -> bytes | None:
+    """The pickle of the arguments `((request,), {})`, which is most of what graphs send; None if it needs a pickler.
+
+    Written by hand, as all but the two byte strings in it is always the same: 5 us instead of 20.
+    """
+    make, parts = reduce(request)[:2]
+    if make is not rebuild or len(parts) != 2 or type(parts[1]) is not bytes:
+        return None
+    head, body = parts
+    return b"".join((_BEGIN, len(head).to_bytes(4, "little"), head, b"B", len(body).to_bytes(4, "little"), body, _END))
+
+
+#: Protocol 5, the function `rebuild`, and the opcode of a byte string.
+_BEGIN = f"\x80\x05c{__name__}\nrebuild\nB".encode("latin-1")
+#: A pair, which is what `rebuild` is called with; a tuple of that; an empty dict; a pair of both; the end.
+_END = b"\x86R\x85}\x86."
+
+
 def rebuild(encoded: bytes, body: Any, path_params: dict[str, Any] | None = None) -> Request:
     """The request where it arrives."""
     request = Request(PortableHead(encoded, body))
@@ -122,4 +140,4 @@ class PortableHead:
         return receive
 
 
-values.pickle_plainly(Request, rebuild)
+values.pickle_plainly(Request, rebuild, arguments)
