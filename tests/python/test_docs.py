@@ -73,3 +73,13 @@ def test_composition_runs_from_top_to_bottom(serve_instance: str, capfd: pytest.
     run_python_blocks("docs/composition.md", check_and_delete)
     assert not checks
     assert "cancelled\n" in capfd.readouterr().out
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_classic_runs_from_top_to_bottom(serve_instance: str) -> None:
+    run_python_blocks("docs/classic.md")
+    assert requests.get(f"{serve_instance}/Greeter?name=Corey", timeout=10).text == "Good morning Corey"
+    assert requests.get(f"{serve_instance}/evening?name=Corey", timeout=10).status_code == 404  # deleted in the end
+    answer = requests.post(f"{serve_instance}/graph", json={"text": "to be", "bias": 1}, timeout=10)
+    assert (answer.text, answer.headers["content-type"]) == ("23.0", "application/json")
