@@ -42,6 +42,10 @@ if TYPE_CHECKING:
         status as status,
     )
     from rayserve_fast.application import RunTarget as RunTarget
+    from rayserve_fast.classic.deployed import (
+        get_deployment as get_deployment,
+        list_deployments as list_deployments,
+    )
     from rayserve_fast.config import ControllerOptions as ControllerOptions, HTTPOptions as HTTPOptions
     from rayserve_fast.context import get_replica_context as get_replica_context
     from rayserve_fast.deployment import (
@@ -78,12 +82,14 @@ _HOME = {
     "delete_traffic": "traffic",
     "deployment": "deployment",
     "get_app_handle": "api",
+    "get_deployment": "classic.deployed",
     "get_deployment_handle": "api",
     "get_multiplexed_model_id": "multiplex",
     "get_replica_context": "context",
     "get_rollout": "traffic",
     "get_traffic": "traffic",
     "ingress": "ingress",
+    "list_deployments": "classic.deployed",
     "multiplexed": "multiplex",
     "rollout": "traffic",
     "run": "api",

@@ -18,6 +18,7 @@ __all__ = [
     "Reservation",
     "Worker",
     "__version__",
+    "head_parts",
 ]
 
 __version__: str
@@ -235,6 +236,10 @@ class RequestHead(_RequestContext):
     def server(self) -> tuple[str, int | None] | None: ...
     @property
     def headers(self) -> list[tuple[bytes, bytes]]: ...
+    @property
+    def encoded(self) -> bytes:
+        """The head as it travels; `head_parts` reads it."""
+
     def header(self, name: bytes) -> bytes | None:
         """The first header of that lower-case name."""
 
@@ -253,6 +258,22 @@ class RequestHead(_RequestContext):
 
     def send(self, message: dict[str, Any]) -> Awaitable[None]:
         """ASGI send; suspends while the client reads more slowly than the application sends."""
+
+def head_parts(
+    encoded: bytes,
+) -> tuple[
+    str,
+    str,
+    bytes,
+    bytes,
+    str,
+    list[tuple[bytes, bytes]],
+    tuple[str, int] | None,
+    tuple[str, int | None] | None,
+    str,
+    str,
+]:
+    """What `RequestHead.encoded` holds, in the order of `replica.portable.PARTS`. ValueError: it is no head."""
 
 @final
 class CallHead(_RequestContext):

@@ -11,14 +11,14 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 
-#: Of the actor: references that may be waited for at once.
-OPEN = 100_000
+from rayserve_fast.own_actor import OwnActor
+
 #: How long to look away from a call that no replica has yet, seconds.
 GLANCE_S = 0.002
 
@@ -57,33 +57,39 @@ class _Promises:
             return
 
 
-_actor: tuple[str, Any] | None = None
+_own = OwnActor(_Promises)
 _keys = itertools.count()
-_lock = threading.Lock()
-
-
-def _promises() -> Any:
-    """This process's actor; another Ray needs another."""
-    global _actor
-    worker = ray.get_runtime_context().get_worker_id()
-    with _lock:
-        if _actor is None or _actor[0] != worker:
-            made = ray.remote(_Promises).options(num_cpus=0, max_concurrency=OPEN)
-            _actor = worker, made.remote()
-        return _actor[1]
+_passing: set[asyncio.Future[None]] = set()
 
 
 def of_value(result: Callable[[], Any]) -> Any:
     """A reference to what `result` returns or raises; it may take its time."""
-    actor, key = _promises(), next(_keys)
+    actor, key = _own.actor(), next(_keys)
     ref = actor.value.remote(key)
     _fulfil(actor, key, lambda: actor.keep.remote(key, "value", result()))
     return ref
 
 
+def of_awaitable(answer: Awaitable[Any]) -> Any:
+    """A reference to what `answer` gives; it is awaited in the running loop, by a task of its own."""
+    actor, key = _own.actor(), next(_keys)
+    ref = actor.value.remote(key)
+
+    async def pass_on() -> None:
+        try:
+            actor.keep.remote(key, "value", await answer)
+        except BaseException as error:
+            _fail(actor, key, error)
+
+    task = asyncio.ensure_future(pass_on())
+    _passing.add(task)  # the loop itself does not keep its tasks
+    task.add_done_callback(_passing.discard)
+    return ref
+
+
 def of_items(items: Callable[[], Any]) -> Any:
     """A generator of references to what iterating `items()` gives."""
-    actor, key = _promises(), next(_keys)
+    actor, key = _own.actor(), next(_keys)
     refs = actor.items.options(num_returns="streaming").remote(key)
 
     def pass_on() -> None:
@@ -100,10 +106,14 @@ def _fulfil(actor: Any, key: int, pass_on: Callable[[], Any]) -> None:
         try:
             pass_on()
         except Exception as error:
-            # Ray makes a RayTaskError of it again.
-            actor.keep.remote(key, "error", error.cause if isinstance(error, RayTaskError) else error)
+            _fail(actor, key, error)
 
     threading.Thread(target=run, name="rayserve-fast-promise", daemon=True).start()
+
+
+def _fail(actor: Any, key: int, error: BaseException) -> None:
+    # Ray makes a RayTaskError of it again.
+    actor.keep.remote(key, "error", error.cause if isinstance(error, RayTaskError) else error)
 
 
 class _Referable:
@@ -145,6 +155,11 @@ class ReferableValue(_Referable):
     """The part of `DeploymentResponse` that makes an ObjectRef of it, as soon as a replica has the call."""
 
     result: Callable[[], Any]
+
+    def _ref_now(self) -> Any:
+        """A `ray.ObjectRef` to the answer, whether or not a replica has the call."""
+        self._open()
+        return self._refer(of_value, self.result)
 
     async def _to_object_ref(self) -> Any:
         """A `ray.ObjectRef` to the answer."""

@@ -173,6 +173,11 @@ class Controller(RolloutOrders):
         await self._recovered.wait()
         return self._apps[name].spec.ingress if name in self._apps else None
 
+    async def specification(self, name: str) -> ApplicationSpec | None:
+        """What an application was last deployed as, None if there is no such application."""
+        await self._recovered.wait()
+        return self._apps[name].spec if name in self._apps else None
+
     async def applications(self, era: str) -> dict[str, dict[str, Any]]:
         """The labels of each application that the API of this era made; those that are being deleted are not among."""
         await self._recovered.wait()

@@ -57,6 +57,10 @@ class Head(Protocol):
     @property
     def http_version(self) -> str: ...
     @property
+    def encoded(self) -> Any:
+        """What `_core.head_parts` makes this head of again."""
+
+    @property
     def body(self) -> bytes | None:
         """The whole body, or None while it is still arriving."""
 
@@ -174,6 +178,12 @@ class Request(StarletteRequest):
         if not self._is_disconnected and self._head.disconnected:
             self._is_disconnected = True
         return self._is_disconnected
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As an argument of a call it arrives with its body, which must have been read."""
+        from rayserve_fast.replica import portable
+
+        return portable.reduce(self)
 
 
 def loads(body: bytes) -> Any:

@@ -208,6 +208,11 @@ impl RequestHeadView {
         Headers { bytes: self.part(8) }
     }
 
+    /// The head as it travels, without what follows it.
+    pub fn encoded(&self) -> &[u8] {
+        &self.payload[..self.payload.len() - self.body().len()]
+    }
+
     /// What follows the head: the whole body if the frame had FIN.
     pub fn body(&self) -> Bytes {
         self.payload.slice(self.ends[8] as usize..)

@@ -5,8 +5,9 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use pyo3::buffer::PyBuffer;
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
@@ -69,16 +70,18 @@ impl RequestHead {
 
     #[getter]
     pub(super) fn http_version<'py>(&self, py: Python<'py>) -> &Bound<'py, PyString> {
-        match self.view.http_version {
-            10 => intern!(py, "1.0"),
-            20 => intern!(py, "2"),
-            _ => intern!(py, "1.1"),
-        }
+        version(py, &self.view)
     }
 
     #[getter]
     pub(super) fn scheme<'py>(&self, py: Python<'py>) -> &Bound<'py, PyString> {
-        if self.view.https { intern!(py, "https") } else { intern!(py, "http") }
+        scheme(py, &self.view)
+    }
+
+    /// The head as it travels, for a request that is sent on; `head_parts` reads it.
+    #[getter]
+    fn encoded<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.view.encoded())
     }
 
     #[getter]
@@ -278,6 +281,39 @@ impl CallHead {
     fn _ray_trace_ctx() -> Option<u8> {
         None
     }
+}
+
+/// What a request that was sent on is made of, in the order of `replica.portable.PARTS`.
+#[pyfunction]
+pub(crate) fn head_parts<'py>(py: Python<'py>, encoded: &[u8]) -> PyResult<Bound<'py, PyTuple>> {
+    let view = RequestHeadView::parse(Bytes::copy_from_slice(encoded))
+        .map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let headers: Vec<_> = view.headers().map(|(name, value)| pair(py, name, value)).collect();
+    (
+        text(py, view.method()),
+        unquoted(py, view.path()),
+        PyBytes::new(py, view.path()),
+        PyBytes::new(py, view.query()),
+        text(py, view.root_path()),
+        PyList::new(py, headers)?,
+        address(py, view.client()),
+        address(py, view.server()),
+        scheme(py, &view),
+        version(py, &view),
+    )
+        .into_pyobject(py)
+}
+
+fn version<'py>(py: Python<'py>, view: &RequestHeadView) -> &'py Bound<'py, PyString> {
+    match view.http_version {
+        10 => intern!(py, "1.0"),
+        20 => intern!(py, "2"),
+        _ => intern!(py, "1.1"),
+    }
+}
+
+fn scheme<'py>(py: Python<'py>, view: &RequestHeadView) -> &'py Bound<'py, PyString> {
+    if view.https { intern!(py, "https") } else { intern!(py, "http") }
 }
 
 fn address<'py>(py: Python<'py>, (host, port): (&[u8], u16)) -> Option<(Bound<'py, PyString>, u16)> {
