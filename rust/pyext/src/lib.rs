@@ -29,5 +29,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<worker::Worker>()?;
     module.add_class::<http::request::RequestHead>()?;
     module.add_class::<http::request::CallHead>()?;
+    module.add_function(wrap_pyfunction!(http::request::check_pattern, module)?)?;
     Ok(())
 }

@@ -10,6 +10,7 @@ mod affinity;
 pub mod batch;
 pub mod limit;
 mod members;
+pub mod pattern;
 mod pick;
 mod replica;
 mod reserve;

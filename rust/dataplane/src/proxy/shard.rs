@@ -15,10 +15,12 @@ use slab::Slab;
 
 use super::{Shared, choose::Choice, link::Link, listen::Conn, vigil::Events};
 use crate::{
-    engine::{Action, Admission, Affinity, DeploymentKey, Engine, Lease, Place, ReplicaKey, RouteTable},
+    engine::{
+        Action, Admission, Affinity, DeploymentKey, Engine, Lease, Place, ReplicaKey, RouteTable, pattern::Pattern,
+    },
     error::Error,
     metrics::Metrics,
-    snapshot::Snapshot,
+    snapshot::{self, Snapshot},
 };
 
 /// What a request needs to know of its route, resolved when the snapshot came.
@@ -29,7 +31,26 @@ pub(super) struct Route {
     /// `HTTPOptions.root_path` and the prefix.
     pub(super) root_path: Vec<u8>,
     pub(super) retry_idempotent: bool,
+    /// The HTTP methods that are let through, if not all.
+    methods: Option<Vec<String>>,
 }
+
+impl Route {
+    /// Whether a request of that method is let through; who takes GET takes HEAD.
+    ///
+    /// # Errors
+    /// [`Error::Method`].
+    pub(super) fn takes(&self, method: &str) -> Result<(), Error> {
+        let Some(allowed) = &self.methods else { return Ok(()) };
+        if allowed.iter().any(|other| other == method || (method == "HEAD" && other == "GET")) {
+            return Ok(());
+        }
+        Err(Error::Method { method: method.to_owned(), allowed: allowed.clone() })
+    }
+}
+
+/// A route, and what its pattern found in the path.
+pub(super) type Found = (Rc<Route>, Vec<u8>);
 
 /// A request that waits for a replica.
 struct Waiter {
@@ -83,28 +104,36 @@ impl Shard {
         let mut engine = self.engine.borrow_mut();
         engine.apply(snapshot);
         let root_path = self.shared.config.root_path.as_bytes();
-        let routes = snapshot.routes.iter().filter_map(|route| {
-            let deployment = engine.deployment(&route.deployment)?;
-            let prefix = route.prefix.as_bytes();
-            let root_path = [root_path, route.prefix.trim_end_matches('/').as_bytes()].concat();
-            let retry_idempotent = engine.config(deployment)?.retry_idempotent;
-            Some((
-                route.prefix.clone(),
-                Rc::new(Route { deployment, prefix: prefix.to_vec(), root_path, retry_idempotent }),
-            ))
-        });
-        *self.routes.borrow_mut() = RouteTable::new(routes);
+        let (mut prefixes, mut patterns) = (Vec::new(), Vec::new());
+        for route in &snapshot.routes {
+            let Some(deployment) = engine.deployment(&route.deployment) else { continue };
+            let Some(config) = engine.config(deployment) else { continue };
+            let mounted = if route.pattern { "" } else { route.prefix.trim_end_matches('/') };
+            let known = Rc::new(Route {
+                deployment,
+                prefix: route.prefix.as_bytes().to_vec(),
+                root_path: [root_path, mounted.as_bytes()].concat(),
+                retry_idempotent: config.retry_idempotent,
+                methods: route.methods.clone(),
+            });
+            match Pattern::parse(&route.prefix) {
+                Ok(pattern) if route.pattern => patterns.push((pattern, known)),
+                _ => prefixes.push((route.prefix.clone(), known)),
+            }
+        }
+        *self.routes.borrow_mut() = RouteTable::new(prefixes).with_patterns(patterns);
         drop(engine);
+        let label = |route: &snapshot::Route| route.label.clone().unwrap_or_else(|| route.app.clone().into());
         let listing: serde_json::Map<_, _> =
-            snapshot.routes.iter().map(|route| (route.prefix.clone(), route.app.clone().into())).collect();
+            snapshot.routes.iter().map(|route| (route.prefix.clone(), label(route))).collect();
         *self.listing.borrow_mut() = Some(serde_json::Value::Object(listing).to_string().into());
         self.node_draining.set(snapshot.draining_nodes.contains(&self.shared.config.node_id));
         self.settle();
     }
 
     /// The route of a percent-decoded path.
-    pub(super) fn route(&self, path: &[u8]) -> Option<Rc<Route>> {
-        self.routes.borrow().find(path).map(Rc::clone)
+    pub(super) fn route(&self, path: &[u8]) -> Option<Found> {
+        self.routes.borrow().find(path).map(|found| (Rc::clone(found.to), found.params))
     }
 
     /// Carries out what the engine asks for; called after every event that the engine was told.
