@@ -227,16 +227,16 @@ def delete(name: str, _blocking: bool = True) -> None:
     """Delete an application: no new requests, requests in flight finish, its processes end.
 
     Raises:
+        RayServeException: it is a target of a route's traffic (`serve.set_traffic`); the text names the route.
         TimeoutError: it was not gone after 60 s; it goes on leaving.
     """
     if (local := _local(name)) is not None:
         return local.delete(name)
-    deleted = client.require().delete.remote([name])
-    if _blocking:
-        try:
-            ray.get(deleted, timeout=60)
-        except ray.exceptions.GetTimeoutError:
-            raise TimeoutError(f"Some of these applications weren't deleted after 60s: {[name]}") from None
+    deleted = client.require().delete.remote([name], wait=_blocking)
+    try:
+        client.answer(deleted, timeout_s=60)
+    except ray.exceptions.GetTimeoutError:
+        raise TimeoutError(f"Some of these applications weren't deleted after 60s: {[name]}") from None
     return None
 
 
@@ -251,6 +251,8 @@ def shutdown() -> None:
     client.stop(controller)
     if (caller := sys.modules.get("rayserve_fast.caller")) is not None:
         caller.reset()  # the next cluster has another token and counts its snapshots from one
+    if (bridge := sys.modules.get("rayserve_fast.classic.bridge")) is not None:
+        bridge.end()
 
 
 async def shutdown_async() -> None:

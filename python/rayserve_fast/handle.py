@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rayserve_fast import answers, caller
+from rayserve_fast.classic.handles import RayServeDeploymentHandle, RayServeHandle, RayServeSyncHandle
 from rayserve_fast.context import _serve_request_context
 from rayserve_fast.controlplane.spec import DeploymentID
 from rayserve_fast.exceptions import RayServeException
@@ -21,7 +22,15 @@ from rayserve_fast.selection import DeploymentBroadcastResponse, ReplicaSelectio
 if TYPE_CHECKING:
     from rayserve_fast.response import AnyCaller
 
-__all__ = ["DeploymentBroadcastResponse", "DeploymentHandle", "DeploymentResponse", "DeploymentResponseGenerator"]
+__all__ = [
+    "DeploymentBroadcastResponse",
+    "DeploymentHandle",
+    "DeploymentResponse",
+    "DeploymentResponseGenerator",
+    "RayServeDeploymentHandle",
+    "RayServeHandle",
+    "RayServeSyncHandle",
+]
 
 _UNSET: Any = object()
 

@@ -17,8 +17,8 @@ from typing import Any
 import ray
 from ray.exceptions import RayTaskError
 
-#: Of the actor: references that may be waited for at once.
-OPEN = 100_000
+from rayserve_fast.own_actor import OwnActor
+
 #: How long to look away from a call that no replica has yet, seconds.
 GLANCE_S = 0.002
 
@@ -57,25 +57,13 @@ class _Promises:
             return
 
 
-_actor: tuple[str, Any] | None = None
+_own = OwnActor(_Promises)
 _keys = itertools.count()
-_lock = threading.Lock()
-
-
-def _promises() -> Any:
-    """This process's actor; another Ray needs another."""
-    global _actor
-    worker = ray.get_runtime_context().get_worker_id()
-    with _lock:
-        if _actor is None or _actor[0] != worker:
-            made = ray.remote(_Promises).options(num_cpus=0, max_concurrency=OPEN)
-            _actor = worker, made.remote()
-        return _actor[1]
 
 
 def of_value(result: Callable[[], Any]) -> Any:
     """A reference to what `result` returns or raises; it may take its time."""
-    actor, key = _promises(), next(_keys)
+    actor, key = _own.actor(), next(_keys)
     ref = actor.value.remote(key)
     _fulfil(actor, key, lambda: actor.keep.remote(key, "value", result()))
     return ref
@@ -83,7 +71,7 @@ def of_value(result: Callable[[], Any]) -> Any:
 
 def of_items(items: Callable[[], Any]) -> Any:
     """A generator of references to what iterating `items()` gives."""
-    actor, key = _promises(), next(_keys)
+    actor, key = _own.actor(), next(_keys)
     refs = actor.items.options(num_returns="streaming").remote(key)
 
     def pass_on() -> None:
@@ -145,6 +133,11 @@ class ReferableValue(_Referable):
     """The part of `DeploymentResponse` that makes an ObjectRef of it, as soon as a replica has the call."""
 
     result: Callable[[], Any]
+
+    def _ref_now(self) -> Any:
+        """A `ray.ObjectRef` to the answer, whether or not a replica has the call."""
+        self._open()
+        return self._refer(of_value, self.result)
 
     async def _to_object_ref(self) -> Any:
         """A `ray.ObjectRef` to the answer."""

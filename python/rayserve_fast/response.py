@@ -139,12 +139,22 @@ class _Response:
             raise values.task_error(TypeError(text), self._handle._options.method_name)
         raise values.task_error(RayServeException(text), self._handle._options.method_name)
 
+    def __str__(self) -> str:
+        return f"{self!r} (no value yet: `await` it, or call `.result()`)"  # in Ray's error about a list of these
+
     def __repr__(self) -> str:
         kind = type(self).__name__
         return f"{kind}(deployment='{self._handle.deployment_name}', request_id='{self._request_id}')"
 
 
-class DeploymentResponse(_Response, answers.Answer, promises.ReferableValue):
+class _Explained(type):
+    """Of classes whose text says what their objects are not: it stands in Ray's error when `ray.get` is given one."""
+
+    def __str__(cls) -> str:
+        return f"{cls!r} (no ObjectRef: `await` it, or call `.result()`)"
+
+
+class DeploymentResponse(_Response, answers.Answer, promises.ReferableValue, metaclass=_Explained):
     """The answer to a call, which is on its way already; made by `DeploymentHandle.remote`.
 
     The answer is read when it is asked for, once; asking again gives the same value or raises the same error.

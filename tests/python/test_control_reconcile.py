@@ -19,6 +19,7 @@ from rayserve_fast.controlplane.spec import (
     ReplicaAddress,
 )
 from rayserve_fast.controlplane.state import Application, Replica
+from rayserve_fast.controlplane.traffic import Traffic
 
 
 def spec(code: str = "v1", name: str = "D", **options: Any) -> DeploymentSpec:
@@ -277,7 +278,7 @@ def test_a_deployment_that_a_redeploy_drops_stops_after_its_callers_were_replace
 
 def test_a_renamed_ingress_takes_the_route_over_as_the_old_one_stops() -> None:
     def routes() -> tuple[str, list[str]]:
-        built = json.loads(snapshot.build((1, 1), [w.app]))
+        built = json.loads(snapshot.build((1, 1), {"app": w.app}, Traffic()))
         return built["routes"][0]["deployment"], list(built["deployments"])
 
     w = World()

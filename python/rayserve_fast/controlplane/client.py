@@ -55,6 +55,27 @@ def require() -> Any:
     return controller
 
 
+def ask(method: str, *args: Any) -> Any:
+    """Call a method of the running controller and return its answer, or raise what it raised.
+
+    Raises:
+        NotRunningError: there is none.
+    """
+    return answer(getattr(require(), method).remote(*args))
+
+
+def answer(coming: Any, timeout_s: float | None = None) -> Any:
+    """The controller's answer; an error of its own is raised as it was, without Ray's remote traceback around it.
+
+    Raises:
+        GetTimeoutError: no answer within `timeout_s` seconds.
+    """
+    try:
+        return ray.get(coming, timeout=timeout_s)
+    except RayTaskError as e:
+        raise (e.cause if isinstance(e.cause, (RayServeException, ValueError, TypeError)) else e) from None
+
+
 def connect_ray() -> None:
     """Connect to Ray, or start it."""
     ray._private.worker.global_worker._filter_logs_by_job = False  # replicas are of the job that came first
@@ -116,10 +137,7 @@ def deploy(controller: Any, specs: Sequence[ApplicationSpec], wait: bool, began:
     sent = time.monotonic()
     accepted = controller.deploy.remote(list(specs))
     options, address = ready(controller)
-    try:
-        ray.get(accepted)
-    except RayTaskError as e:
-        raise (e.cause if isinstance(e.cause, RayServeException) else e) from None
+    answer(accepted)
     for spec in specs if wait else ():
         timings = _await_running(controller, spec.name)
         where = ""

@@ -38,6 +38,7 @@ from rayserve_fast.controlplane.status import (
     ReplicaState,
     ServeStatus,
 )
+from rayserve_fast.controlplane.traffic_orders import TrafficOrders
 from rayserve_fast.exceptions import RayServeException
 
 logger = logging.getLogger("ray.serve")
@@ -56,8 +57,8 @@ class Progress:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-class Controller:
-    """Desired state in, actors and snapshots out."""
+class Controller(TrafficOrders):
+    """Desired state in, actors and snapshots out; what concerns traffic is in `TrafficOrders`."""
 
     async def __init__(self, options: ClusterOptions, head: str) -> None:  # type: ignore[misc]  # Ray awaits it
         self._options = options
@@ -69,6 +70,7 @@ class Controller:
         self._token = meta.token
         self._version = (meta.epoch, 0)
         self._apps = store.load()
+        self._traffic = store.load_traffic()
         self._snapshot = b""
         self._fleet = Fleet(options, self._token, head, self.changed)
         self._socket_dir = sockets.directory(self._token)
@@ -89,12 +91,12 @@ class Controller:
         """Take new targets; what follows is told by `progress`.
 
         Raises:
-            RayServeException: a route prefix belongs to another application. Then nothing has changed.
+            RayServeException: a name or a route prefix belongs to another. Then nothing has changed.
         """
         await self._recovered.wait()
         if self._closing:
             raise RayServeException("Serve is being shut down.")
-        self._check_prefixes(specs)
+        self._traffic.check_deploy(specs, self._apps)
         for spec in specs:
             self._target(spec)
         self.publish()
@@ -114,24 +116,42 @@ class Controller:
                 return Progress(status, message, app.notices[seen:], app.timings)
             await news.wait()
 
-    async def delete(self, names: Sequence[str]) -> None:
-        """Delete applications; returns when their processes are gone. Unknown names are ignored."""
+    async def delete(self, names: Sequence[str], wait: bool = True) -> None:
+        """Delete applications; with `wait`, returns when their processes are gone. Unknown names are ignored.
+
+        Raises:
+            RayServeException, ValueError: the traffic of a route or an endpoint uses one. Then nothing has changed.
+        """
         await self._recovered.wait()
         apps = [self._apps[n] for n in names if n in self._apps]
         for app in apps:
+            self._traffic.check_unused(app)
+        self._leave(apps)
+        if wait:
+            await self._gone(apps)
+
+    def _leave(self, apps: Sequence[Application]) -> None:
+        for app in apps:
+            if self._traffic.forget(app.name):
+                store.save_traffic(self._traffic)
             app.deleting = True
             for d in app.deployments.values():
                 reconcile.delete(d)
             store.save_application(app)
         self.publish()
         self.changed()
+
+    async def _gone(self, apps: Sequence[Application]) -> None:
         while any(self._apps.get(app.name) is app and app.deleting for app in apps):
             await self._news.wait()
 
     async def shutdown(self) -> None:
         """Delete everything, stop the proxies, forget the cluster, end this process."""
         self._closing = True
-        await within(SHUTDOWN_WAIT_S, [self.delete(list(self._apps))])
+        await self._recovered.wait()
+        apps = list(self._apps.values())
+        self._leave(apps)
+        await within(SHUTDOWN_WAIT_S, [self._gone(apps)])
         self._loop.cancel()  # it would start a proxy again
         await self._replicas.kill_all()
         await self._fleet.shutdown(timeout_s=1.0)
@@ -149,6 +169,13 @@ class Controller:
         """The ingress deployment of an application, None if there is no such application."""
         await self._recovered.wait()
         return self._apps[name].spec.ingress if name in self._apps else None
+
+    async def applications(self, era: str) -> dict[str, dict[str, Any]]:
+        """The labels of each application that the API of this era made; those that are being deleted are not among."""
+        await self._recovered.wait()
+        return {
+            name: dict(app.spec.labels) for name, app in self._apps.items() if app.spec.era == era and not app.deleting
+        }
 
     async def exists(self, app: str, deployment: str) -> bool:
         """Whether there is such a deployment."""
@@ -184,7 +211,7 @@ class Controller:
         if not self._recovered.is_set():
             return []
         self._version = (self._version[0], self._version[1] + 1)
-        self._snapshot = snapshot.build(self._version, self._apps.values())
+        self._snapshot = snapshot.build(self._version, self._apps, self._traffic)
         self._tell()
         return self._fleet.publish(self._snapshot)
 
@@ -275,17 +302,6 @@ class Controller:
                 reconcile.delete(gone)
         self._apps[spec.name] = app
         store.save_application(app)
-
-    def _check_prefixes(self, specs: Sequence[ApplicationSpec]) -> None:
-        owners = {a.spec.route_prefix: a.name for a in self._apps.values() if not a.deleting}
-        for spec in specs:
-            owner = owners.get(spec.route_prefix) if spec.route_prefix is not None else None
-            if owner is not None and owner != spec.name:
-                raise RayServeException(
-                    f'Prefix {spec.route_prefix} is being used by application "{owner}". '
-                    f'Failed to deploy application "{spec.name}".'
-                )
-            owners[spec.route_prefix] = spec.name
 
 
 def _overview(app: Application) -> ApplicationStatusOverview:

@@ -8,32 +8,68 @@ sent there finishes all the same, and what waits for it must not wait until that
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import Any
 
 from rayserve_fast.controlplane.state import Application, Deployment
+from rayserve_fast.controlplane.traffic import Split, Traffic
+from rayserve_fast.controlplane.traffic_checks import is_route
 
 
-def build(version: tuple[int, int], apps: Iterable[Application]) -> bytes:
+def build(version: tuple[int, int], apps: Mapping[str, Application], traffic: Traffic) -> bytes:
     """The snapshot as JSON bytes."""
-    apps = list(apps)
+    deployments = [d for app in apps.values() for d in app.deployments.values()]
     return json.dumps(
         {
             "version": version,
-            "routes": [
-                {
-                    "prefix": app.spec.route_prefix,
-                    "app": app.name,
-                    "deployment": f"{app.name}#{app.routed}",
-                }
-                for app in apps
-                if app.spec.route_prefix is not None and not app.deleting
-            ],
-            "deployments": {d.key: _deployment(d) for app in apps for d in app.deployments.values() if not d.leaving},
+            "routes": _routes(apps, traffic),
+            "splits": {name: _split(split, apps) for name, split in traffic.splits.items()},
+            "deployments": {d.key: _deployment(d) for d in deployments if not d.leaving},
             "draining_nodes": [],
         },
         separators=(",", ":"),
     ).encode()
+
+
+def _routes(apps: Mapping[str, Application], traffic: Traffic) -> list[dict[str, Any]]:
+    """Those of applications, those of endpoints, and those that nobody owns but that have targets."""
+    routes: dict[str, dict[str, Any]] = {}
+    for app in apps.values():
+        if (prefix := app.spec.route_prefix) is not None and not app.deleting:
+            routes[prefix] = {"prefix": prefix, "app": app.name, "deployment": _ingress(app)}
+    for endpoint in traffic.endpoints.values():
+        if endpoint.route is not None:
+            routes[endpoint.route] = {
+                "prefix": endpoint.route,
+                "app": "",
+                "deployment": "",
+                "pattern": True,  # an endpoint answers its path, not what lies below it
+                "methods": endpoint.methods,
+                "label": [endpoint.name, endpoint.methods],
+                "split": endpoint.name,
+            }
+    for name, split in traffic.splits.items():
+        if is_route(name):
+            nobodys = {"prefix": name, "app": "", "deployment": "", "label": split.weights}
+            routes[name] = {**routes.get(name, nobodys), "split": name}
+    return list(routes.values())
+
+
+def _split(split: Split, apps: Mapping[str, Application]) -> dict[str, Any]:
+    def named(app: Application) -> dict[str, Any]:
+        return {"name": app.name, "deployment": _ingress(app)}
+
+    here = {name: app for name, app in apps.items() if not app.deleting}
+    return {
+        "targets": [{**named(here[t]), "weight": w} for t, w in split.weights.items() if t in here],
+        "sticky": split.sticky,
+        "rules": split.rules,
+        "shadows": [{**named(here[t]), "share": s} for t, s in split.shadows.items() if t in here],
+    }
+
+
+def _ingress(app: Application) -> str:
+    return f"{app.name}#{app.routed}"
 
 
 def _deployment(d: Deployment) -> dict[str, Any]:

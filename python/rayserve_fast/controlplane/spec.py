@@ -154,6 +154,8 @@ class ApplicationSpec:
     route_prefix: str | None  # None: not reachable over HTTP
     ingress: str
     deployments: tuple[DeploymentSpec, ...]
+    era: str = ""  # which API made it: "" for today's, "backend", "deploy"; names are unique over all of them
+    labels: Mapping[str, Any] = field(default_factory=dict)  # plain JSON that only the API of its era reads
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,9 @@
 """What a restarted controller must know, kept in the key-value store of Ray's GCS.
 
-Three kinds of keys: `meta` (epoch, cluster token), `app:{name}` (the target of one application), `replicas` (which
-replica actors exist and what they run). A replica list is written before its actors are made, so that no actor can
-exist that a restarted controller does not look for. Values are pickles of this package's own plain classes.
+Four kinds of keys: `meta` (epoch, cluster token), `app:{name}` (the target of one application), `traffic` (splits and
+endpoints), `replicas` (which replica actors exist and what they run). A replica list is written before its actors are
+made, so that no actor can exist that a restarted controller does not look for. Values are pickles of this package's
+own plain classes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from ray.experimental.internal_kv import (
 
 from rayserve_fast.controlplane.options import NAMESPACE
 from rayserve_fast.controlplane.state import Application, Deployment, Replica
+from rayserve_fast.controlplane.traffic import Traffic
 
 _SPACE = NAMESPACE.encode()
 
@@ -74,6 +76,18 @@ def load() -> dict[str, Application]:
         if app_name in apps and deployment in apps[app_name].deployments:
             apps[app_name].deployments[deployment].replicas[r.id] = r
     return apps
+
+
+def save_traffic(traffic: Traffic) -> None:
+    """Remember the splits and the endpoints."""
+    _internal_kv_put(b"traffic", pickle.dumps(traffic), overwrite=True, namespace=_SPACE)
+
+
+def load_traffic() -> Traffic:
+    """The splits and endpoints as they were last saved; none at the first start."""
+    raw = _internal_kv_get(b"traffic", namespace=_SPACE)
+    traffic: Traffic = pickle.loads(raw) if raw else Traffic()
+    return traffic
 
 
 def clear() -> None:

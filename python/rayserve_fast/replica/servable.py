@@ -13,6 +13,7 @@ import logging
 from typing import TYPE_CHECKING, Any
 
 from rayserve_fast import multiplex
+from rayserve_fast.classic.parameters import with_older_handles
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.replica.calls import is_async
 
@@ -110,7 +111,8 @@ async def _construct(definition: Definition) -> Any:
     """The user's object; its constructor runs on the loop's thread and may be ``async def``."""
     kind: Any = definition.func_or_class
     target = kind.__new__(kind)
-    result = target.__init__(*definition.init_args, **definition.init_kwargs)
+    args, kwargs = with_older_handles(kind.__init__, target, definition.init_args, definition.init_kwargs)
+    result = target.__init__(*args, **kwargs)
     if inspect.isawaitable(result):
         await result
     return target

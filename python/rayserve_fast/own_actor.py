@@ -1,0 +1,52 @@
+"""A Ray actor that belongs to this process: made when it is first asked for, on this node, gone with the process.
+
+For what only an actor can do in Ray's world: own the value behind an ObjectRef that does not exist yet.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+#: Of an actor: calls that may be open at once.
+OPEN = 100_000
+
+
+class OwnActor:
+    """At most one actor of a class; another Ray, after `ray.shutdown` and `ray.init`, gets another.
+
+    Args:
+        kind: an async class, whose constructor takes `args`.
+    """
+
+    def __init__(self, kind: type, *args: Any) -> None:
+        self._kind = kind
+        self._args = args
+        self._actor: tuple[str, Any] | None = None  # with the id of this process in its Ray
+        self._lock = threading.Lock()
+
+    def actor(self) -> Any:
+        """The handle of the actor, which may still be starting."""
+        context = ray.get_runtime_context()
+        worker = context.get_worker_id()
+        with self._lock:
+            if self._actor is None or self._actor[0] != worker:
+                made = ray.remote(self._kind).options(
+                    num_cpus=0,
+                    max_concurrency=OPEN,
+                    max_restarts=-1,
+                    enable_task_events=False,
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True),
+                )
+                self._actor = worker, made.remote(*self._args)
+            return self._actor[1]
+
+    def end(self) -> None:
+        """Kill the actor, if there is one in this Ray; the next question makes a new one."""
+        with self._lock:
+            ended, self._actor = self._actor, None
+            if ended is not None and ended[0] == ray.get_runtime_context().get_worker_id():
+                ray.kill(ended[1])
