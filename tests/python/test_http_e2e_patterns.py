@@ -98,6 +98,7 @@ def test_types_are_pythons() -> None:
 
 def test_an_asgi_application_finds_the_parameters_in_its_scope() -> None:
     from fastapi import FastAPI
+
     from rayserve_fast.ingress import ingress
 
     app = FastAPI()

@@ -177,6 +177,12 @@ class Controller(TrafficOrders):
             name: dict(app.spec.labels) for name, app in self._apps.items() if app.spec.era == era and not app.deleting
         }
 
+    async def specification(self, name: str) -> ApplicationSpec | None:
+        """What was deployed under this name; None if nothing is, or it is being deleted."""
+        await self._recovered.wait()
+        app = self._apps.get(name)
+        return None if app is None or app.deleting else app.spec
+
     async def exists(self, app: str, deployment: str) -> bool:
         """Whether there is such a deployment."""
         await self._recovered.wait()

@@ -11,7 +11,6 @@ use super::{
 };
 
 const FIXED: usize = 32;
-/// Flags.
 const HTTPS: u8 = 1;
 const PARAMS: u8 = 2;
 
@@ -316,10 +315,8 @@ impl<'a> Iterator for Headers<'a> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::{
-        super::params::{Kind, Param, put_param},
-        *,
-    };
+    use super::*;
+    use crate::wire::params::{Kind, Param, put_param};
 
     fn some_bytes(max: usize) -> impl Strategy<Value = Vec<u8>> {
         prop::collection::vec(any::<u8>(), 0..max)
