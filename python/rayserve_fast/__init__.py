@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         handle as handle,
         schema as schema,
         serve as serve,
+        traffic as traffic,
     )
     from rayserve_fast._core import __version__ as __version__
     from rayserve_fast.api import (
@@ -66,6 +67,7 @@ if TYPE_CHECKING:
         list_endpoints as list_endpoints,
         route as route,
         split as split,
+        stat as stat,
     )
     from rayserve_fast.classic.session import (
         init as init,
@@ -83,6 +85,14 @@ if TYPE_CHECKING:
         multiplexed as multiplexed,
     )
     from rayserve_fast.schema import TracingConfig as TracingConfig
+    from rayserve_fast.traffic import (
+        delete_traffic as delete_traffic,
+        get_rollout as get_rollout,
+        get_traffic as get_traffic,
+        rollout as rollout,
+        set_traffic as set_traffic,
+        shadow_traffic as shadow_traffic,
+    )
 
 # Where each public name lives; the same table as above, for the interpreter.
 _HOME = {
@@ -103,6 +113,7 @@ _HOME = {
     "delete": "api",
     "delete_backend": "classic.backends",
     "delete_endpoint": "classic.endpoints",
+    "delete_traffic": "traffic",
     "deployment": "deployment",
     "get_app_handle": "api",
     "get_backend_config": "classic.backends",
@@ -112,6 +123,8 @@ _HOME = {
     "get_handle": "classic.endpoints",
     "get_multiplexed_model_id": "multiplex",
     "get_replica_context": "context",
+    "get_rollout": "traffic",
+    "get_traffic": "traffic",
     "ingress": "ingress",
     "init": "classic.session",
     "link": "classic.endpoints",
@@ -119,18 +132,22 @@ _HOME = {
     "list_endpoints": "classic.endpoints",
     "multiplexed": "multiplex",
     "route": "classic.endpoints",
+    "rollout": "traffic",
     "run": "api",
     "run_many": "api",
+    "set_traffic": "traffic",
+    "shadow_traffic": "traffic",
     "shutdown": "api",
     "shutdown_async": "api",
     "split": "classic.endpoints",
     "start": "api",
+    "stat": "classic.endpoints",
     "status": "api",
     "update_backend_config": "classic.backends",
 }
 
 # Modules that are there without having been imported, as those of `ray.serve` are: `serve.config.AutoscalingConfig`.
-_MODULES = {"config", "context", "exceptions", "gang", "handle", "schema"}
+_MODULES = {"config", "context", "exceptions", "gang", "handle", "schema", "traffic"}
 
 __all__ = list(_HOME)
 

@@ -5,7 +5,7 @@ Fixtures, from the cheapest to the dearest; a test that needs none of them must 
 - `free_port`: a TCP port of 127.0.0.1 that nobody listens on right now.
 - `ray_session`: the driver is connected to a local Ray with 8 declared CPUs, no dashboard, in a directory of its own.
 - `serve_instance`: Serve runs in that Ray on a free port. Yields the base URL, such as `http://127.0.0.1:40123`.
-  All applications are deleted after each test, so a test deploys with `serve.run(app)` and leaves it there.
+  All traffic, endpoints and applications are deleted after each test: it deploys with `serve.run(app)` and leaves it.
 - `run`: `serve.run`, once in that Serve and once in local testing mode; the test must hold in both.
 
 A test that needs a Ray of its own (another port, a dying controller, a second driver) runs a script with `run_script`,
@@ -74,8 +74,13 @@ def serve_url(ray_session: None) -> Iterator[str]:
 @pytest.fixture
 def serve_instance(serve_url: str) -> Iterator[str]:
     from rayserve_fast import serve
+    from rayserve_fast.controlplane import client
 
     yield serve_url
+    for name, traffic in serve.get_traffic().items():  # an application in use cannot be deleted
+        if traffic.rollout in ("RUNNING", "PAUSED"):
+            serve.get_rollout(name).abort()
+        client.ask("delete_traffic" if name.startswith("/") else "delete_endpoint", name)
     for name in list(serve.status().applications):
         serve.delete(name)
 

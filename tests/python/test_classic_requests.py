@@ -64,7 +64,7 @@ def test_a_flask_shaped_request_has_plain_values(function: Any, kind: type[Backe
         got = requests.get(f"{url}/a%20b?n=1&n=2&empty=", headers={"x-one": "1"}, cookies={"c": "2"}).json()
         assert got["method"] == "GET"
         assert (got["path"], got["full_path"]) == ("/a b", "/a b?n=1&n=2&empty=")
-        assert got["args"] == {"n": "1", "empty": ""} and got["lists"] == {"n": ["1", "2"], "empty": [""]}
+        assert (got["args"], got["lists"]) == ({"n": "1", "empty": ""}, {"n": ["1", "2"], "empty": [""]})
         assert (got["number"], got["header"], got["cookies"]) == (1, "1", {"c": "2"})
         assert (got["json"], got["data"], got["form"]) == (None, "", {})
         assert (got["remote"], got["url"]) == ("127.0.0.1", f"{url}/a%20b?n=1&n=2&empty=")

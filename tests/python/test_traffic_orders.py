@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -24,18 +23,16 @@ def snapshot() -> dict[str, Any]:
 
 
 @pytest.fixture
-def backend(serve_instance: str) -> Iterator[str]:
-    """A backend of the older API, and nothing left of it and its endpoints afterwards."""
+def backend(serve_instance: str) -> str:
+    """A backend of the older API."""
     spec = build_target(RunTarget(code("v1"), "old", None), {})
     ray.get(client.require().deploy.remote([replace(spec, era="backend", labels={"accepts_batches": False})]))
-    yield "old"
-    for name in client.ask("endpoints"):
-        client.ask("delete_endpoint", name)
+    return "old"
 
 
 def test_traffic_outlives_the_controller(serve_instance: str) -> None:
     serve.run_many([serve.RunTarget(code("a"), "a", "/a"), serve.RunTarget(code("b"), "b", None)])
-    client.ask("set_traffic", "/a", {"a": 0.9, "b": 0.1}, {"header": "x-user"})
+    serve.set_traffic("/a", {"a": 0.9, "b": 0.1}, sticky_header="x-user")
     before = snapshot()
     os.kill(actor_pid("SERVE_CONTROLLER_ACTOR"), 9)
     after = snapshot()
@@ -46,18 +43,17 @@ def test_traffic_outlives_the_controller(serve_instance: str) -> None:
         serve.delete("b")
     with pytest.raises(RayServeException, match="target of the traffic of route /a"):
         serve.delete("b", _blocking=False)
-    client.ask("delete_traffic", "/a")
+    serve.delete_traffic("/a")
     serve.delete("b")
     assert snapshot()["splits"] == {}
 
 
 def test_a_redeploy_of_a_target_keeps_its_traffic(serve_instance: str) -> None:
     serve.run_many([serve.RunTarget(code("a"), "a", "/a"), serve.RunTarget(code("b"), "b", None)])
-    client.ask("set_traffic", "/a", {"a": 0.9, "b": 0.1})
+    serve.set_traffic("/a", {"a": 0.9, "b": 0.1})
     split = snapshot()["splits"]["/a"]
     serve.run(code("b2"), name="b", route_prefix=None)
     assert snapshot()["splits"]["/a"] == split
-    client.ask("delete_traffic", "/a")
 
 
 def test_endpoints_and_backends_live_as_in_the_older_api(backend: str) -> None:
@@ -65,7 +61,7 @@ def test_endpoints_and_backends_live_as_in_the_older_api(backend: str) -> None:
     assert client.ask("endpoints") == {
         "simple": {"route": "/simple", "methods": ["GET"], "traffic": {}, "shadows": {}},
     }
-    client.ask("set_traffic", backend, {"simple": 1.0})
+    serve.set_traffic(backend, {"simple": 1.0})
     assert client.ask("endpoints")["simple"]["traffic"] == {backend: 1.0}
     with pytest.raises(ValueError, match="Backend 'old' is used by endpoint 'simple' and cannot be deleted"):
         serve.delete(backend)

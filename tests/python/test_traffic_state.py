@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from rayserve_fast.controlplane import snapshot
+from rayserve_fast.controlplane.rollout import Plan, Rollout
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.controlplane.state import Application
 from rayserve_fast.controlplane.traffic import Traffic
@@ -291,7 +292,7 @@ def test_a_shadow_of_a_route_without_split_begins_and_ends_without_a_trace(w: Wo
     assert w.traffic.splits == {}
     with pytest.raises(RayServeException, match="Nothing serves the route '/nowhere'"):
         w.shadow("/nowhere", "b", 0.5)
-    with pytest.raises(ValueError, match="endpoint 'nowhere' that is not registered"):
+    with pytest.raises(ValueError, match="Endpoint 'nowhere' is not registered"):
         w.shadow("nowhere", "old", 0.5)
 
 
@@ -303,3 +304,68 @@ def test_a_share_is_between_0_and_1(w: World, share: Any) -> None:
         w.shadow("/x", "b", share)
     with pytest.raises(TypeError, match="share: must be a number from 0"):
         w.shadow("e", "old", share)
+
+
+PLAN = Plan((0.1, 1.0), 10.0, 10.0, 100, 0.01, None, None)
+
+
+def roll(w: World, name: str = "/x", target: str = "b", id: str = "1") -> Rollout:
+    return w.traffic.roll_out(id, name, target, PLAN, 0.0, w.apps)
+
+
+def test_a_rollout_takes_its_first_step_from_the_owner_of_the_route(w: World) -> None:
+    roll(w)
+    assert w.traffic.splits["/x"].weights == {"a": 0.9, "b": 0.1}
+    assert w.traffic.rollout("/x").before == {"a": 1.0, "b": 0.0}
+
+
+def test_nothing_else_decides_over_the_weights_while_a_rollout_does(w: World) -> None:
+    w.set("/x", {"a": 1.0, "c": 0.0})
+    rolling = roll(w)
+    for order in (
+        lambda: w.set("/x", {"a": 1.0}),
+        lambda: w.traffic.remove("/x"),
+        lambda: roll(w, target="c", id="2"),
+    ):
+        with pytest.raises(RayServeException, match=r"A rollout of 'b' decides.*serve.get_rollout\('/x'\).abort\(\)"):
+            order()
+    w.traffic.splits["/x"].weights["a"] = 0.0
+    for target in "ac":  # it may have to go back to them
+        with pytest.raises(RayServeException, match=f'"{target}" is part of the rollout on /x and cannot be deleted'):
+            w.traffic.check_unused(w.apps[target])
+    w.shadow("/x", "c", 0.5)
+    w.shadow("/x", "c", 0)
+    rolling.abort(1.0)
+    w.set("/x", {"a": 1.0})
+    w.traffic.check_unused(w.apps["c"])
+    assert roll(w, id="1") is rolling, "a repeated call is the same rollout"
+    assert roll(w, id="2") is not rolling
+
+
+def test_an_endpoint_with_a_rollout_stays(w: World) -> None:
+    w.apps["new"] = app("new", era="backend")
+    w.endpoint(weights={"old": 1.0})
+    roll(w, "e", "new")
+    with pytest.raises(RayServeException, match="A rollout of 'new' decides"):
+        w.traffic.delete_endpoint("e")
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "error", "text"),
+    [
+        ("/x", "a", ValueError, r"steps: the first one is 0.1, but 'a' gets 1.0 of '/x' already"),
+        ("/half", "b", ValueError, r"steps: the first one is 0.1, but 'b' gets 0.5 of '/half' already"),
+        ("/x", "z", RayServeException, "no application 'z'"),
+        ("/nowhere", "b", RayServeException, "Nothing serves the route '/nowhere'"),
+        ("nowhere", "b", ValueError, "Endpoint 'nowhere' is not registered"),
+        ("e", "old", ValueError, "endpoint 'e' has no traffic that 'old' could take over"),
+    ],
+)
+def test_a_rollout_that_cannot_be_is_refused(w: World, name: str, target: str, error: Any, text: str) -> None:
+    w.set("/half", {"b": 0.5, "c": 0.5})
+    w.endpoint()
+    with pytest.raises(error, match=text):
+        roll(w, name, target)
+    assert w.traffic.rollouts == {}
+    with pytest.raises(RayServeException, match=r"no rollout on '/x'; serve.rollout\('/x', ...\) starts one"):
+        w.traffic.rollout("/x")

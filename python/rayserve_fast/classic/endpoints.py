@@ -157,3 +157,30 @@ class EndpointHandle(RayServeHandle):
             )
         data = args[0] if args else None
         return (HandleRequest(data, kwargs, self._http_method, self._http_headers),), {}
+
+
+def stat() -> list[dict[str, Any]]:
+    """What the proxies have counted, as a list of `{"info": {...}, "value": number}`.
+
+    The name in `info` is `requests`, `errors`, or `latency_ms` with a `quantile`; `endpoint` and `backend` say of which.
+    Today: `serve.get_traffic()`, or Prometheus at `/-/metrics`.
+    """
+    from rayserve_fast.traffic import get_traffic
+
+    session.warn_older("serve.stat", "serve.get_traffic")
+    found = []
+    for name, traffic in get_traffic().items():
+        for target, counts in traffic.targets.items():
+            values: list[tuple[dict[str, Any], Any]] = [
+                ({"name": "requests"}, counts.requests),
+                ({"name": "errors"}, counts.errors),
+                ({"name": "latency_ms", "quantile": 0.5}, counts.p50_ms),
+                ({"name": "latency_ms", "quantile": 0.95}, counts.p95_ms),
+                ({"name": "latency_ms", "quantile": 0.99}, counts.p99_ms),
+            ]
+            found += [
+                {"info": {**info, "endpoint": name, "backend": target}, "value": value}
+                for info, value in values
+                if value is not None
+            ]
+    return found

@@ -55,13 +55,14 @@ def require() -> Any:
     return controller
 
 
-def ask(method: str, *args: Any) -> Any:
+def ask(method: str, *args: Any, timeout_s: float | None = None) -> Any:
     """Call a method of the running controller and return its answer, or raise what it raised.
 
     Raises:
         NotRunningError: there is none.
+        GetTimeoutError: no answer within `timeout_s` seconds.
     """
-    return answer(getattr(require(), method).remote(*args))
+    return answer(getattr(require(), method).remote(*args), timeout_s)
 
 
 def answer(coming: Any, timeout_s: float | None = None) -> Any:

@@ -26,6 +26,7 @@ from rayserve_fast.controlplane.options import SHUTDOWN_WAIT_S, ClusterOptions
 from rayserve_fast.controlplane.process import Place
 from rayserve_fast.controlplane.proxies import Fleet, within
 from rayserve_fast.controlplane.replicas import Replicas
+from rayserve_fast.controlplane.rollout_orders import RolloutOrders
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.controlplane.state import Application, Deployment, Replica
 from rayserve_fast.controlplane.status import (
@@ -38,7 +39,6 @@ from rayserve_fast.controlplane.status import (
     ReplicaState,
     ServeStatus,
 )
-from rayserve_fast.controlplane.traffic_orders import TrafficOrders
 from rayserve_fast.exceptions import RayServeException
 
 logger = logging.getLogger("ray.serve")
@@ -57,8 +57,8 @@ class Progress:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-class Controller(TrafficOrders):
-    """Desired state in, actors and snapshots out; what concerns traffic is in `TrafficOrders`."""
+class Controller(RolloutOrders):
+    """Desired state in, actors and snapshots out; traffic is `TrafficOrders`' part, rollouts are `RolloutOrders`'."""
 
     async def __init__(self, options: ClusterOptions, head: str) -> None:  # type: ignore[misc]  # Ray awaits it
         self._options = options
@@ -71,6 +71,7 @@ class Controller(TrafficOrders):
         self._version = (meta.epoch, 0)
         self._apps = store.load()
         self._traffic = store.load_traffic()
+        self._driving: dict[str, asyncio.Task[None]] = {}
         self._snapshot = b""
         self._fleet = Fleet(options, self._token, head, self.changed)
         self._socket_dir = sockets.directory(self._token)
@@ -151,6 +152,8 @@ class Controller(TrafficOrders):
         await self._recovered.wait()
         apps = list(self._apps.values())
         self._leave(apps)
+        for rolling in self._driving.values():
+            rolling.cancel()
         await within(SHUTDOWN_WAIT_S, [self._gone(apps)])
         self._loop.cancel()  # it would start a proxy again
         await self._replicas.kill_all()
@@ -251,6 +254,7 @@ class Controller(TrafficOrders):
         await within(RECOVERY_WAIT_S, found)
         self._recovered.set()
         self.publish()
+        self._drive_rollouts()
 
     def _step(self) -> None:
         """Decide and execute for everything once."""

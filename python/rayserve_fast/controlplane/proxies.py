@@ -8,9 +8,10 @@ proxy that cannot take its port is UNHEALTHY; on the head node that fails the st
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayserve_fast.controlplane.figures import Reading
 from rayserve_fast.controlplane.options import LINK_WAIT_S, NAMESPACE, ClusterOptions, proxy_name
 from rayserve_fast.controlplane.process import Place, wait_gone
 from rayserve_fast.controlplane.proxy import ProxyActor
@@ -27,6 +29,8 @@ logger = logging.getLogger("ray.serve")
 RESTART_S = 5.0
 #: How long a new replica waits for a proxy that is still starting.
 SETTLE_WAIT_S = 10.0
+#: How long a proxy may take to say what it has counted.
+COUNT_WAIT_S = 2.0
 #: A node without replicas keeps its proxy for so long, as replicas may come back, and then so long while it drains.
 UNNEEDED_S = 30.0
 DRAIN_S = 30.0
@@ -104,6 +108,12 @@ class Fleet:
         """The status of each node's proxy."""
         return {p.node_id: p.status for p in self._proxies.values()}
 
+    async def traffic(self) -> Reading:
+        """What each proxy has counted; one that does not answer in time is left out."""
+        listening = [p for p in self._proxies.values() if p.address]
+        answers = await asyncio.gather(*(_counted(p) for p in listening), return_exceptions=True)
+        return dict(a for a in answers if not isinstance(a, BaseException))
+
     async def shutdown(self, timeout_s: float) -> None:
         """Stop all proxies and wait until their processes are gone."""
         proxies, self._proxies = list(self._proxies.values()), {}
@@ -172,6 +182,11 @@ class Fleet:
     def _settle(self, p: _Proxy) -> None:
         p.settled.set()
         self._changed()
+
+
+async def _counted(p: _Proxy) -> tuple[str, Mapping[str, Any]]:
+    pid, counted = await asyncio.wait_for(p.handle.traffic.remote(), COUNT_WAIT_S)
+    return f"{p.node_id}:{pid}", json.loads(counted)
 
 
 async def _told(missing: Awaitable[list[str]], replica_id: str) -> None:

@@ -61,6 +61,10 @@ class ProxyActor:
         counters: dict[str, int] = self._core.counters()
         return counters
 
+    async def traffic(self) -> tuple[int, str]:
+        """This process, and what it has counted for each split since it started, as JSON (ARCHITECTURE.md)."""
+        return os.getpid(), self._core.traffic()
+
     async def drain(self) -> None:
         """Fail the health check, so that load balancers go elsewhere; requests are served as before."""
         self._core.drain()

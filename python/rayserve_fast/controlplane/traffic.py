@@ -12,8 +12,9 @@ Pure: no Ray, no clock, no storage. How requests are spread is the data plane's 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+from rayserve_fast.controlplane.rollout import Plan, Rollout
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.controlplane.state import Application
 from rayserve_fast.controlplane.traffic_checks import (
@@ -60,10 +61,11 @@ class Endpoint:
 
 @dataclass
 class Traffic:
-    """Every split, by its route or endpoint, and every endpoint."""
+    """Every split and rollout, by its route or endpoint, and every endpoint."""
 
     splits: dict[str, Split] = field(default_factory=dict)
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
+    rollouts: dict[str, Rollout] = field(default_factory=dict)  # the last one of each split
 
     # -- orders -------------------------------------------------------------------------------------------------
 
@@ -89,6 +91,7 @@ class Traffic:
                 self.assign(endpoint, turned, sticky, rules, apps)
             return
         check_weights(name, weights)
+        self._check_no_rollout(name)
         full = {**weights, **{str(r["target"]): 0.0 for r in rules if r["target"] not in weights}}
         for target in full:
             self._check_target(name, target, apps)
@@ -105,25 +108,14 @@ class Traffic:
             ValueError, TypeError: an endpoint, a backend or the share is wrong.
         """
         check_share(name, share)
-        split = self.splits.get(name)
-        if split is None:
-            if not is_route(name):
-                raise ValueError(f"Attempted to shadow traffic of an endpoint '{name}' that is not registered.")
-            self._check_no_endpoint(name)
-            if (owner := _owner(name, apps)) is None:
-                raise RayServeException(
-                    f"Nothing serves the route {name!r}. Deploy an application there, or give it targets first:"
-                    f" serve.set_traffic({name!r}, {{...}})."
-                )
-            split = Split(name, {owner: 1.0})
+        split = self._present(name, apps)
         if share:
             self._check_target(name, target, apps)
-            self.splits[name] = Split(
-                name, split.weights, split.sticky, split.rules, {**split.shadows, target: float(share)}
-            )
+            self.splits[name] = replace(split, shadows={**split.shadows, target: float(share)})
             return
         split.shadows.pop(target, None)
-        if is_route(name) and _says_nothing(split, _owner(name, apps)):
+        rolling = name in self.rollouts and self.rollouts[name].active
+        if is_route(name) and not rolling and _says_nothing(split, _owner(name, apps)):
             self.splits.pop(name, None)  # as it was before the first shadow
 
     def remove(self, route: str) -> None:
@@ -136,7 +128,9 @@ class Traffic:
         if not is_route(route):
             raise ValueError(f"route: must start with '/', got {route!r}; an endpoint goes with serve.delete_endpoint.")
         self.split(route)
+        self._check_no_rollout(route)
         del self.splits[route]
+        self.rollouts.pop(route, None)
 
     def create_endpoint(
         self,
@@ -185,8 +179,37 @@ class Traffic:
         """
         if name not in self.endpoints:
             raise ValueError(f"Endpoint '{name}' is not registered.")
+        self._check_no_rollout(name)
         del self.endpoints[name]
         del self.splits[name]
+        self.rollouts.pop(name, None)
+
+    def roll_out(
+        self, id: str, name: str, target: str, plan: Plan, now: float, apps: Mapping[str, Application]
+    ) -> Rollout:
+        """Start a rollout: its target gets the share of the first step. The same `id` again is the same rollout.
+
+        Raises:
+            RayServeException: nothing serves the route, it has a rollout that is not over, or the target is unknown.
+            ValueError: an endpoint or a backend is unknown, or the target has the share of the first step already.
+        """
+        if name in self.rollouts and self.rollouts[name].id == id:
+            return self.rollouts[name]
+        self._check_no_rollout(name)
+        split = self._present(name, apps)
+        self._check_target(name, target, apps)
+        before = {**split.weights, target: split.weights.get(target, 0.0)}
+        if not any(split.weights.values()):
+            raise ValueError(f"route_or_endpoint: endpoint {name!r} has no traffic that {target!r} could take over.")
+        if plan.steps[0] <= before[target]:
+            raise ValueError(
+                f"steps: the first one is {plan.steps[0]}, but {target!r} gets {before[target]} of {name!r} already;"
+                f" begin above that."
+            )
+        rollout = self.rollouts[name] = Rollout(id, name, target, plan, before, now)
+        rollout.start(now)
+        self.splits[name] = replace(split, weights=rollout.weights())
+        return rollout
 
     def forget(self, app: str) -> bool:
         """An application that no split uses goes: its weights of 0 go with it. Whether there were any."""
@@ -235,6 +258,12 @@ class Traffic:
                 f'Application "{app.name}" is a target of the traffic of route {name} and cannot be deleted.'
                 f" Call {how} first."
             )
+        for name, rollout in self.rollouts.items():
+            if rollout.active and app.name in rollout.before:
+                raise RayServeException(
+                    f'Application "{app.name}" is part of the rollout on {name} and cannot be deleted.'
+                    f" Wait for it, or call serve.get_rollout({name!r}).abort() first."
+                )
 
     def check_deploy(self, specs: Iterable[ApplicationSpec], apps: Mapping[str, Application]) -> None:
         """Refuse applications whose name or route is somebody else's.
@@ -260,6 +289,37 @@ class Traffic:
             if route is not None:
                 self._check_owner(route, spec.name)
             owners[route] = spec.name
+
+    def rollout(self, name: str) -> Rollout:
+        """The last rollout of a route or an endpoint, whether it is over or not.
+
+        Raises:
+            RayServeException: there was none.
+        """
+        if name not in self.rollouts:
+            raise RayServeException(f"There is no rollout on {name!r}; serve.rollout({name!r}, ...) starts one.")
+        return self.rollouts[name]
+
+    def _present(self, name: str, apps: Mapping[str, Application]) -> Split:
+        """The split, or for a route without one what its owner gets anyway."""
+        if name in self.splits:
+            return self.splits[name]
+        if not is_route(name):
+            raise ValueError(f"Endpoint '{name}' is not registered.")
+        self._check_no_endpoint(name)
+        if (owner := _owner(name, apps)) is None:
+            raise RayServeException(
+                f"Nothing serves the route {name!r}. Deploy an application there, or give it targets first:"
+                f" serve.set_traffic({name!r}, {{...}})."
+            )
+        return Split(name, {owner: 1.0})
+
+    def _check_no_rollout(self, name: str) -> None:
+        if name in self.rollouts and self.rollouts[name].active:
+            raise RayServeException(
+                f"A rollout of {self.rollouts[name].target!r} decides over the weights of {name!r}. Wait for it,"
+                f" or call serve.get_rollout({name!r}).abort() first."
+            )
 
     def _check_owner(self, route: str, app: str) -> None:
         if (endpoint := self._holder(route)) is not None:

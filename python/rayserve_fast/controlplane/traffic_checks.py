@@ -7,11 +7,16 @@ the older API, texts and types are the reference's. `traffic` checks what depend
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 #: How far the sum of weights may be from 1, as in the reference.
 TOLERANCE = 1e-8
+
+
+#: What may be the name of an HTTP header or a cookie (RFC 9110, token).
+TOKEN = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 
 def is_route(name: str) -> bool:
@@ -87,3 +92,67 @@ def endpoint_methods(methods: Any) -> tuple[str, ...]:
     if not names or not methods:
         raise TypeError(f'methods: must be a list of HTTP methods such as ["GET"], got {methods!r}.')
     return tuple(m.upper() for m in methods)
+
+
+def check_name(field: str, value: Any) -> None:
+    """Refuse what is no name."""
+    if not isinstance(value, str):
+        raise TypeError(f"{field}: must be a string, got {type(value).__name__}.")
+    if not value:
+        raise ValueError(f"{field}: must not be empty.")
+
+
+def check_number(
+    field: str, value: Any, what: str, *, above: float = -math.inf, least: float = -math.inf, most: float = math.inf
+) -> None:
+    """Refuse what is not `what`, a finite number within these bounds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{field}: must be {what}, got {value!r}.")
+    if not (math.isfinite(value) and value > above and least <= value <= most):
+        raise ValueError(f"{field}: must be {what}, got {value!r}.")
+
+
+def rollout_steps(steps: Any) -> tuple[float, ...]:
+    """The shares of a rollout, if they rise."""
+    if isinstance(steps, str) or not isinstance(steps, Sequence) or not steps:
+        raise TypeError(f"steps: must be a list of shares such as [0.1, 0.5, 1.0], got {steps!r}.")
+    for i, share in enumerate(steps):
+        check_number(f"steps[{i}]", share, "a share above 0 and at most 1", above=0, most=1)
+        if i and share <= steps[i - 1]:
+            raise ValueError(f"steps[{i}]: must be above the step before it, {steps[i - 1]}, got {share}.")
+    return tuple(float(s) for s in steps)
+
+
+def _token(field: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{field}: must be the name of a header or cookie, got {value!r}.")
+    if not TOKEN.fullmatch(value):
+        raise ValueError(f"{field}: {value!r} cannot be the name of a header or cookie; give letters, digits and '-'.")
+    return value
+
+
+def sticky_by(header: str | None, cookie: str | None) -> dict[str, str] | None:
+    """What makes requests stick, as the snapshot says it; header names are lower case on the wire."""
+    if header is not None and cookie is not None:
+        raise ValueError("sticky_header, sticky_cookie: give one of them, not both.")
+    if header is not None:
+        return {"header": _token("sticky_header", header).lower()}
+    return {"cookie": _token("sticky_cookie", cookie)} if cookie is not None else None
+
+
+def rule_of(index: int, rule: Any) -> dict[str, str | None]:
+    """A rule as the snapshot says it."""
+    field = f"rules[{index}]"
+    if not isinstance(rule, Mapping):
+        raise TypeError(f'{field}: must be a dict such as {{"header": "x-canary", "target": "b"}}, got {rule!r}.')
+    if unknown := set(rule) - {"header", "cookie", "value", "target"}:
+        raise ValueError(f"{field}: unknown keys {sorted(map(str, unknown))}; give header or cookie, value and target.")
+    if ("header" in rule) == ("cookie" in rule):
+        raise ValueError(f'{field}: give either "header" or "cookie".')
+    check_name(f"{field}.target", rule.get("target"))
+    value = rule.get("value")
+    if value is not None and not isinstance(value, str):
+        raise TypeError(f"{field}.value: must be a string, or None for any value, got {value!r}.")
+    if "header" in rule:
+        return {"header": _token(f"{field}.header", rule["header"]).lower(), "value": value, "target": rule["target"]}
+    return {"cookie": _token(f"{field}.cookie", rule["cookie"]), "value": value, "target": rule["target"]}

@@ -12,9 +12,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rayserve_fast.controlplane import store
-from rayserve_fast.controlplane.proxies import within
+from rayserve_fast.controlplane.figures import (
+    Reading,
+    RouteTraffic,
+    of_targets,
+    shadow_traffic,
+    target_traffic,
+    total,
+)
+from rayserve_fast.controlplane.proxies import Fleet, within
 from rayserve_fast.controlplane.state import Application
-from rayserve_fast.controlplane.traffic import Traffic
+from rayserve_fast.controlplane.traffic import Split, Traffic
 
 #: How long an order waits for the proxies to have it.
 CONFIRM_S = 2.0
@@ -24,6 +32,7 @@ class TrafficOrders:
     """Methods of the controller actor; the attributes are the controller's."""
 
     _apps: dict[str, Application]
+    _fleet: Fleet
     _traffic: Traffic
     _recovered: asyncio.Event
 
@@ -55,6 +64,13 @@ class TrafficOrders:
         self._traffic.remove(route)
         await self._take_effect()
 
+    async def traffic(self, name: str | None = None) -> dict[str, RouteTraffic]:
+        """Targets and counts of one route or endpoint, or of all. Raises what `Traffic.split` raises."""
+        await self._recovered.wait()
+        splits = list(self._traffic.splits.values()) if name is None else [self._traffic.split(name)]
+        reading = await self._fleet.traffic()
+        return {split.name: self._figures(split, reading) for split in splits}
+
     async def create_endpoint(
         self,
         name: str,
@@ -85,6 +101,28 @@ class TrafficOrders:
             }
             for name, endpoint in self._traffic.endpoints.items()
         }
+
+    def _figures(self, split: Split, reading: Reading) -> RouteTraffic:
+        tallies = of_targets(reading, split.name).values()
+        rollout = self._traffic.rollouts.get(split.name)
+        return RouteTraffic(
+            name=split.name,
+            targets={
+                target: target_traffic(weight, self._ready(target), total(t[target] for t in tallies if target in t))
+                for target, weight in split.weights.items()
+            },
+            shadows={
+                target: shadow_traffic(reading, split.name, target, share, self._ready(target))
+                for target, share in split.shadows.items()
+            },
+            sticky=split.sticky,
+            rules=split.rules,
+            rollout=rollout.state if rollout else None,
+        )
+
+    def _ready(self, target: str) -> int:
+        app = self._apps.get(target)
+        return len(app.deployments[app.routed].among("RUNNING")) if app else 0
 
     async def _take_effect(self) -> None:
         store.save_traffic(self._traffic)
