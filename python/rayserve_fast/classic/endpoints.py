@@ -162,7 +162,7 @@ class EndpointHandle(RayServeHandle):
 def stat() -> list[dict[str, Any]]:
     """What the proxies have counted, as a list of `{"info": {...}, "value": number}`.
 
-    The name in `info` is `requests`, `errors`, or `latency_ms` with a `quantile`; `endpoint` and `backend` say of which.
+    The name in `info` is `requests`, `errors` or `latency_ms` (with a `quantile`); `endpoint` and `backend` are whose.
     Today: `serve.get_traffic()`, or Prometheus at `/-/metrics`.
     """
     from rayserve_fast.traffic import get_traffic
