@@ -4,9 +4,11 @@
 
 pub mod engine;
 pub mod error;
+pub mod histogram;
 pub mod metrics;
 pub mod proxy;
 pub mod snapshot;
 pub mod tcp;
+pub mod traffic;
 pub mod vigil;
 pub mod wire;

@@ -4,14 +4,24 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
+use crate::traffic::Traffic;
+
 /// A number that one thread writes and any thread reads.
 #[derive(Debug, Default)]
 pub struct Counter(AtomicU64);
 
 impl Counter {
+    /// Nothing yet.
+    pub const ZERO: Self = Self(AtomicU64::new(0));
+
     /// One more.
     pub fn up(&self) {
         self.0.store(self.0.load(Relaxed).wrapping_add(1), Relaxed);
+    }
+
+    /// So many more.
+    pub fn add(&self, count: u64) {
+        self.0.store(self.0.load(Relaxed).wrapping_add(count), Relaxed);
     }
 
     /// One less.
@@ -26,15 +36,21 @@ impl Counter {
 }
 
 macro_rules! metrics {
-    ($($(#[$doc:meta])* $name:ident,)*) => {
+    ($($(#[doc = $help:literal])* $name:ident: $kind:ident,)*) => {
         /// The counters of one shard.
         #[derive(Debug, Default)]
         pub struct Metrics {
-            $($(#[$doc])* pub $name: Counter,)*
+            $($(#[doc = $help])* pub $name: Counter,)*
+            /// What splits count.
+            pub traffic: Traffic,
         }
 
         impl Metrics {
-            /// Every counter with its name, in the order of declaration.
+            /// Every counter's name, kind and meaning, in the order of declaration.
+            pub const DESCRIBED: &[(&str, Kind, &str)] =
+                &[$((stringify!($name), Kind::$kind, concat!($($help),*).trim_ascii())),*];
+
+            /// Every counter with its name, in the same order.
             pub fn all(&self) -> impl Iterator<Item = (&'static str, u64)> {
                 [$((stringify!($name), self.$name.value())),*].into_iter()
             }
@@ -42,35 +58,44 @@ macro_rules! metrics {
     };
 }
 
+/// What a counter's value means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Ever.
+    Total,
+    /// Now.
+    Gauge,
+}
+
 metrics! {
     /// Open client connections.
-    connections,
+    connections: Gauge,
     /// Client connections ever accepted.
-    accepted,
+    accepted: Total,
     /// Times that accepting failed, as when descriptors run out.
-    accept_errors,
+    accept_errors: Total,
     /// Requests ever received, the proxy's own pages included.
-    requests,
+    requests: Total,
     /// Requests that have not been answered to the end.
-    requests_open,
+    requests_open: Gauge,
     /// Streams that a replica has not ended.
-    streams,
+    streams: Gauge,
     /// Links that are up.
-    links,
+    links: Gauge,
     /// Links ever lost.
-    links_lost,
+    links_lost: Total,
     /// Requests that waited for a replica.
-    queued,
+    queued: Total,
     /// Requests sent once more after a death.
-    retried,
+    retried: Total,
     /// BUSY answers.
-    busy,
+    busy: Total,
     /// CANCEL frames sent.
-    cancelled,
+    cancelled: Total,
     /// Answers made by the proxy because a request failed.
-    errors,
+    errors: Total,
     /// Requests lost to a panic in the proxy.
-    panics,
+    panics: Total,
 }
 
 #[cfg(test)]

@@ -58,6 +58,7 @@ impl<W> Engine<W> {
                 self.dispatch(key);
             }
         }
+        self.divide(snapshot);
     }
 
     fn declare(&mut self, name: &str, config: &snapshot::Deployment) -> DeploymentKey {

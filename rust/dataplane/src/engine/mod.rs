@@ -15,15 +15,25 @@ mod pick;
 mod replica;
 mod reserve;
 pub mod route;
+mod schedule;
+pub mod split;
 pub mod streams;
+mod traffic;
 
 use std::collections::{HashMap, VecDeque};
 
 use slab::Slab;
 
-use self::{admit::Queue, members::Deployments, pick::Picker, replica::Replica};
+use self::{admit::Queue, members::Deployments, pick::Picker, replica::Replica, traffic::Split};
 pub use self::{
-    admit::Seq, affinity::Affinity, replica::Candidate, reserve::Assigned, route::RouteTable, streams::Streams,
+    admit::Seq,
+    affinity::Affinity,
+    replica::Candidate,
+    reserve::Assigned,
+    route::RouteTable,
+    split::Splitter,
+    streams::Streams,
+    traffic::{SplitKey, Turn},
 };
 use crate::{error::Error, snapshot};
 
@@ -33,6 +43,11 @@ pub struct DeploymentKey {
     index: u32,
     /// No two deployments of an engine have the same.
     life: u32,
+}
+
+impl DeploymentKey {
+    /// One that no engine has.
+    pub const NONE: Self = Self { index: u32::MAX, life: 0 };
 }
 
 /// A replica, until [`Engine::closed`] after its [`Action::Close`].
@@ -92,6 +107,8 @@ pub enum Action<W> {
     Close(ReplicaKey),
     /// Send UNUSED with this count.
     Unused(ReplicaKey, u32),
+    /// Targets of splits have become ready, or are so no more, or others: whoever waits for one chooses again.
+    Readiness,
 }
 
 #[derive(Debug)]
@@ -112,6 +129,8 @@ pub struct Engine<W> {
     by_name: HashMap<String, DeploymentKey>,
     replicas: Slab<Replica>,
     by_id: HashMap<String, ReplicaKey>,
+    /// Sorted by name.
+    splits: Vec<Split>,
     lives: u32,
     sessions: u64,
     actions: VecDeque<Action<W>>,
@@ -124,6 +143,7 @@ impl<W> Default for Engine<W> {
             by_name: HashMap::new(),
             replicas: Slab::new(),
             by_id: HashMap::new(),
+            splits: Vec::new(),
             lives: 0,
             sessions: 0,
             actions: VecDeque::new(),
@@ -262,7 +282,9 @@ impl<W> Engine<W> {
     pub fn returned(&mut self, lease: Lease) -> Place {
         if let Some(replica) = self.holder(&lease) {
             replica.give(lease.place.affinity);
-            replica.draining = true;
+            if !std::mem::replace(&mut replica.draining, true) {
+                self.reckon();
+            }
         }
         lease.place
     }
@@ -275,6 +297,7 @@ impl<W> Engine<W> {
         replica.max_ongoing = max_ongoing;
         let deployment = replica.deployment;
         self.dispatch(deployment);
+        self.reckon();
     }
 
     /// A link is gone with all its leases. Returns whether the replica is still wanted: then the driver links again.
@@ -285,6 +308,7 @@ impl<W> Engine<W> {
             self.replicas.remove(key.0);
             return false;
         }
+        self.reckon();
         self.wants(key)
     }
 
@@ -297,6 +321,7 @@ impl<W> Engine<W> {
     pub fn draining(&mut self, key: ReplicaKey) {
         if let Some(replica) = self.replicas.get_mut(key.0) {
             replica.draining = true;
+            self.reckon();
         }
     }
 
@@ -307,6 +332,7 @@ impl<W> Engine<W> {
         {
             let deployment = replica.deployment;
             self.dispatch(deployment);
+            self.reckon();
         }
     }
 

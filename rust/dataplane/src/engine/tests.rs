@@ -1,5 +1,6 @@
 //! The engine as a driver sees it, in scripted cases; `walk.rs` has random ones.
 
+mod traffic;
 mod walk;
 
 use std::collections::{BTreeMap, HashMap};
@@ -44,6 +45,8 @@ struct Driver {
     refused: Vec<(u32, Error)>,
     closing: Vec<ReplicaKey>,
     unused: u32,
+    /// Times that readiness has changed.
+    turns: u32,
 }
 
 impl Driver {
@@ -52,7 +55,7 @@ impl Driver {
         engine.apply(snapshot);
         let key = engine.deployment("a#D").unwrap_or(DeploymentKey { index: 0, life: 0 });
         let (keys, started, refused, closing) = Default::default();
-        let mut driver = Self { engine, key, keys, started, refused, closing, unused: 0 };
+        let mut driver = Self { engine, key, keys, started, refused, closing, unused: 0, turns: 0 };
         driver.settle();
         driver
     }
@@ -78,6 +81,7 @@ impl Driver {
                 Action::Open(key, address) => drop(self.keys.insert(address.id, key)),
                 Action::Close(key) => self.closing.push(key),
                 Action::Unused(_, count) => self.unused += count,
+                Action::Readiness => self.turns += 1,
             }
         }
     }

@@ -74,6 +74,7 @@ impl http_body::Body for Body {
                         Error::Aborted
                     }
                 };
+                stream.broke(&error);
                 // hyper drops what it has not flushed when it meets an error; now it flushes first.
                 *broken = Some(error);
                 cx.waker().wake_by_ref();

@@ -1,14 +1,15 @@
-//! The proxy's own pages: `/-/routes` and `/-/healthz`, with the bodies that Ray Serve's users poll for.
+//! The proxy's own pages: `/-/routes` and `/-/healthz`, with the bodies that Ray Serve's users poll for, and `/-/metrics`.
 
 use std::rc::Rc;
 
 use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header::CONTENT_TYPE};
 
-use super::shard::Shard;
+use super::{metrics_page, shard::Shard};
 
 const JSON: HeaderValue = HeaderValue::from_static("application/json");
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
+const METRICS: HeaderValue = HeaderValue::from_static(metrics_page::CONTENT_TYPE);
 const NO_ROUTES: &str = "Route table is not populated yet.";
 
 /// The page of a raw path, whatever the method; `None` if the path is an application's.
@@ -16,6 +17,7 @@ pub(super) fn page(shard: &Rc<Shard>, path: &str) -> Option<Response<Bytes>> {
     let rest = path.strip_prefix("/-/")?;
     let listing = shard.listing.borrow().clone();
     let (status, kind, body) = match (rest, listing) {
+        ("metrics", _) => (StatusCode::OK, METRICS, metrics_page::text(&shard.shared).into()),
         ("routes" | "healthz", None) => {
             (StatusCode::SERVICE_UNAVAILABLE, TEXT, Bytes::from_static(NO_ROUTES.as_bytes()))
         }

@@ -28,7 +28,7 @@ use crate::engine::{Assigned, Candidate, DeploymentKey, Place};
 const ANSWER: Duration = Duration::from_secs(5);
 
 /// What Python is told of a request.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[expect(missing_docs, reason = "the names of the reference's metadata")]
 pub struct Choice {
     pub number: u64,

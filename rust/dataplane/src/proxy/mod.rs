@@ -12,9 +12,12 @@ mod dial;
 mod http;
 mod link;
 mod listen;
+mod metrics_page;
 mod relay;
 mod sender;
+mod shadow;
 mod shard;
+mod split;
 mod stream;
 mod vigil;
 
@@ -47,6 +50,7 @@ use crate::{
     engine::{Assigned, Candidate},
     metrics::Metrics,
     snapshot::{self, Snapshot, SnapshotError},
+    traffic::SplitTotals,
 };
 
 /// Instants have an end; nobody waits for longer.
@@ -70,9 +74,29 @@ struct Shared {
     choices: Choices,
     /// Replicas with which the handshake has failed.
     distrusted: Mutex<HashSet<String>>,
+    /// One a shard.
+    metrics: Mutex<Vec<Arc<Metrics>>>,
 }
 
 impl Shared {
+    fn metrics(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Metrics>>> {
+        self.metrics.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn counters(&self) -> BTreeMap<&'static str, u64> {
+        let mut sums = BTreeMap::new();
+        for (name, value) in self.metrics().iter().flat_map(|metrics| metrics.all()) {
+            *sums.entry(name).or_default() += value;
+        }
+        sums
+    }
+
+    fn traffic(&self) -> BTreeMap<String, SplitTotals> {
+        let mut sums = BTreeMap::new();
+        self.metrics().iter().for_each(|metrics| metrics.traffic.add_to(&mut sums));
+        sums
+    }
+
     fn links(&self) -> std::sync::MutexGuard<'_, HashMap<String, usize>> {
         self.linked.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -118,7 +142,6 @@ struct Running {
     threads: Vec<JoinHandle<()>>,
     /// Who started them: a fork has the handles and not the threads.
     process: u32,
-    metrics: Vec<Arc<Metrics>>,
 }
 
 impl std::fmt::Debug for Proxy {
@@ -137,6 +160,7 @@ impl Proxy {
             link_changed: Condvar::new(),
             choices: Choices::new(),
             distrusted: Mutex::default(),
+            metrics: Mutex::default(),
         };
         let kept = shared.config.snapshot_path.as_ref().and_then(|path| std::fs::read(path).ok());
         let snapshot = kept.and_then(|json| Snapshot::parse(&json).ok()).map(Arc::new);
@@ -163,7 +187,7 @@ impl Proxy {
         for index in 0..self.shared.config.shards {
             let (shared, metrics) = (Arc::clone(&self.shared), Arc::<Metrics>::default());
             let (listener, orders) = (listener.try_clone()?, self.orders.subscribe());
-            running.metrics.push(Arc::clone(&metrics));
+            self.shared.metrics().push(Arc::clone(&metrics));
             let subscriber = dispatcher::get_default(Clone::clone);
             let body = move || dispatcher::with_default(&subscriber, || run(shared, metrics, listener, orders));
             running.threads.push(std::thread::Builder::new().name(format!("rsf-proxy-{index}")).spawn(body)?);
@@ -208,11 +232,17 @@ impl Proxy {
 
     /// Every counter, summed over the shards.
     pub fn counters(&self) -> BTreeMap<&'static str, u64> {
-        let mut sums = BTreeMap::new();
-        for (name, value) in self.running().metrics.iter().flat_map(|metrics| metrics.all()) {
-            *sums.entry(name).or_default() += value;
-        }
-        sums
+        self.shared.counters()
+    }
+
+    /// What the splits have counted, summed over the shards, as JSON: see [`SplitTotals`].
+    pub fn traffic(&self) -> String {
+        serde_json::to_string(&self.shared.traffic()).expect("names and numbers are JSON")
+    }
+
+    /// The text of `/-/metrics`.
+    pub fn metrics_text(&self) -> String {
+        metrics_page::text(&self.shared)
     }
 
     /// A descriptor that is readable while [`Self::choices`] has something.

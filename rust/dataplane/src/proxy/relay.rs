@@ -2,7 +2,7 @@
 //!
 //! Not begun is sent elsewhere, at its old place in the order of arrival; if its deployment is gone, to where the route
 //! leads by now. Begun and dead is tried once more if the method is idempotent, the deployment allows it, nothing was
-//! answered and the body is still whole.
+//! answered and the body is still whole. Where a route has several targets, `split.rs` chooses and chooses again.
 
 use std::{future::poll_fn, rc::Rc, task::Poll};
 
@@ -16,15 +16,15 @@ use super::{
     http::Wishes,
     listen::Conn,
     sender::Sender,
-    shard::{Route, Shard},
+    shard::{Route, Shard, Waiting},
+    split::Watch,
     stream::{Head, Outcome, StreamRef},
 };
 use crate::{
     engine::{Affinity, Lease, Place},
     error::{Error, Retry},
     wire::{
-        Header, Kind, flag,
-        frame::put_with,
+        flag,
         head::{RequestHead, put_request_head},
     },
 };
@@ -51,16 +51,24 @@ pub(super) struct Call<'c> {
     pub(super) parts: &'c Parts,
     pub(super) marks: &'c Marks,
     pub(super) deadline: Option<Instant>,
+    /// Counts it, if its route has several targets.
+    pub(super) watch: Option<Watch>,
+    /// Shadows have had their copies.
+    pub(super) copied: bool,
 }
 
 /// Sends the request until one replica has answered. A body that is still on its way goes on by itself.
 ///
 /// # Errors
 /// See [`Error`]; nothing has been sent to the client then.
-pub(super) async fn relay(mut call: Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
+pub(super) async fn relay(call: &mut Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
-    let first = call.shard.admit(call.route.deployment, call.marks.affinity, || call.describe()).await;
-    let mut lease = call.leased(first).await?;
+    let mut lease = if call.route.fork.is_some() {
+        call.forked(&body).await?
+    } else {
+        let first = call.shard.admit(call.route.deployment, call.marks.affinity, || call.describe()).await;
+        call.leased(first).await?
+    };
     loop {
         let place = lease.place;
         let Some(stream) = call.send(lease, &body) else {
@@ -85,8 +93,7 @@ pub(super) async fn relay(mut call: Call<'_>, mut body: Inbound) -> Result<(Stre
                 if !body.rewind() {
                     return Err(Error::NotBegun);
                 }
-                let came = waiting.lease(|| call.describe()).await;
-                lease = call.leased(came).await?;
+                lease = call.resumed(waiting).await?;
                 continue;
             }
             Outcome::Failed(error) => error,
@@ -130,7 +137,7 @@ async fn go_on(mut upload: Upload, sender: Sender) {
 
 impl Call<'_> {
     /// For a router in Python.
-    fn describe(&self) -> Choice {
+    pub(super) fn describe(&self) -> Choice {
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         let wishes = Wishes::read(&self.parts.headers, self.shard.shared.config.session_header.as_bytes());
         let (model, session) = wishes.names();
@@ -150,11 +157,20 @@ impl Call<'_> {
 
     /// The next lease for a request that came back.
     async fn again(&mut self, place: Place) -> Result<Lease, Error> {
-        let came = match self.shard.again(place) {
-            Ok(waiting) => waiting.lease(|| self.describe()).await,
-            Err(error) => Err(error),
-        };
-        self.leased(came).await
+        match self.shard.again(place) {
+            Ok(waiting) => self.resumed(waiting).await,
+            Err(error) => self.leased(Err(error)).await,
+        }
+    }
+
+    /// The same for one that waits again already.
+    async fn resumed(&mut self, waiting: Waiting) -> Result<Lease, Error> {
+        let lease = waiting.lease(|| self.describe());
+        let came = if self.watch.is_some() { self.unless_stranded(lease).await } else { Some(lease.await) };
+        match came {
+            Some(came) => self.leased(came).await,
+            None => self.choose().await,
+        }
     }
 
     /// Takes a request whose deployment is gone to where its route leads by now. It may go on for as long as redeploys
@@ -163,6 +179,7 @@ impl Call<'_> {
         loop {
             match came {
                 Err(error) if error.retry() == Retry::Reroute => match self.shard.route(self.path) {
+                    Some((route, _)) if route.fork.is_some() => return self.choose().await,
                     Some((route, params)) if route.deployment != self.route.deployment => {
                         (self.route, self.params) = (route, params);
                     }
@@ -176,35 +193,17 @@ impl Call<'_> {
 
     /// Writes the REQUEST; `None` if the lease's link has gone since.
     fn send(&self, lease: Lease, body: &Inbound) -> Option<StreamRef> {
-        if !self.shard.engine.borrow().holds(&lease) {
-            return None;
-        }
-        let link = self.shard.link(lease.replica)?;
-        let granted = if lease.granted { flag::GRANTED } else { 0 };
-        let left = self.deadline.map_or(0, |deadline| {
-            let left = deadline.saturating_duration_since(Instant::now()).as_millis();
-            u32::try_from(left).unwrap_or(u32::MAX).max(1)
-        });
         let (inline, fin) = match body {
             Inbound::Whole(bytes) => (&bytes[..], flag::FIN),
             Inbound::Streamed(_) => (&[][..], 0),
         };
-        let opened = link.open(self.shard, lease, |out, id| {
-            put_with(out, Header::new(Kind::Request, id).with(granted | fin).aux(left), |out| {
-                self.put_head(out);
-                out.extend_from_slice(inline);
-            });
-        });
-        match opened {
-            Ok(stream) => Some(stream),
-            Err(lease) => {
-                self.shard.release(lease);
-                None
-            }
-        }
+        self.shard.open(lease, fin, self.deadline, |out| {
+            self.put_head(out);
+            out.extend_from_slice(inline);
+        })
     }
 
-    fn put_head(&self, out: &mut BytesMut) {
+    pub(super) fn put_head(&self, out: &mut BytesMut) {
         let root_path = self.shard.shared.config.root_path.as_bytes();
         let path = self.parts.uri.path().as_bytes();
         let rooted;

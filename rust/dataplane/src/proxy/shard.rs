@@ -5,15 +5,19 @@
 
 use std::{
     cell::{Cell, RefCell},
+    collections::HashMap,
     rc::Rc,
     sync::Arc,
     task::{Poll, Waker},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use slab::Slab;
+use tokio::{sync::Notify, time::Instant};
 
-use super::{Shared, choose::Choice, link::Link, listen::Conn, vigil::Events};
+use super::{
+    Shared, choose::Choice, link::Link, listen::Conn, shadow::Lane, split::Fork, stream::StreamRef, vigil::Events,
+};
 use crate::{
     engine::{
         Action, Admission, Affinity, DeploymentKey, Engine, Lease, Place, ReplicaKey, RouteTable, pattern::Pattern,
@@ -21,6 +25,8 @@ use crate::{
     error::Error,
     metrics::Metrics,
     snapshot::{self, Snapshot},
+    traffic::TargetMeter,
+    wire::{Header, Kind, flag, frame::put_with},
 };
 
 /// What a request needs to know of its route, resolved when the snapshot came.
@@ -32,7 +38,11 @@ pub(super) struct Route {
     pub(super) root_path: Vec<u8>,
     pub(super) retry_idempotent: bool,
     /// The HTTP methods that are let through, if not all.
-    methods: Option<Vec<String>>,
+    pub(super) methods: Option<Vec<String>>,
+    /// Several answer, each its share; `deployment` leads nowhere then.
+    pub(super) fork: Option<Fork>,
+    /// Counts the requests, where this is what a fork leads to.
+    pub(super) meter: Option<Arc<TargetMeter>>,
 }
 
 impl Route {
@@ -66,6 +76,10 @@ pub(super) struct Shard {
     pub(super) index: Cell<usize>,
     pub(super) engine: RefCell<Engine<usize>>,
     routes: RefCell<RouteTable<Rc<Route>>>,
+    /// Wakes who waits for a target of a split.
+    pub(super) readiness: Notify,
+    /// By split and shadow.
+    pub(super) lanes: RefCell<HashMap<(String, String), Rc<Lane>>>,
     /// `/-/routes`; none before the first snapshot.
     pub(super) listing: RefCell<Option<Bytes>>,
     pub(super) node_draining: Cell<bool>,
@@ -88,6 +102,8 @@ impl Shard {
             index: Cell::new(0),
             engine: RefCell::default(),
             routes: RefCell::default(),
+            readiness: Notify::new(),
+            lanes: RefCell::default(),
             listing: RefCell::default(),
             node_draining: Cell::new(false),
             links: RefCell::default(),
@@ -103,22 +119,12 @@ impl Shard {
     pub(super) fn apply(self: &Rc<Self>, snapshot: &Snapshot) {
         let mut engine = self.engine.borrow_mut();
         engine.apply(snapshot);
-        let root_path = self.shared.config.root_path.as_bytes();
         let (mut prefixes, mut patterns) = (Vec::new(), Vec::new());
         for route in &snapshot.routes {
-            let Some(deployment) = engine.deployment(&route.deployment) else { continue };
-            let Some(config) = engine.config(deployment) else { continue };
-            let mounted = if route.pattern { "" } else { route.prefix.trim_end_matches('/') };
-            let known = Rc::new(Route {
-                deployment,
-                prefix: route.prefix.as_bytes().to_vec(),
-                root_path: [root_path, mounted.as_bytes()].concat(),
-                retry_idempotent: config.retry_idempotent,
-                methods: route.methods.clone(),
-            });
+            let Some(resolved) = self.resolve(&mut engine, snapshot, route) else { continue };
             match Pattern::parse(&route.prefix) {
-                Ok(pattern) if route.pattern => patterns.push((pattern, known)),
-                _ => prefixes.push((route.prefix.clone(), known)),
+                Ok(pattern) if route.pattern => patterns.push((pattern, Rc::new(resolved))),
+                _ => prefixes.push((route.prefix.clone(), Rc::new(resolved))),
             }
         }
         *self.routes.borrow_mut() = RouteTable::new(prefixes).with_patterns(patterns);
@@ -129,6 +135,27 @@ impl Shard {
         *self.listing.borrow_mut() = Some(serde_json::Value::Object(listing).to_string().into());
         self.node_draining.set(snapshot.draining_nodes.contains(&self.shared.config.node_id));
         self.settle();
+    }
+
+    fn resolve(&self, engine: &mut Engine<usize>, snapshot: &Snapshot, route: &snapshot::Route) -> Option<Route> {
+        let root_path = self.shared.config.root_path.as_bytes();
+        let mounted = if route.pattern { "" } else { route.prefix.trim_end_matches('/') };
+        let mut resolved = Route {
+            deployment: DeploymentKey::NONE,
+            prefix: route.prefix.as_bytes().to_vec(),
+            root_path: [root_path, mounted.as_bytes()].concat(),
+            retry_idempotent: false,
+            methods: route.methods.clone(),
+            fork: None,
+            meter: None,
+        };
+        if let Some(name) = &route.split {
+            resolved.fork = Some(Fork::new(self, engine, &resolved, name, snapshot.splits.get(name)?)?);
+        } else {
+            resolved.deployment = engine.deployment(&route.deployment)?;
+            resolved.retry_idempotent = engine.config(resolved.deployment)?.retry_idempotent;
+        }
+        Some(resolved)
     }
 
     /// The route of a percent-decoded path.
@@ -157,6 +184,7 @@ impl Shard {
                         link.unused(count);
                     }
                 }
+                Action::Readiness => self.readiness.notify_waiters(),
             }
         }
     }
@@ -217,6 +245,35 @@ impl Shard {
         let key = self.waiters.borrow_mut().insert(Waiter { waker: None, result: None });
         *waiting = Some(Waiting { shard: Rc::clone(self), place, key });
         key
+    }
+
+    /// Writes a REQUEST whose payload `fill` writes; `None` if the lease's link has gone since.
+    pub(super) fn open(
+        self: &Rc<Self>,
+        lease: Lease,
+        flags: u8,
+        deadline: Option<Instant>,
+        fill: impl FnOnce(&mut BytesMut),
+    ) -> Option<StreamRef> {
+        if !self.engine.borrow().holds(&lease) {
+            return None;
+        }
+        let link = self.link(lease.replica)?;
+        let granted = if lease.granted { flag::GRANTED } else { 0 };
+        let left = deadline.map_or(0, |deadline| {
+            let left = deadline.saturating_duration_since(Instant::now()).as_millis();
+            u32::try_from(left).unwrap_or(u32::MAX).max(1)
+        });
+        let opened = link.open(self, lease, |out, id| {
+            put_with(out, Header::new(Kind::Request, id).with(granted | flags).aux(left), fill);
+        });
+        match opened {
+            Ok(stream) => Some(stream),
+            Err(lease) => {
+                self.release(lease);
+                None
+            }
+        }
     }
 
     /// Gives a lease back that was not used for sending.

@@ -7,6 +7,7 @@
 use std::{
     collections::VecDeque,
     rc::Rc,
+    sync::Arc,
     task::{Context, Poll, Waker},
 };
 
@@ -19,7 +20,8 @@ use super::{
 };
 use crate::{
     engine::Lease,
-    error::Error,
+    error::{Blame, Error},
+    traffic::TargetMeter,
     wire::{BODY_WINDOW, Fault, Header, Kind, ResponseHeadView, WINDOW, WireError, flag},
 };
 
@@ -248,11 +250,13 @@ pub(super) struct StreamRef {
     id: u32,
     /// Not to be cancelled when it is dropped.
     pub(super) keep: bool,
+    /// Who counts an answer that breaks off.
+    pub(super) meter: Option<Arc<TargetMeter>>,
 }
 
 impl StreamRef {
     pub(super) fn new(shard: Rc<Shard>, link: Rc<Link>, id: u32) -> Self {
-        Self { shard, link, id, keep: false }
+        Self { shard, link, id, keep: false, meter: None }
     }
 
     /// For the sender of the request's body, which must not keep the stream alive.
@@ -309,6 +313,15 @@ impl StreamRef {
         match window {
             None | Some(0) => {}
             Some(window) => self.link.signal(Header::new(Kind::Window, self.id).aux(window)),
+        }
+    }
+
+    /// The answer has broken off.
+    pub(super) fn broke(&mut self, error: &Error) {
+        if let Some(meter) = self.meter.take()
+            && error.blame() != Blame::Client
+        {
+            meter.errors.up();
         }
     }
 

@@ -2,6 +2,7 @@
 //! every byte. Every wait is an event with a bound; what does not happen in time is a failure.
 #![allow(dead_code, unreachable_pub, reason = "each test binary uses its part")]
 
+pub mod auto;
 pub mod client;
 pub mod replica;
 
@@ -15,7 +16,7 @@ use std::{
 use rayserve_dataplane::proxy::{Config, Proxy};
 use serde_json::{Value, json};
 
-pub use self::{client::Client, replica::Replica};
+pub use self::{auto::Auto, client::Client, replica::Replica};
 
 /// How long anything may take.
 pub const PATIENCE: Duration = Duration::from_secs(10);
@@ -120,6 +121,49 @@ impl Served {
         let version = self.version.fetch_add(1, Ordering::Relaxed) + 1;
         let snapshot = json!({"version": [1, version], "routes": routes, "deployments": deployments});
         self.proxy.publish(snapshot.to_string().as_bytes()).expect("a valid snapshot")
+    }
+
+    /// One split that `/` and `/x` lead to, and deployments by name: their changes, and addresses of their replicas. The
+    /// proxy serves by it when this returns.
+    pub fn publish_split(&self, split: &Value, deployments: &[(&str, Value, Vec<Value>)]) {
+        let deployments: serde_json::Map<_, _> = deployments
+            .iter()
+            .map(|(name, changes, replicas)| {
+                let mut deployment = json!({"app": name, "name": "D", "max_ongoing_requests": 5, "replicas": replicas});
+                deployment.as_object_mut().expect("an object").extend(changes.as_object().expect("changes").clone());
+                (format!("{name}#D"), deployment)
+            })
+            .collect();
+        let version = self.version.fetch_add(1, Ordering::Relaxed) + 1;
+        let mark = format!("/version-{version}");
+        let route = |prefix| json!({"prefix": prefix, "app": "a", "deployment": "", "split": "/x"});
+        let routes = ["/", "/x", &mark].map(route);
+        let snapshot =
+            json!({"version": [1, version], "routes": routes, "splits": {"/x": split}, "deployments": deployments});
+        assert!(self.proxy.publish(snapshot.to_string().as_bytes()).expect("a valid snapshot"));
+        let mut client = self.client();
+        let mut routes = || {
+            client.get("/-/routes");
+            client.response().text()
+        };
+        eventually(&format!("{mark} is served"), || routes().contains(&mark), String::new);
+    }
+
+    /// What the proxy counts of a target or shadow: by `targets` or `shadows`, and its name.
+    pub fn traffic(&self, kind: &str, name: &str) -> Value {
+        let mut traffic: Value = serde_json::from_str(&self.proxy.traffic()).expect("JSON");
+        traffic["/x"][kind][name].take()
+    }
+
+    /// Waits until a counter of a target or shadow, by its JSON pointer, has this value.
+    pub fn counts(&self, kind: &str, name: &str, counter: &str, value: u64) {
+        let found = || self.traffic(kind, name).pointer(counter).and_then(Value::as_u64);
+        eventually(&format!("{counter} of {name} is {value}"), || found() == Some(value), || self.proxy.traffic());
+    }
+
+    pub fn linked_ids(&self, ids: &[&str]) {
+        let ids: Vec<_> = ids.iter().map(|&id| id.to_owned()).collect();
+        assert_eq!(self.proxy.wait_linked(&ids, PATIENCE), [""; 0], "not linked");
     }
 
     pub fn linked(&self, replicas: &[&Replica]) {

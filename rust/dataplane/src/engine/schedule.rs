@@ -1,0 +1,240 @@
+//! Who is next of several that have different shares: an exact schedule, not a random one.
+//!
+//! While shares stay, the turns that each has had never differ from its share of all turns by more than one. It is
+//! Tijdeman's rule (The chairman assignment problem, 1980): among those that are far enough behind, the one next that would
+//! be the first to fall too far behind. The classic smooth round-robin is off by more than one with many shares.
+//!
+//! A change of shares does not begin anew: what everybody is behind by then is carried over, at once as far as the promise
+//! for the time after the change allows (for two: all of it), the rest at the changes to come: five that all change their
+//! shares every few turns are off by no more than six after 20,000 changes. Who has no share for a while keeps what was
+//! owed. Numbers are integers, so that nothing drifts.
+
+/// One turn.
+const ONE: i64 = 1 << 50;
+
+/// See the module. Entries are known by their index.
+#[derive(Debug, Default)]
+pub(super) struct Schedule {
+    entries: Vec<Entry>,
+    /// How far behind one must be to have a turn; the others' bound is as far below one turn.
+    due: i64,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Entry {
+    /// Of each turn; 0: gets none.
+    share: i64,
+    /// The same as a divisor.
+    pace: f64,
+    /// What it should have had, less what it had; the sum over all shares is 0 between turns.
+    lag: i64,
+    /// The part of what it is behind that is not in `lag` yet.
+    arrears: i64,
+}
+
+impl Schedule {
+    /// The same with other entries: each of `order` is one of the present ones, or new.
+    pub(super) fn rearranged(&self, order: impl IntoIterator<Item = Option<usize>>) -> Self {
+        let entry = |at: Option<usize>| at.map_or_else(Entry::default, |at| self.entries[at].clone());
+        Self { entries: order.into_iter().map(entry).collect(), due: self.due }
+    }
+
+    /// Sets the shares, in proportion to `weights`; the same ones as before change nothing.
+    pub(super) fn share(&mut self, weights: &[f64]) {
+        let shares = shares(weights);
+        if self.entries.iter().map(|entry| entry.share).eq(shares.iter().copied()) {
+            return;
+        }
+        for (entry, share) in self.entries.iter_mut().zip(shares) {
+            entry.arrears += std::mem::take(&mut entry.lag);
+            entry.share = share;
+            entry.pace = 1.0 / as_float(share);
+        }
+        self.carry();
+    }
+
+    /// Takes up arrears. All lags within `due` of 0 leave room for everybody's deadline, as in Tijdeman's proof.
+    fn carry(&mut self) {
+        let mut sharing: Vec<_> = self.entries.iter_mut().filter(|entry| entry.share > 0).collect();
+        let Ok(count) = i64::try_from(sharing.len()) else { return };
+        self.due = if count > 1 { ONE / (2 * count - 2) } else { 0 };
+        if count == 0 {
+            return;
+        }
+        let mean = sharing.iter().map(|entry| entry.arrears).sum::<i64>() / count;
+        let widest = sharing.iter().map(|entry| (entry.arrears - mean).abs()).max().unwrap_or(0);
+        let mut sum = 0;
+        for entry in &mut sharing {
+            let behind = entry.arrears - mean;
+            entry.lag = if widest > self.due {
+                (i128::from(behind) * i128::from(self.due) / i128::from(widest)) as i64
+            } else {
+                behind
+            };
+            sum += entry.lag;
+        }
+        // What rounding has left over: some 2^-50 of a turn.
+        sharing[0].lag -= sum;
+        for entry in &mut sharing {
+            entry.arrears -= entry.lag;
+        }
+    }
+
+    /// Gives the next turn; `None` if nobody has a share.
+    pub(super) fn next(&mut self) -> Option<usize> {
+        let (mut next, mut soonest) = (None, f64::INFINITY);
+        for (at, entry) in self.entries.iter_mut().enumerate().filter(|(_, entry)| entry.share > 0) {
+            entry.lag += entry.share;
+            if entry.lag >= self.due {
+                let deadline = as_float(ONE - self.due - entry.lag) * entry.pace;
+                if deadline < soonest {
+                    (next, soonest) = (Some(at), deadline);
+                }
+            }
+        }
+        self.entries[next?].lag -= ONE;
+        next
+    }
+}
+
+/// Parts of [`ONE`] in proportion to `weights`, whose sum it is if any is above 0.
+fn shares(weights: &[f64]) -> Vec<i64> {
+    let total: f64 = weights.iter().sum();
+    if total <= 0.0 {
+        return vec![0; weights.len()];
+    }
+    let mut shares: Vec<_> = weights.iter().map(|weight| (weight / total * as_float(ONE)).round() as i64).collect();
+    let rest = ONE - shares.iter().sum::<i64>();
+    if let Some(largest) = shares.iter_mut().max() {
+        *largest += rest;
+    }
+    shares
+}
+
+#[expect(clippy::cast_precision_loss, reason = "turns are below 2^53")]
+fn as_float(turns: i64) -> f64 {
+    turns as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn idle(entries: usize) -> Schedule {
+        Schedule::default().rearranged(vec![None; entries])
+    }
+
+    fn fresh(weights: &[f64]) -> Schedule {
+        let mut schedule = idle(weights.len());
+        schedule.share(weights);
+        schedule
+    }
+
+    /// The largest difference between turns had and turns due, over every prefix of `turns` turns.
+    fn error(schedule: &mut Schedule, weights: &[f64], turns: u32) -> f64 {
+        let total: f64 = weights.iter().sum();
+        let (mut had, mut worst) = (vec![0.0; weights.len()], 0.0_f64);
+        for turn in 1..=turns {
+            had[schedule.next().expect("somebody has a share")] += 1.0;
+            for (had, weight) in had.iter().zip(weights) {
+                worst = worst.max((weight / total * f64::from(turn) - had).abs());
+            }
+        }
+        worst
+    }
+
+    fn weights() -> impl Strategy<Value = Vec<f64>> {
+        let weight = prop_oneof![Just(0.0), (1_u32..1000).prop_map(f64::from), 0.0001..1.0];
+        prop::collection::vec(weight, 1..12).prop_filter("somebody has a share", |all| all.iter().sum::<f64>() > 0.0)
+    }
+
+    #[test]
+    fn two_to_one_alternates() {
+        let mut schedule = fresh(&[2.0, 1.0]);
+        let turns: Vec<_> = std::iter::from_fn(|| schedule.next()).take(6).collect();
+        assert_eq!(turns, [0, 1, 0, 0, 1, 0]);
+    }
+
+    #[test]
+    fn nobody_with_a_share_gets_no_turn() {
+        assert_eq!(fresh(&[0.0, 0.0]).next(), None);
+        assert_eq!(fresh(&[]).next(), None);
+    }
+
+    #[test]
+    fn the_case_in_which_smooth_round_robin_is_off_by_more_than_one() {
+        let mut weights = vec![1.0; 12];
+        weights[0] = 12.0;
+        assert!(error(&mut fresh(&weights), &weights, 10_000) < 1.0);
+    }
+
+    #[test]
+    fn a_canary_of_a_tenth_gets_its_share_though_weights_change_at_every_other_request() {
+        let mut schedule = fresh(&[0.9, 0.1]);
+        let (mut due, mut had) = (0.0, 0.0);
+        for round in 0..1000 {
+            let weight = 0.1 + f64::from(round % 7) / 1000.0;
+            schedule.share(&[1.0 - weight, weight]);
+            for _ in 0..2 {
+                due += weight;
+                had += f64::from(u8::from(schedule.next() == Some(1)));
+                assert!((due - had).abs() <= 0.5 + 1e-9, "{due} {had}");
+            }
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn counts_are_within_one_of_their_shares(weights in weights()) {
+            prop_assert!(error(&mut fresh(&weights), &weights, 3000) < 1.0);
+        }
+
+        #[test]
+        fn they_are_so_after_any_changes_too(changes in prop::collection::vec((prop::collection::vec(0.0..1.0_f64, 6), 0_u32..40), 1..12)) {
+            let mut schedule = idle(6);
+            for (weights, turns) in changes {
+                // Some come and go.
+                let weights: Vec<_> = weights.into_iter().map(|weight| if weight < 0.3 { 0.0 } else { weight }).collect();
+                schedule.share(&weights);
+                if weights.iter().sum::<f64>() > 0.0 {
+                    prop_assert!(error(&mut schedule, &weights, turns) <= 1.0 + 1e-9);
+                }
+            }
+        }
+
+        #[test]
+        fn nobody_is_forgotten_over_changes(changes in prop::collection::vec((prop::collection::vec(0.1..1.0_f64, 5), 1_u32..6), 200)) {
+            let mut schedule = idle(5);
+            let (mut due, mut had) = ([0.0; 5], [0.0; 5]);
+            for (weights, turns) in changes {
+                schedule.share(&weights);
+                let total: f64 = weights.iter().sum();
+                for _ in 0..turns {
+                    had[schedule.next().expect("all have shares")] += 1.0;
+                    for (due, weight) in due.iter_mut().zip(&weights) {
+                        *due += weight / total;
+                    }
+                }
+            }
+            for at in 0..5 {
+                let behind = as_float(schedule.entries[at].lag + schedule.entries[at].arrears) / as_float(ONE);
+                prop_assert!((due[at] - had[at] - behind).abs() < 1e-6, "it is all on record");
+                prop_assert!((due[at] - had[at]).abs() < 6.0, "{due:?} {had:?}");
+            }
+        }
+
+        #[test]
+        fn the_same_shares_once_more_change_nothing(weights in weights(), before in 0_u32..50) {
+            let (mut one, mut two) = (fresh(&weights), fresh(&weights));
+            for _ in 0..before {
+                prop_assert_eq!(one.next(), two.next());
+            }
+            two.share(&weights);
+            for _ in 0..50 {
+                prop_assert_eq!(one.next(), two.next());
+            }
+        }
+    }
+}

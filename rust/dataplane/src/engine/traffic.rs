@@ -1,0 +1,117 @@
+//! The splits of the newest snapshot, and which of their targets are ready: those with a replica that takes requests.
+//!
+//! Readiness is looked up when a link comes or goes, never for a request. When it has changed the driver is told
+//! ([`Action::Readiness`]): whoever waits at a target that is not ready chooses again.
+
+use super::{Action, Affinity, Deployment, DeploymentKey, Engine, Splitter};
+use crate::{error::Error, snapshot::Snapshot};
+
+/// A split, until the next snapshot.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SplitKey(usize);
+
+/// Where a request of a split goes; targets are known by their index in the snapshot's list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Turn {
+    /// To this target, which is ready.
+    To(usize),
+    /// None is ready: it waits at this one, until another is; at none if there is no deployment yet.
+    Wait(Option<usize>),
+}
+
+#[derive(Debug)]
+pub(super) struct Split {
+    name: String,
+    splitter: Splitter,
+    /// Of its targets.
+    deployments: Vec<Option<DeploymentKey>>,
+}
+
+impl<W> Engine<W> {
+    /// Takes over the splits of a snapshot whose deployments are known.
+    pub(super) fn divide(&mut self, snapshot: &Snapshot) {
+        let before = std::mem::take(&mut self.splits);
+        let split = |(name, split): (&String, &crate::snapshot::Split)| Split {
+            name: name.clone(),
+            splitter: Splitter::new(name, split, before.iter().find(|it| it.name == *name).map(|it| &it.splitter)),
+            deployments: split.targets.iter().map(|target| self.deployment(&target.deployment)).collect(),
+        };
+        let splits: Vec<_> = snapshot.splits.iter().map(split).collect();
+        let any = !(before.is_empty() && splits.is_empty());
+        self.splits = splits;
+        self.reckon();
+        // Also without a change of readiness those who wait may be led elsewhere by now.
+        if any {
+            self.actions.push_back(Action::Readiness);
+        }
+    }
+
+    /// Finds out which targets are ready.
+    pub(super) fn reckon(&mut self) {
+        let mut splits = std::mem::take(&mut self.splits);
+        let mut changed = false;
+        for Split { splitter, deployments, .. } in &mut splits {
+            let ready: Vec<_> = deployments.iter().map(|key| key.is_some_and(|key| self.is_ready(key))).collect();
+            changed |= splitter.note_ready(|at| ready[at]);
+        }
+        self.splits = splits;
+        if changed {
+            self.actions.push_back(Action::Readiness);
+        }
+    }
+
+    /// Whether a deployment has a replica that takes requests.
+    pub fn is_ready(&mut self, key: DeploymentKey) -> bool {
+        let Some(Deployment { gone: None, members, .. }) = self.deployments.at(key) else { return false };
+        members.iter().any(|member| self.replicas[member.index()].open())
+    }
+
+    /// The split of this name, a key of the snapshot's.
+    pub fn split(&self, name: &str) -> Option<SplitKey> {
+        self.splits.binary_search_by(|split| split.name.as_str().cmp(name)).ok().map(SplitKey)
+    }
+
+    /// The deployment of a split's target, if the snapshot holds it.
+    pub fn target(&self, key: SplitKey, target: usize) -> Option<DeploymentKey> {
+        self.splits[key.0].deployments[target]
+    }
+
+    /// Whether a split has a ready target, while that of a request that waits is not.
+    pub fn strands(&mut self, key: SplitKey, deployment: DeploymentKey) -> bool {
+        self.splits[key.0].splitter.is_ready() && !self.is_ready(deployment)
+    }
+
+    /// Where a request goes that `pick` finds a target for.
+    ///
+    /// # Errors
+    /// [`Error::Unavailable`] if the split has no target with a weight, or all of them have failed to deploy.
+    pub fn choose(&mut self, key: SplitKey, pick: impl FnOnce(&mut Splitter) -> Option<usize>) -> Result<Turn, Error> {
+        if let Some(target) = pick(&mut self.splits[key.0].splitter) {
+            return Ok(Turn::To(target));
+        }
+        let weighted = self.splits[key.0].splitter.weighted();
+        if weighted.is_empty() {
+            let name = &self.splits[key.0].name;
+            return Err(Error::Unavailable(format!(
+                "The traffic of '{name}' has no target: give one a weight above 0 with serve.set_traffic."
+            )));
+        }
+        let (mut failed, mut missing) = (None, false);
+        for at in weighted {
+            match self.target(key, at).map(|deployment| self.deployments.open(deployment).map(|_| at)) {
+                Some(Ok(at)) => return Ok(Turn::Wait(Some(at))),
+                Some(Err(error)) => failed = failed.or(Some(error)),
+                None => missing = true,
+            }
+        }
+        failed.filter(|_| !missing).map_or(Ok(Turn::Wait(None)), Err)
+    }
+
+    /// The same for a call, which stays where its session is and shows nothing else.
+    ///
+    /// # Errors
+    /// As [`Engine::choose`].
+    pub fn choose_for(&mut self, key: SplitKey, affinity: Affinity) -> Result<Turn, Error> {
+        self.choose(key, |splitter| splitter.choose_for(affinity.session))
+    }
+}

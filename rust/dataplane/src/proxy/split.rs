@@ -1,0 +1,195 @@
+//! Requests of routes that have several targets: the choice, waiting while none is ready, and what is counted.
+//!
+//! The choice itself is the engine's. A request waits in the queue of the target that was chosen for it, within that
+//! deployment's limits; one whose target is not ready while another is leaves for the other.
+
+use std::{future::Future, pin::pin, rc::Rc, sync::Arc, task::Poll, time::Instant as Clock};
+
+use http::{HeaderMap, header::COOKIE};
+use tokio::time::Instant;
+
+use super::{
+    body::Inbound,
+    relay::Call,
+    shadow::{Shadow, copy},
+    shard::{Route, Shard},
+    stream::{Head, StreamRef},
+};
+use crate::{
+    engine::{DeploymentKey, Engine, Lease, SplitKey, Turn, split::cookie},
+    error::{Blame, Error},
+    snapshot::{self, Sign},
+    traffic::TargetMeter,
+};
+
+/// What a route leads to that has a split.
+#[derive(Debug)]
+pub(super) struct Fork {
+    pub(super) key: SplitKey,
+    /// One route a target, in the snapshot's order.
+    targets: Vec<Rc<Route>>,
+    shadows: Vec<Rc<Shadow>>,
+}
+
+impl Fork {
+    /// The fork of `route`, whose split the engine knows by the same snapshot.
+    pub(super) fn new(
+        shard: &Shard,
+        engine: &mut Engine<usize>,
+        route: &Route,
+        name: &str,
+        split: &snapshot::Split,
+    ) -> Option<Self> {
+        let key = engine.split(name)?;
+        let targets = split.targets.iter().enumerate().map(|(at, target)| {
+            let deployment = engine.target(key, at).unwrap_or(DeploymentKey::NONE);
+            Rc::new(Route {
+                deployment,
+                prefix: route.prefix.clone(),
+                root_path: route.root_path.clone(),
+                retry_idempotent: engine.config(deployment).is_some_and(|config| config.retry_idempotent),
+                methods: None, // the fork's own route has let the request through
+                fork: None,
+                meter: Some(shard.metrics.traffic.target(name, &target.name)),
+            })
+        });
+        let targets = targets.collect();
+        let shadows = split.shadows.iter().filter(|shadow| shadow.share > 0.0);
+        Some(Self { key, targets, shadows: shadows.map(|shadow| Shadow::new(shard, engine, name, shadow)).collect() })
+    }
+}
+
+/// What a header or cookie of the request says.
+fn read<'h>(headers: &'h HeaderMap, sign: &Sign) -> Option<&'h [u8]> {
+    match sign {
+        Sign::Header(name) => headers.get(name).map(http::HeaderValue::as_bytes),
+        Sign::Cookie(name) => headers.get_all(COOKIE).iter().find_map(|header| cookie(header.as_bytes(), name)),
+    }
+}
+
+/// Counts a request at its target when it ends, whichever way.
+pub(super) struct Watch {
+    meter: Arc<TargetMeter>,
+    since: Clock,
+    deadline: Option<Instant>,
+}
+
+impl Watch {
+    /// Ends it with what the request has come to.
+    pub(super) fn end(mut self, result: &mut Result<(StreamRef, Head), Error>) {
+        let meter = &self.meter;
+        match result {
+            Ok((stream, head)) => {
+                meter.latency.record(self.since.elapsed());
+                if head.status >= 500 {
+                    meter.errors.up();
+                } else if !head.whole {
+                    stream.meter = Some(Arc::clone(meter));
+                }
+            }
+            Err(error) if error.blame() == Blame::Client => {}
+            Err(_) => {
+                meter.latency.record(self.since.elapsed());
+                meter.errors.up();
+            }
+        }
+        self.deadline = None;
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.meter.requests.up();
+        // Out of time, or the client has left.
+        if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+            self.meter.latency.record(self.since.elapsed());
+            self.meter.errors.up();
+        }
+    }
+}
+
+impl Call<'_> {
+    /// A lease at one of the targets of the route's split, as soon as there is one; copies are on their way then too.
+    pub(super) async fn forked(&mut self, body: &Inbound) -> Result<Lease, Error> {
+        let lease = self.choose().await?;
+        if let Some((route, _)) = self.shard.route(self.path)
+            && let Some(fork) = &route.fork
+            && !std::mem::replace(&mut self.copied, true)
+        {
+            for shadow in &fork.shadows {
+                copy(self, shadow, body);
+            }
+        }
+        Ok(lease)
+    }
+
+    /// As long as no target is ready this only waits; the request's deadline or its client ends that.
+    pub(super) async fn choose(&mut self) -> Result<Lease, Error> {
+        let shard = self.shard;
+        loop {
+            let turned = shard.readiness.notified();
+            let Some((route, params)) = shard.route(self.path) else {
+                return Err(Error::Deleted("The route was deleted.".into()));
+            };
+            self.params = params;
+            let Some(fork) = &route.fork else {
+                (self.route, self.watch) = (route, None);
+                match shard.admit(self.route.deployment, self.marks.affinity, || self.describe()).await {
+                    Err(Error::Deleted(_)) => continue,
+                    came => return came,
+                }
+            };
+            let headers = &self.parts.headers;
+            let turn =
+                shard.engine.borrow_mut().choose(fork.key, |splitter| splitter.choose(|sign| read(headers, sign)));
+            let (Turn::To(target) | Turn::Wait(Some(target))) = turn? else {
+                turned.await;
+                continue;
+            };
+            self.aim(&fork.targets[target]);
+            let admitted = shard.admit(self.route.deployment, self.marks.affinity, || self.describe());
+            match self.unless_stranded(admitted).await {
+                Some(Err(Error::Deleted(_))) | None => {}
+                Some(came) => return came,
+            }
+        }
+    }
+
+    fn aim(&mut self, target: &Rc<Route>) {
+        self.route = Rc::clone(target);
+        let meter = target.meter.as_ref().map(Arc::clone);
+        let deadline = self.deadline;
+        match (&mut self.watch, meter) {
+            // Nothing has ended at the target that the request leaves.
+            (Some(watch), Some(meter)) => (watch.meter, watch.since) = (meter, Clock::now()),
+            (watch, meter) => *watch = meter.map(|meter| Watch { meter, since: Clock::now(), deadline }),
+        }
+    }
+
+    /// What `work` gives, unless the target is not ready and another becomes so; then the request leaves its place.
+    pub(super) async fn unless_stranded<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let mut work = pin!(work);
+        let mut turned = pin!(self.shard.readiness.notified());
+        // One that comes back waits where readiness may have changed before it did.
+        let mut unsure = true;
+        std::future::poll_fn(|cx| {
+            if let Poll::Ready(came) = work.as_mut().poll(cx) {
+                return Poll::Ready(Some(came));
+            }
+            while std::mem::take(&mut unsure) || turned.as_mut().poll(cx).is_ready() {
+                if self.is_stranded() {
+                    return Poll::Ready(None);
+                }
+                turned.set(self.shard.readiness.notified());
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    fn is_stranded(&self) -> bool {
+        let fork = self.shard.route(self.path);
+        let Some(key) = fork.as_ref().and_then(|(route, _)| Some(route.fork.as_ref()?.key)) else { return false };
+        self.shard.engine.borrow_mut().strands(key, self.route.deployment)
+    }
+}

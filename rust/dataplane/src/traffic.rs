@@ -1,0 +1,194 @@
+//! What the splits of one shard count, by split and target; every shard has its own, and a reader sums them.
+//!
+//! Meters are resolved when a snapshot is applied and stay for as long as the proxy runs, so that nothing is counted down
+//! by a target that leaves and comes back.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use serde::{Serialize, Serializer, ser::SerializeSeq};
+
+use crate::{
+    histogram::{Histogram, Latency},
+    metrics::Counter,
+};
+
+/// Of one target.
+#[derive(Debug, Default)]
+pub struct TargetMeter {
+    /// Requests that have ended, whatever the end.
+    pub requests: Counter,
+    /// Those that were answered with a status of 5xx, not to the end, or not at all though the client was still there.
+    pub errors: Counter,
+    /// From the choice of the target to the head of the answer, of requests that were answered or ran out of time.
+    pub latency: Histogram,
+}
+
+/// Why a copy was not sent, or not awaited to its end.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Dropped {
+    /// Too many copies were open.
+    InFlight,
+    /// The open copies held too many bytes.
+    Bytes,
+    /// The body was too large, or of unknown length, and so not there as a whole.
+    Body,
+    /// The shadow had no replica that was ready.
+    NotReady,
+    /// The shadow's queue was full, or it has failed to deploy.
+    Refused,
+    /// It took too long.
+    Timeout,
+}
+
+impl Dropped {
+    const ALL: [(Self, &'static str); 6] = [
+        (Self::InFlight, "in_flight"),
+        (Self::Bytes, "bytes"),
+        (Self::Body, "body"),
+        (Self::NotReady, "not_ready"),
+        (Self::Refused, "refused"),
+        (Self::Timeout, "timeout"),
+    ];
+}
+
+/// Of one shadow.
+#[derive(Debug, Default)]
+pub struct ShadowMeter {
+    /// Copies that were sent to a replica.
+    pub copied: Counter,
+    /// Copies that were answered to the end with a status below 500.
+    pub answered: Counter,
+    /// Copies that were answered otherwise, or not by a replica's fault.
+    pub errors: Counter,
+    dropped: [Counter; Dropped::ALL.len()],
+}
+
+impl ShadowMeter {
+    /// One more that was dropped.
+    pub fn drop_for(&self, reason: Dropped) {
+        self.dropped[reason as usize].up();
+    }
+}
+
+#[derive(Debug, Default)]
+struct Meters {
+    targets: BTreeMap<String, Arc<TargetMeter>>,
+    shadows: BTreeMap<String, Arc<ShadowMeter>>,
+}
+
+/// See the module.
+#[derive(Debug, Default)]
+pub struct Traffic(Mutex<BTreeMap<String, Meters>>);
+
+impl Traffic {
+    fn splits(&self) -> MutexGuard<'_, BTreeMap<String, Meters>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The meter of a split's target.
+    pub fn target(&self, split: &str, name: &str) -> Arc<TargetMeter> {
+        Arc::clone(self.splits().entry(split.to_owned()).or_default().targets.entry(name.to_owned()).or_default())
+    }
+
+    /// The meter of a split's shadow.
+    pub fn shadow(&self, split: &str, name: &str) -> Arc<ShadowMeter> {
+        Arc::clone(self.splits().entry(split.to_owned()).or_default().shadows.entry(name.to_owned()).or_default())
+    }
+
+    /// Adds what it holds to `sums`.
+    pub fn add_to(&self, sums: &mut BTreeMap<String, SplitTotals>) {
+        for (name, meters) in self.splits().iter() {
+            let split = sums.entry(name.clone()).or_default();
+            for (name, meter) in &meters.targets {
+                let target = split.targets.entry(name.clone()).or_default();
+                target.requests += meter.requests.value();
+                target.errors += meter.errors.value();
+                meter.latency.add_to(&mut target.latency);
+            }
+            for (name, meter) in &meters.shadows {
+                let shadow = split.shadows.entry(name.clone()).or_default();
+                shadow.copied += meter.copied.value();
+                shadow.answered += meter.answered.value();
+                shadow.errors += meter.errors.value();
+                for (reason, name) in Dropped::ALL {
+                    *shadow.dropped.entry(name).or_default() += meter.dropped[reason as usize].value();
+                }
+            }
+        }
+    }
+}
+
+/// What one split has counted, over all shards; its JSON is what `Proxy.traffic()` gives.
+#[derive(Debug, Default, Serialize)]
+pub struct SplitTotals {
+    /// By the target's name.
+    pub targets: BTreeMap<String, TargetTotals>,
+    /// By the shadow's name.
+    pub shadows: BTreeMap<String, ShadowTotals>,
+}
+
+/// See [`TargetMeter`].
+#[derive(Debug, Default, Serialize)]
+#[expect(missing_docs, reason = "documented where it is counted")]
+pub struct TargetTotals {
+    pub requests: u64,
+    pub errors: u64,
+    #[serde(serialize_with = "buckets")]
+    pub latency: Latency,
+}
+
+/// See [`ShadowMeter`].
+#[derive(Debug, Default, Serialize)]
+#[expect(missing_docs, reason = "documented where it is counted")]
+pub struct ShadowTotals {
+    pub copied: u64,
+    pub answered: u64,
+    pub errors: u64,
+    /// By reason.
+    pub dropped: BTreeMap<&'static str, u64>,
+}
+
+fn buckets<S: Serializer>(latency: &Latency, serializer: S) -> Result<S::Ok, S::Error> {
+    let mut list = serializer.serialize_seq(None)?;
+    for bucket in latency.buckets() {
+        list.serialize_element(&bucket)?;
+    }
+    list.end()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn shards_add_up_and_meters_outlive_what_resolves_them() {
+        let shards = [Traffic::default(), Traffic::default()];
+        for shard in &shards {
+            shard.target("/x", "a").requests.up();
+            shard.target("/x", "a").latency.record(Duration::from_micros(100));
+            shard.shadow("/x", "c").drop_for(Dropped::Body);
+        }
+        shards[1].target("/x", "b").errors.up();
+        let mut sums = BTreeMap::new();
+        shards.iter().for_each(|shard| shard.add_to(&mut sums));
+        let dropped =
+            serde_json::json!({"body": 2, "bytes": 0, "in_flight": 0, "not_ready": 0, "refused": 0, "timeout": 0});
+        assert_eq!(
+            serde_json::to_value(&sums).expect("plain data"),
+            serde_json::json!({"/x": {
+                "targets": {"a": {"requests": 2, "errors": 0, "latency": [[100, 2]]},
+                    "b": {"requests": 0, "errors": 1, "latency": []}},
+                "shadows": {"c": {"copied": 0, "answered": 0, "errors": 0, "dropped": dropped}}}})
+        );
+    }
+
+    #[test]
+    fn reasons_stand_in_the_order_of_their_numbers() {
+        assert!(Dropped::ALL.iter().enumerate().all(|(at, (reason, _))| *reason as usize == at));
+    }
+}
