@@ -335,6 +335,8 @@ def _cluster_options(
         http = HTTPOptions.model_validate(dict(http or {}))
     inactive.warn_start(f"http_options.{field}" for field in http.model_fields_set)
     location = http.location or ProxyLocation._normalize(proxy_location) or ProxyLocation.EveryNode
+    if http.location is None and "location" in http.model_fields_set:
+        location = ProxyLocation.Disabled  # said so, as Ray Serve 1.0 to 1.2 had it
     return ClusterOptions(
         host=http.host or "",
         port=http.port,
