@@ -6,9 +6,11 @@ left is to ask, and to make handles whose calls reach a backend as requests.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from rayserve_fast import context
 from rayserve_fast._core import check_pattern
 from rayserve_fast.classic import bridge, session
 from rayserve_fast.classic.backends import create_backend
@@ -124,7 +126,7 @@ def get_handle(
         sync: see `EndpointHandle.remote`.
 
     Raises:
-        KeyError: there is no such endpoint.
+        KeyError: there is no such endpoint. A replica's event loop is not held up to ask: a call raises there.
     """
     session.warn_older("serve.get_handle", "serve.get_app_handle")
     return handle(endpoint_name, missing_ok, sync)
@@ -134,7 +136,9 @@ def handle(name: str, missing_ok: bool, sync: bool) -> EndpointHandle:
     """`get_handle` for both APIs."""
     from rayserve_fast.handle import DeploymentHandle
 
-    if not missing_ok and name not in session.ask("endpoints"):
+    # A replica's loop must not wait for the controller; a call says it if there is none.
+    on_loop = asyncio._get_running_loop() is not None and context._current_replica() is not None
+    if not (missing_ok or on_loop) and name not in session.ask("endpoints"):
         raise KeyError(f"Endpoint '{name}' does not exist.")
     target = DeploymentHandle(name, "")
     target._key = f"split:{name}"
