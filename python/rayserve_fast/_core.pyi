@@ -37,6 +37,17 @@ class Proxy:
     def publish(self, snapshot: bytes) -> bool: ...
     def wait_linked(self, replica_ids: list[str], timeout_s: float) -> list[str]: ...
     def counters(self) -> dict[str, int]: ...
+    def traffic(self) -> str:
+        """JSON of what splits have counted since the start, by split: `targets` and `shadows` by name.
+
+        A target has `requests`, `errors` and `latency`, the filled buckets of a histogram as pairs of upper bound in
+        microseconds and count, the bounds ascending. A shadow has `copied`, `answered` and `errors`, and `dropped` by
+        reason.
+        """
+
+    def metrics_text(self) -> str:
+        """The text of `/-/metrics`."""
+
     def drain(self) -> None: ...
     def shutdown(self, timeout_s: float) -> None: ...
     def choices_fileno(self) -> int:

@@ -74,12 +74,14 @@ class DeploymentHandle:
         _options: _Options | None = None,
         _handle_id: str | None = None,
         _local: bool = False,
+        _key: str | None = None,
     ) -> None:
         self.deployment_id = DeploymentID(name=deployment_name, app_name=app_name)
         self.handle_id = _handle_id or f"{random.getrandbits(40):010x}"
         self._options = _options or _Options()
         self._local = _local
-        self._key = f"{app_name}#{deployment_name}"
+        #: What the snapshot knows it by; `split:{name}` for traffic that several deployments share.
+        self._key = _key or f"{app_name}#{deployment_name}"
 
     @property
     def deployment_name(self) -> str:
@@ -115,7 +117,12 @@ class DeploymentHandle:
         given = {name: value for name, value in locals().items() if name != "self" and value is not _UNSET}
         options = replace(self._options, **given)
         return DeploymentHandle(
-            self.deployment_name, self.app_name, _options=options, _handle_id=self.handle_id, _local=self._local
+            self.deployment_name,
+            self.app_name,
+            _options=options,
+            _handle_id=self.handle_id,
+            _local=self._local,
+            _key=self._key,
         )
 
     def __getattr__(self, name: str) -> DeploymentHandle:
@@ -255,14 +262,14 @@ class DeploymentHandle:
         """See `shutdown`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _unpickle, (self.deployment_name, self.app_name, asdict(self._options), self._local)
+        return _unpickle, (self.deployment_name, self.app_name, asdict(self._options), self._local, self._key)
 
     def __repr__(self) -> str:
         return f"DeploymentHandle(deployment='{self.deployment_name}')"
 
 
-def _unpickle(deployment_name: str, app_name: str, options: dict[str, Any], local: bool) -> DeploymentHandle:
-    return DeploymentHandle(deployment_name, app_name, _options=_Options(**options), _local=local)
+def _unpickle(deployment_name: str, app_name: str, options: dict[str, Any], local: bool, key: str) -> DeploymentHandle:
+    return DeploymentHandle(deployment_name, app_name, _options=_Options(**options), _local=local, _key=key)
 
 
 def new_request_id() -> str:

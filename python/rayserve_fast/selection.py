@@ -247,4 +247,8 @@ def _owner(handle: DeploymentHandle) -> Caller:
     owner = handle._caller()
     if not isinstance(owner, Caller):
         raise RayServeException("Replicas cannot be chosen in local testing mode: each deployment has one.")
+    if handle._key.startswith("split:"):
+        raise RayServeException(
+            f"'{handle._key}' is shared by several deployments: choose replicas with the handle of one of them."
+        )
     return owner

@@ -7,6 +7,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ def test_wrong_endpoints_are_refused(flask: Url) -> None:
         serve.create_endpoint("other", backend="nobody")
     with pytest.raises(ValueError, match="nothing"):
         serve.delete_endpoint("nothing")
-    with pytest.raises(KeyError, match="Endpoint 'nothing' does not exist."):
+    with pytest.raises(KeyError, match="Endpoint 'nothing' does not exist"):
         serve.get_handle("nothing")
     assert list(serve.list_endpoints()) == ["taken"]
 
@@ -182,11 +183,11 @@ def test_a_client_with_a_shard_key_stays_at_one_backend(flask: Url) -> None:
     assert set.union(*sides.values()) == {"left", "right"}
 
 
-def test_shadow_traffic_reaches_the_backend_and_nobody_else(flask: Url, tmp_path: Any) -> None:
-    log = str(tmp_path / "shadowed")
+def test_shadow_traffic_reaches_the_backend_and_nobody_else(flask: Url, tmp_path: Path) -> None:
+    log = tmp_path / "shadowed"
 
     def shadow(flask_request: Any) -> str:
-        with open(log, "a") as out:
+        with log.open("a") as out:
             out.write(flask_request.args["n"])
         return "shadow"
 
@@ -196,7 +197,7 @@ def test_shadow_traffic_reaches_the_backend_and_nobody_else(flask: Url, tmp_path
     serve.shadow_traffic("e", "shadow", 1.0)
     assert serve.list_endpoints()["e"]["shadows"] == {"shadow": 1.0}
     assert {requests.get(f"{flask}/e?n={n}", timeout=10).text for n in range(5)} == {"main"}
-    wait_for(lambda: os.path.exists(log) and sorted(open(log).read()) == list("01234"))
+    wait_for(lambda: log.exists() and sorted(log.read_text()) == list("01234"))
     with pytest.raises(ValueError, match="Backend 'shadow' is used by endpoint 'e'"):
         serve.delete_backend("shadow")
     with pytest.raises(TypeError):
@@ -227,7 +228,7 @@ def test_a_configuration_changes_without_new_processes(flask: Url) -> None:
     serve.update_backend_config("c", {"num_replicas": 2})
     wait_for(lambda: len({requests.get(f"{flask}/c", timeout=10).json()[0] for _ in range(20)}) == 2)
     assert serve.list_backends()["c"] == {"accepts_batches": False, "num_replicas": 2, "max_batch_size": None}
-    with pytest.raises(TypeError, match="config must be a dictionary."):
+    with pytest.raises(TypeError, match="config must be a dictionary"):
         serve.update_backend_config("c", 5)  # type: ignore[arg-type]
 
 
@@ -303,7 +304,7 @@ def test_handles_reach_endpoints_without_a_route_and_split_their_calls(client: A
     assert len(set(ray.get([kept.remote() for _ in range(6)]))) == 1
     copy = pickle.loads(pickle.dumps(handle))
     assert ray.get(copy.remote()) in ("left", "right")
-    with pytest.raises(KeyError, match="Endpoint 'nothing' does not exist."):
+    with pytest.raises(KeyError, match="Endpoint 'nothing' does not exist"):
         client.get_handle("nothing")
 
 
@@ -320,9 +321,9 @@ def test_the_client_api_makes_starlette_backends_also_after_init(flask: Url) -> 
 
 
 def test_the_client_api_says_what_is_wrong(client: Any) -> None:
-    with pytest.raises(TypeError, match="backend must be specified when creating an endpoint."):
+    with pytest.raises(TypeError, match="backend must be specified when creating an endpoint"):
         client.create_endpoint("e", route="/e")
-    with pytest.raises(TypeError, match="config must be a BackendConfig or a dictionary."):
+    with pytest.raises(TypeError, match="config must be a BackendConfig or a dictionary"):
         client.create_backend("b", text("b"), config=5)
     with pytest.raises(RayServeException, match="cannot be serialized"):
         pickle.dumps(client)

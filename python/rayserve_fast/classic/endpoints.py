@@ -140,8 +140,7 @@ def handle(name: str, missing_ok: bool, sync: bool) -> EndpointHandle:
     on_loop = asyncio._get_running_loop() is not None and context._current_replica() is not None
     if not (missing_ok or on_loop) and name not in session.ask("endpoints"):
         raise KeyError(f"Endpoint '{name}' does not exist.")
-    target = DeploymentHandle(name, "")
-    target._key = f"split:{name}"
+    target = DeploymentHandle(name, "", _key=f"split:{name}")
     bridge.prepare()
     return EndpointHandle(target, sync)
 

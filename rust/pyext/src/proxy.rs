@@ -49,6 +49,14 @@ impl Proxy {
         self.0.counters()
     }
 
+    fn traffic(&self) -> String {
+        self.0.traffic()
+    }
+
+    fn metrics_text(&self) -> String {
+        self.0.metrics_text()
+    }
+
     fn choices_fileno(&self) -> RawFd {
         self.0.choices_fd()
     }

@@ -51,9 +51,13 @@ impl Chooser {
     /// Calls that wait for their router since the last time, each with its deployment, the texts of its
     /// head, whether it streams, and its arguments as `values.load_arguments` takes them.
     fn choosing<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
-        let calls = std::mem::take(&mut self.caller.lock().router.held.fresh);
+        let calls: Vec<_> = {
+            let router = &mut self.caller.lock().router;
+            let fresh = std::mem::take(&mut router.held.fresh);
+            fresh.into_iter().map(|call| (router.whereabouts(&call), call)).collect()
+        };
         let mut chosen = Vec::with_capacity(calls.len());
-        for pending in calls {
+        for (deployment, pending) in calls {
             // A copy: what routers do with arrays among the arguments must not reach the replica.
             let payload = Bytes::copy_from_slice(&pending.payload().concat());
             let view = CallView::parse(payload).map_err(|error| PyValueError::new_err(error.to_string()))?;
@@ -62,7 +66,7 @@ impl Chooser {
                 (head.method, head.request_id, head.route, head.app, head.multiplexed_model_id, head.session_id);
             let texts = texts.into_pyobject(py)?;
             let arguments = view.take_arguments().map(|arguments| value::of_call(py, arguments)).transpose()?;
-            let (deployment, stream) = (pending.deployment.clone(), pending.stream);
+            let stream = pending.stream;
             let call = Call { caller: Arc::clone(&self.caller), pending, told: PyOnceLock::new() };
             chosen.push((call, deployment, texts, stream, arguments).into_pyobject(py)?);
         }

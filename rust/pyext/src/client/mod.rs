@@ -2,7 +2,7 @@
 //!
 //! `turns.rs` decides which thread moves bytes and `tender.rs` does what is left; `router.rs` carries out the engine's
 //! actions, `linking.rs` opens and closes links, `frames.rs` takes what they bring, `link.rs` owns a socket, `pending.rs` is
-//! a call, `mailbox.rs` reaches asyncio loops. This file converts.
+//! a call, `split.rs` the calls that several deployments may answer, `mailbox.rs` reaches asyncio loops. This file converts.
 
 mod aim;
 pub(crate) mod children;
@@ -13,6 +13,7 @@ mod linking;
 mod mailbox;
 mod pending;
 mod router;
+mod split;
 mod tender;
 mod turns;
 mod waiting;

@@ -121,7 +121,7 @@ pub(super) enum Needs {
 /// A call in flight.
 #[derive(Debug)]
 pub(super) struct Pending {
-    /// `{app}#{deployment}`.
+    /// `{app}#{deployment}`, or `split:{name}`.
     pub(super) deployment: String,
     /// The answer is a stream of items.
     pub(super) stream: bool,

@@ -23,6 +23,7 @@ use super::{
     aim::Held,
     link::{Link, Sent},
     pending::{Needs, Outcome, Pending, Place},
+    split::Way,
 };
 
 /// How long a call waits for a controller that cannot be asked whether its deployment exists.
@@ -41,6 +42,8 @@ pub(super) struct Router {
     pub(super) lost: Vec<(Instant, ReplicaKey, Replica)>,
     /// Calls whose deployment the snapshot does not hold, and since when.
     unrouted: Vec<(Instant, Arc<Pending>)>,
+    /// Calls of splits that wait, and some that have waited.
+    pub(super) roaming: Vec<Arc<Pending>>,
     /// Calls whose arguments may have come.
     ripe: Vec<Arc<Pending>>,
     pub(super) used: HashSet<String>,
@@ -70,6 +73,7 @@ impl Router {
             by_key: HashMap::new(),
             lost: Vec::new(),
             unrouted: Vec::new(),
+            roaming: Vec::new(),
             ripe: Vec::new(),
             used: HashSet::new(),
             held: Held::default(),
@@ -113,12 +117,17 @@ impl Router {
         self.route(call);
     }
 
-    fn route(&mut self, call: &Arc<Pending>) {
-        let Some(key) = self.engine.deployment(&call.deployment) else {
-            call.move_to(Place::Unrouted);
-            self.unrouted.push((Instant::now(), Arc::clone(call)));
-            self.doubts = true;
-            return;
+    pub(super) fn route(&mut self, call: &Arc<Pending>) {
+        let key = match self.engine.deployment(&call.deployment).map_or_else(|| self.way(call), Way::To) {
+            Way::To(key) => key,
+            Way::Wait => return,
+            Way::Refused(error) => return self.finish(call, Outcome::Refused(error)),
+            Way::Unknown => {
+                call.move_to(Place::Unrouted);
+                self.unrouted.push((Instant::now(), Arc::clone(call)));
+                self.doubts = true;
+                return;
+            }
         };
         if self.hold(call) {
             return;
@@ -147,7 +156,9 @@ impl Router {
                 if self.engine.is_custom(place.deployment) {
                     self.held.fresh.push(Arc::clone(call));
                 }
+                self.settle_in(call, place.deployment);
             }
+            Err(error) if self.reroutes(call, &error) => {}
             Err(error) => self.finish(call, Outcome::Refused(error)),
         }
     }
@@ -183,7 +194,10 @@ impl Router {
         match call.place() {
             Place::Done => return false,
             Place::Needing => {}
-            Place::Unrouted => self.unrouted.retain(|(_, other)| !Arc::ptr_eq(other, call)),
+            Place::Unrouted => {
+                self.unrouted.retain(|(_, other)| !Arc::ptr_eq(other, call));
+                self.roaming.retain(|other| !Arc::ptr_eq(other, call));
+            }
             Place::Queued(place) => drop(self.engine.cancel(place)),
             Place::Held => self.held.remove(call),
             Place::Sent { link, stream } => {
@@ -219,7 +233,7 @@ impl Router {
             self.apply();
         }
         for (since, call) in std::mem::take(&mut self.unrouted) {
-            if self.engine.deployment(&call.deployment).is_some() {
+            if self.knows(&call) {
                 self.route(&call);
             } else if fresh {
                 self.finish(&call, Outcome::Unknown);
@@ -249,9 +263,7 @@ impl Router {
     /// Gives the engine what the snapshot says of the deployments that this process calls.
     pub(super) fn apply(&mut self) {
         let Some(snapshot) = &self.snapshot else { return };
-        let called = snapshot.deployments.iter().filter(|(name, _)| self.used.contains(*name));
-        let deployments = called.map(|(name, deployment)| (name.clone(), deployment.clone())).collect();
-        self.engine.apply(&Snapshot { version: snapshot.version, deployments, ..Snapshot::default() });
+        self.engine.apply(&self.relevant(snapshot));
         self.settle();
     }
 
@@ -276,7 +288,9 @@ impl Router {
             while let Some(action) = self.engine.next_action() {
                 match action {
                     Action::Start(call, lease) => self.send(&call, lease),
+                    Action::Refuse(call, error) if self.reroutes(&call, &error) => {}
                     Action::Refuse(call, error) => self.finish(&call, Outcome::Refused(error)),
+                    Action::Readiness => self.turn(),
                     Action::Open(key, replica) => self.open(key, replica),
                     Action::Close(key) => self.leave(key),
                     Action::Unused(key, count) => {
@@ -307,6 +321,11 @@ impl Router {
         self.lost.clear();
         for (_, call) in std::mem::take(&mut self.unrouted) {
             self.finish(&call, Outcome::Closed);
+        }
+        for call in std::mem::take(&mut self.roaming) {
+            if call.place() == Place::Unrouted {
+                self.finish(&call, Outcome::Closed);
+            }
         }
         for call in self.held.take() {
             self.finish(&call, Outcome::Closed);
