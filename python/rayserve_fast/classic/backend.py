@@ -21,7 +21,7 @@ from ray import ObjectRef
 
 from rayserve_fast.classic.requests import MULTIPART, FlaskRequest, HandleRequest
 from rayserve_fast.classic.session import FLASK
-from rayserve_fast.context import _batch_size
+from rayserve_fast.context import _batch_size, _RequestContext, _serve_request_context
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.replica.calls import is_async
 from rayserve_fast.replica.request import Request
@@ -76,7 +76,7 @@ class Backend:
             method = self._method(_named(arrived) or name)
             given, named = self._prepared_now(arrived, method)
             return self._now(method.call(*given, **named))
-        results: list[Any] = [None] * len(arrived)
+        results = _entered(arrived)
         for called, places in _by_method(arrived, name).items():
             method = self._method(called)
             prepared = [self._prepared_now(arrived[place], method) for place in places]
@@ -92,7 +92,7 @@ class Backend:
             method = self._method(_named(arrived) or name)
             given, named = await self._prepare(arrived, method)
             return await _later(method, given, named)
-        results: list[Any] = [None] * len(arrived)
+        results = _entered(arrived)
         for called, places in _by_method(arrived, name).items():
             method = self._method(called)
             prepared = [await self._prepare(arrived[place], method) for place in places]
@@ -247,6 +247,12 @@ def _arrived(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arrived | list
         return None
     first = args[0][0] if type(args[0]) is list and args[0] else args[0]
     return args[0] if type(first) in (Request, HandleRequest) else None
+
+
+def _entered(batch: list[Arrived]) -> list[Any]:
+    """Room for the results of a batch, whose requests have no context in common but how they came."""
+    _serve_request_context.set(_RequestContext(is_http_request=type(batch[0]) is Request))
+    return [None] * len(batch)
 
 
 def _by_method(batch: list[Arrived], name: str) -> dict[str, list[int]]:
