@@ -18,6 +18,8 @@ from deployed import wait_for
 from rayserve_fast import serve
 from rayserve_fast.exceptions import RayServeException
 
+pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+
 Url = str
 
 
@@ -363,6 +365,7 @@ import ray
 from rayserve_fast import serve
 from rayserve_fast.exceptions import RayServeException
 
+ray.init(address="local", num_cpus=4, include_dashboard=False)
 for call in (
     lambda: serve.create_endpoint("e"),
     lambda: serve.create_backend("b", lambda: None),
@@ -382,25 +385,34 @@ for call in (
 """
 
 INIT = """
+import ray
 import requests
-serve.init(blocking=True, http_port={port}, ray_init_kwargs={{"num_cpus": 4, "include_dashboard": False}})
-assert ray.cluster_resources()["CPU"] == 4
-assert requests.get("http://127.0.0.1:{port}/-/routes").text == "{{}}"
+from rayserve_fast import serve
+
+options = {"address": "local", "num_cpus": 3, "include_dashboard": False}
+serve.init(blocking=True, http_port={port}, ray_init_kwargs=options)
+assert ray.cluster_resources()["CPU"] == 3
+assert requests.get("http://127.0.0.1:{port}/-/routes").text == "{}"
 serve.init()
 try:
     serve.init(http_hots="x")
 except TypeError as error:
     assert "http_hots" in str(error)
+else:
+    raise AssertionError("no version had that argument")
 serve.create_backend("b", lambda request: request.args["a"])
 serve.create_endpoint("e", "/e", backend="b")
 assert requests.get("http://127.0.0.1:{port}/e?a=1").text == "1"
-serve.shutdown()
+print("the end")
+"""
 
+CLIENTS = """
 # Only an explicit detached=False ties the instance to the client.
-serve.start(http_options={{"port": {port}}})
+serve.start(http_options={"port": {port}})
 assert serve.connect() is not None
 serve.shutdown()
-client = serve.start(detached=False, http_options={{"port": {port}}})
+import requests
+client = serve.start(detached=False, http_options={"port": {port}})
 serve.start(detached=False)  # did not start it
 assert requests.get("http://127.0.0.1:{port}/-/routes").status_code == 200
 del client
@@ -410,12 +422,13 @@ except RayServeException as error:
     assert "no instance running" in str(error)
 else:
     raise AssertionError("it outlived its client")
-tied = serve.start(detached=False, http_options={{"port": {port}}})
+tied = serve.start(detached=False, http_options={"port": {port}})
 print("the end")
 """
 
 
-def test_init_start_and_what_comes_before(run_script, free_port: int) -> None:
-    ran = run_script(BEFORE + INIT.format(port=free_port), timeout=120)
+@pytest.mark.parametrize("source", [INIT, BEFORE + CLIENTS], ids=["init", "clients"])
+def test_serve_begins_and_ends_as_the_older_apis_say(source: str, run_script, free_port: int) -> None:
+    ran = run_script(source.replace("{port}", str(free_port)), timeout=120)
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.endswith("the end\n")
