@@ -181,10 +181,11 @@ def rollout(
         step_duration_s: seconds that each step lasts at least.
         window_s: bounds are judged over the last so many seconds of the step; None: `step_duration_s`.
         min_requests: a window with fewer requests of the target is not judged, and no step ends before there is one
-            with enough. The ratio is only judged against as many of the old targets.
+            with enough. The ratio is only taken to windows with as many of the old targets.
         max_error_rate: errors (status 5xx, broken answers) per request, from 0 to 1; None: any.
         max_p99_ms: 99th percentile of the time to the head of the answer in ms; None: any.
-        max_p99_ratio: the same, as a multiple of the old targets' p99 in the same window; None: any.
+        max_p99_ratio: the same, as a multiple of the old targets' p99 in the same window, or the last that was known;
+            None: any.
 
     Returns:
         A `Rollout` to look at it and to steer it; `serve.get_rollout` gives one to any other driver.
@@ -301,7 +302,7 @@ def _ask(method: str, *args: Any, timeout_s: float | None = None) -> Any:
     from rayserve_fast.api import _local
     from rayserve_fast.config import forces_local_testing
 
-    if forces_local_testing() or (_local() is not None and not ray.is_initialized()):
+    if forces_local_testing() or (_local() and not ray.is_initialized()):
         raise RayServeException(
             "Traffic can only be split on a cluster: local testing mode has no routes and no proxies."
             " Deploy with serve.run without _local_testing_mode."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,41 @@ def test_composition_runs_from_top_to_bottom(serve_instance: str, capfd: pytest.
     run_python_blocks("docs/composition.md", check_and_delete)
     assert not checks
     assert "cancelled\n" in capfd.readouterr().out
+
+
+@pytest.mark.timeout(300)
+def test_traffic_runs_from_top_to_bottom(serve_instance: str, capfd: pytest.CaptureFixture[str]) -> None:
+    from rayserve_fast import serve
+
+    def answers(path: str, **kwargs: Any) -> Counter[str]:
+        with requests.Session() as session:
+            return Counter(session.get(f"{serve_instance}{path}", timeout=10, **kwargs).text for _ in range(20))
+
+    def split() -> None:
+        assert answers("/greet") == {"blue": 18, "green": 2}
+
+    def alone() -> None:
+        assert answers("/red") == {"red": 20}
+
+    def sticky() -> None:
+        assert len(answers("/greet", headers={"x-user": "ada"})) == 1
+
+    def ruled() -> None:
+        assert answers("/greet", headers={"x-canary": "1"}) == answers("/greet", cookies={"beta": "x"}) == {"green": 20}
+
+    def shadowed() -> None:
+        assert answers("/greet") == {"blue": 20}
+
+    def told() -> None:
+        assert "blue: weight 1.0, " in (said := capfd.readouterr().out)
+        assert "\n10 copies\n" in said
+
+    def rolling() -> None:
+        assert "0.05\n" in capfd.readouterr().out
+
+    def aborted() -> None:
+        assert serve.get_traffic("/greet").rollout == "ABORTED"
+
+    checks = iter([split, alone, sticky, ruled, shadowed, told, rolling, aborted])
+    run_python_blocks("docs/traffic.md", lambda: next(checks)())
+    assert not list(checks)

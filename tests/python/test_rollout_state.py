@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rayserve_fast.controlplane.figures import Tally, of_targets, shadow_traffic, target_traffic, total
-from rayserve_fast.controlplane.rollout import HISTORY, Plan, Rollout, Samples, Window
+from rayserve_fast.controlplane.rollout import GRAINS, HISTORY, Plan, Rollout, Samples, Window
 
 T0 = 1000.0
 
@@ -110,7 +110,11 @@ def test_windows_with_too_few_requests_decide_nothing_and_hold_the_step_which_is
 
 def test_the_ratio_is_not_judged_against_too_few_old_requests() -> None:
     r = rollout(max_p99_ratio=2)
-    assert r.observe(T0 + 1, window(200, p99=100, old=99, old_p99=1)) is None
+    few_old = window(200, p99=100, old=99, old_p99=1)
+    assert r.observe(T0 + 1, few_old) is None
+    assert r.observe(T0 + 10, few_old) is not None
+    assert r.step == 0, "nor does a step pass that was not judged"
+    assert r.status().reason == "99 of the 100 requests of the old targets that max_p99_ratio needs"
 
 
 def test_when_the_old_ones_get_nothing_any_more_the_ratio_is_to_what_they_had() -> None:
@@ -194,6 +198,14 @@ def test_a_window_forgets_what_is_older_than_itself() -> None:
     for second in range(100):
         s.add(second, {"p": {"new": tally(10 * second)}}, 5)
     assert s.window("new").requests == 50
+
+
+def test_a_long_window_needs_few_readings() -> None:
+    s = Samples()
+    for second in range(100_000):
+        s.add(second, {"p": {"new": tally(second)}}, 10_000)
+    assert len(s) <= GRAINS + 3
+    assert 10_000 <= s.window("new").requests <= 10_000 * (1 + 1.1 / GRAINS)
 
 
 def test_a_proxy_that_starts_counts_from_its_first_reading_and_one_that_misses_a_reading_loses_nothing() -> None:

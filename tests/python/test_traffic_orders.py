@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import ray
-from deployed import actor_pid, code
+from deployed import actor_pid, code, get
 
 from rayserve_fast import serve
 from rayserve_fast.application import RunTarget, build_target
@@ -56,12 +56,16 @@ def test_a_redeploy_of_a_target_keeps_its_traffic(serve_instance: str) -> None:
     assert snapshot()["splits"]["/a"] == split
 
 
-def test_endpoints_and_backends_live_as_in_the_older_api(backend: str) -> None:
+def test_endpoints_and_backends_live_as_in_the_older_api(serve_instance: str, backend: str) -> None:
     client.ask("create_endpoint", "simple", "/simple", ["get"])
     assert client.ask("endpoints") == {
         "simple": {"route": "/simple", "methods": ["GET"], "traffic": {}, "shadows": {}},
     }
+    status, text = get(f"{serve_instance}/simple")
+    assert status == 503
+    assert "simple" in text
     serve.set_traffic(backend, {"simple": 1.0})
+    assert get(f"{serve_instance}/simple")[0] == 200
     assert client.ask("endpoints")["simple"]["traffic"] == {backend: 1.0}
     with pytest.raises(ValueError, match="Backend 'old' is used by endpoint 'simple' and cannot be deleted"):
         serve.delete(backend)

@@ -254,6 +254,15 @@ def test_a_target_with_weight_0_may_go_and_leaves_the_split(w: World) -> None:
     assert w.routes()["/x"]["label"] == {"b": 1.0}, "the route goes on without its owner"
 
 
+def test_a_target_that_leaves_with_all_of_serve_is_named_nowhere_in_the_snapshot(w: World) -> None:
+    """A proxy refuses a snapshot with a rule for what is no target."""
+    w.set("/x", {"a": 0.5, "b": 0.5}, None, [{"header": "h", "value": None, "target": "b"}])
+    w.shadow("/x", "b", 0.5)
+    w.apps["b"].deleting = True
+    split = w.snapshot()["splits"]["/x"]
+    assert ([t["name"] for t in split["targets"]], split["rules"], split["shadows"]) == (["a"], [], [])
+
+
 def test_a_route_with_traffic_is_only_deployed_to_by_its_targets(w: World) -> None:
     w.set("/new", {"b": 1.0})
     w.deploy(ApplicationSpec("b", "/new", "In", ()))

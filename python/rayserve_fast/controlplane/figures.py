@@ -1,7 +1,7 @@
 """What the proxies have counted about traffic: read, summed, subtracted, and told to people.
 
 A proxy counts requests, errors (status 5xx and broken answers) and a histogram of latencies for each target of each
-split, since it started; ARCHITECTURE.md, "Traffic", has the JSON. A *reading* is what every proxy answered at one
+split, since it started; ARCHITECTURE.md, "Splitting", says what. A *reading* is what every proxy answered at one
 moment, by proxy process, so that a restarted proxy, which counts from zero, is another one. Pure.
 
 The dataclasses at the top are what `serve.get_traffic` returns; `rayserve_fast.traffic` re-exports them.

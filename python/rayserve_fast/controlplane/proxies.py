@@ -110,9 +110,13 @@ class Fleet:
 
     async def traffic(self) -> Reading:
         """What each proxy has counted; one that does not answer in time is left out."""
-        listening = [p for p in self._proxies.values() if p.address]
-        answers = await asyncio.gather(*(_counted(p) for p in listening), return_exceptions=True)
-        return dict(a for a in answers if not isinstance(a, BaseException))
+        asked = [(f"{p.node_id}:{p.place.pid}", p) for p in self._proxies.values() if p.address and p.place]
+        answers = await asyncio.gather(*(_counted(p) for _, p in asked), return_exceptions=True)
+        return {
+            process: counted
+            for (process, _), counted in zip(asked, answers, strict=True)
+            if not isinstance(counted, BaseException)
+        }
 
     async def shutdown(self, timeout_s: float) -> None:
         """Stop all proxies and wait until their processes are gone."""
@@ -184,9 +188,9 @@ class Fleet:
         self._changed()
 
 
-async def _counted(p: _Proxy) -> tuple[str, Mapping[str, Any]]:
-    pid, counted = await asyncio.wait_for(p.handle.traffic.remote(), COUNT_WAIT_S)
-    return f"{p.node_id}:{pid}", json.loads(counted)
+async def _counted(p: _Proxy) -> Mapping[str, Any]:
+    counted: Mapping[str, Any] = json.loads(await asyncio.wait_for(p.handle.traffic.remote(), COUNT_WAIT_S))
+    return counted
 
 
 async def _told(missing: Awaitable[list[str]], replica_id: str) -> None:

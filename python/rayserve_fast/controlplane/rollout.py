@@ -10,7 +10,7 @@ decides. Time is Unix time, as a rollout outlives the process that drives it.
 
 Invariant: no window with fewer than `min_requests` requests of the new target decides anything. A step that has lasted
 its time without such a window is held, which is said once. While the old targets get too few requests for a p99 of
-their own, as in a last step of 1, the ratio is taken to the last one that was known.
+their own, as in a last step of 1, the ratio is taken to the last one that was known; without any, the step is held too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from rayserve_fast.controlplane.figures import Tally, total
 
 #: How many decisions are remembered; the oldest go first.
 HISTORY = 100
+#: A window moves on in so many steps; it is at most one of them longer than asked for.
+GRAINS = 20
 
 
 @dataclass(frozen=True)
@@ -135,12 +137,11 @@ class Rollout:
             return self._decide(now, "roll_back", why)
         if self.state == "PAUSED" or now - self.step_at < self.plan.step_duration_s:
             return None
-        if not enough:
+        if (lack := self._lack(window)) is not None:
             if self.held:
                 return None
             self.held = True
-            few = f"{window.requests} of the {self.plan.min_requests} requests that a window must have to be judged"
-            return self._decide(now, "hold", few)
+            return self._decide(now, "hold", lack)
         good = _told(window)
         if self.step + 1 == len(self.plan.steps):
             self.state = "COMPLETED"
@@ -188,6 +189,15 @@ class Rollout:
     def _begin(self, now: float, step: int) -> None:
         self.step, self.step_at, self.held, self.window = step, now, False, None
 
+    def _lack(self, window: Window) -> str | None:
+        """What there must be more of before the step can pass, in words."""
+        if window.requests < self.plan.min_requests:
+            return f"{window.requests} of the {self.plan.min_requests} requests that a window must have to be judged"
+        if self.plan.max_p99_ratio is not None and self.old_p99_ms is None:
+            needed = f"{self.plan.min_requests} requests of the old targets that max_p99_ratio needs"
+            return f"{window.old_requests} of the {needed}"
+        return None
+
     def _crossed(self, window: Window) -> str | None:
         """The bound that the window crosses, in words."""
         plan, p99, requests = self.plan, window.p99_ms or 0.0, f"in {window.requests} requests"
@@ -216,10 +226,18 @@ class Samples:
         """A step begins: what was counted before it is not its own."""
         self._samples.clear()
 
+    def __len__(self) -> int:
+        return len(self._samples)
+
     def add(self, now: float, tallies: Mapping[str, Mapping[str, Tally]], seconds: float) -> None:
-        """Take a reading; of those older than `seconds` only the newest is still needed."""
+        """Take a reading; of those older than `seconds` only the newest is still needed.
+
+        The others are kept at a distance, so that a window of a day needs no more of them than one of a second.
+        """
         while len(self._samples) > 1 and self._samples[1][0] <= now - seconds:
             self._samples.pop(0)
+        if len(self._samples) > 1 and self._samples[-1][0] - self._samples[-2][0] < seconds / GRAINS:
+            self._samples.pop()
         self._samples.append((now, tallies))
 
     def window(self, target: str) -> Window:

@@ -66,7 +66,7 @@ def _split(split: Split, apps: Mapping[str, Application]) -> dict[str, Any]:
     return {
         "targets": [{**named(here[t]), "weight": w} for t, w in split.weights.items() if t in here],
         "sticky": split.sticky or (None if is_route(split.name) else SHARD_KEY),
-        "rules": split.rules,
+        "rules": [r for r in split.rules if r["target"] in here],
         "shadows": [{**named(here[t]), "share": s} for t, s in split.shadows.items() if t in here],
     }
 

@@ -370,6 +370,7 @@ class Traffic:
         if not is_backend or not endpoints or any(e not in self.endpoints for e in endpoints):
             raise ValueError(f"Attempted to assign traffic for an endpoint '{backend}' that is not registered.")
         for endpoint, weight in endpoints.items():
+            self._check_no_rollout(endpoint)
             if weight != 1.0:
                 raise ValueError(
                     f"set_traffic({backend!r}, ...) names a backend first, which links it to endpoints with a weight"

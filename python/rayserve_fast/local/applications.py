@@ -77,6 +77,9 @@ class Applications:
             self.delete(name)
         return bool(names)
 
+    def __len__(self) -> int:
+        return len(self._applications)
+
     def __contains__(self, name: str) -> bool:
         return name in self._applications
 

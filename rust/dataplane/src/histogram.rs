@@ -24,7 +24,7 @@ pub struct Histogram {
 
 impl Default for Histogram {
     fn default() -> Self {
-        Self { buckets: Box::new([const { Counter::ZERO }; BUCKETS]), sum: Counter::ZERO }
+        Self { buckets: Box::new(std::array::from_fn(|_| Counter::default())), sum: Counter::default() }
     }
 }
 

@@ -11,9 +11,6 @@ use crate::traffic::Traffic;
 pub struct Counter(AtomicU64);
 
 impl Counter {
-    /// Nothing yet.
-    pub const ZERO: Self = Self(AtomicU64::new(0));
-
     /// One more.
     pub fn up(&self) {
         self.0.store(self.0.load(Relaxed).wrapping_add(1), Relaxed);

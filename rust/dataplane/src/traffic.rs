@@ -175,7 +175,9 @@ mod tests {
         }
         shards[1].target("/x", "b").errors.up();
         let mut sums = BTreeMap::new();
-        shards.iter().for_each(|shard| shard.add_to(&mut sums));
+        for shard in &shards {
+            shard.add_to(&mut sums);
+        }
         let dropped =
             serde_json::json!({"body": 2, "bytes": 0, "in_flight": 0, "not_ready": 0, "refused": 0, "timeout": 0});
         assert_eq!(

@@ -12,7 +12,7 @@ use std::{
 
 use rayserve_dataplane::wire::{Fault, Header, Kind, flag};
 use serde_json::{Value, json};
-use support::{Auto, Client, Replica, Served, eventually};
+use support::{Client, Replica, Served, auto::Auto, eventually};
 
 fn targets(weights: &[(&str, f64)]) -> Value {
     let target =
@@ -117,6 +117,17 @@ fn a_target_sees_the_route_as_its_root_path() {
 }
 
 #[test]
+fn a_snapshot_that_comes_while_a_body_is_read_is_the_one_that_counts() {
+    let it = Split::start(&["a", "b"], &split(&[("a", 1.0), ("b", 0.0)]));
+    let mut client = it.served.client();
+    client.send("POST /x HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\n\r\nbo");
+    it.served.settles("requests_open", 1);
+    it.publish(&split(&[("b", 1.0)]));
+    client.send("dy");
+    assert_eq!(client.response().text(), "b");
+}
+
+#[test]
 fn rules_come_first_and_the_rest_is_split() {
     let mut split = split(&[("a", 1.0), ("b", 0.0)]);
     split["rules"] =
@@ -178,7 +189,9 @@ fn while_no_target_is_ready_requests_wait_and_go_where_readiness_comes_first() {
         let none = [("a", json!({}), vec![]), ("b", json!({}), vec![])];
         served.publish_split(&weights, if declared { &none } else { &[] });
         let mut clients: Vec<_> = (0..5).map(|_| served.client()).collect();
-        clients.iter_mut().for_each(|client| client.get("/"));
+        for client in &mut clients {
+            client.get("/");
+        }
         served.settles("requests_open", 5);
         let b = Auto::start(served.dir.path(), "b", 100);
         let (a, b) = (("a", json!({}), vec![]), ("b", json!({}), vec![b.address.clone()]).clone());
@@ -327,7 +340,9 @@ fn weights_and_targets_that_change_under_load_lose_nothing() {
         eventually("requests go on", || done.load(Ordering::SeqCst) > seen + 4, || format!("round {round}"));
     }
     stop.store(true, Ordering::SeqCst);
-    clients.into_iter().for_each(|client| client.join().expect("no request has failed"));
+    for client in clients {
+        client.join().expect("no request has failed");
+    }
     let traffic: Value = serde_json::from_str(&it.served.proxy.traffic()).expect("JSON");
     let sum: u64 = ["a", "b", "c"].iter().filter_map(|name| traffic["/x"]["targets"][name]["requests"].as_u64()).sum();
     assert_eq!(sum as usize, done.load(Ordering::SeqCst), "each is counted once, over all snapshots");

@@ -131,6 +131,8 @@ pub struct Engine<W> {
     by_id: HashMap<String, ReplicaKey>,
     /// Sorted by name.
     splits: Vec<Split>,
+    /// Goes up with every snapshot.
+    split_life: u32,
     lives: u32,
     sessions: u64,
     actions: VecDeque<Action<W>>,
@@ -144,6 +146,7 @@ impl<W> Default for Engine<W> {
             replicas: Slab::new(),
             by_id: HashMap::new(),
             splits: Vec::new(),
+            split_life: 0,
             lives: 0,
             sessions: 0,
             actions: VecDeque::new(),

@@ -238,7 +238,8 @@ mod tests {
             let mut splitter = splitter(&[("a", 1.0 - weight), ("b", weight)], &sticky());
             let users: Vec<_> = (0..2000).map(|i| format!("user-{i}")).collect();
             let homes: Vec<_> = users.iter().map(|user| home(&mut splitter, user)).collect();
-            let at_b = homes.iter().sum::<usize>() as f64 / 2000.0;
+            let at_b = homes.iter().map(|&home| home as u32).sum::<u32>();
+            let at_b = f64::from(at_b) / 2000.0;
             prop_assert!((at_b - weight).abs() < 0.06, "{at_b} {weight}");
             prop_assert!(users.iter().zip(homes).all(|(user, at)| home(&mut splitter, user) == at));
         }

@@ -6,9 +6,13 @@
 use super::{Action, Affinity, Deployment, DeploymentKey, Engine, Splitter};
 use crate::{error::Error, snapshot::Snapshot};
 
-/// A split, until the next snapshot.
+/// A split, until the next snapshot; a request that outlives it looks it up again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SplitKey(usize);
+pub struct SplitKey {
+    index: u32,
+    /// Of which snapshot.
+    life: u32,
+}
 
 /// Where a request of a split goes; targets are known by their index in the snapshot's list.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +43,7 @@ impl<W> Engine<W> {
         let splits: Vec<_> = snapshot.splits.iter().map(split).collect();
         let any = !(before.is_empty() && splits.is_empty());
         self.splits = splits;
+        self.split_life = self.split_life.wrapping_add(1);
         self.reckon();
         // Also without a change of readiness those who wait may be led elsewhere by now.
         if any {
@@ -68,30 +73,38 @@ impl<W> Engine<W> {
 
     /// The split of this name, a key of the snapshot's.
     pub fn split(&self, name: &str) -> Option<SplitKey> {
-        self.splits.binary_search_by(|split| split.name.as_str().cmp(name)).ok().map(SplitKey)
+        let index = self.splits.binary_search_by(|split| split.name.as_str().cmp(name)).ok()?;
+        Some(SplitKey { index: index as u32, life: self.split_life })
+    }
+
+    fn split_at(&mut self, key: SplitKey) -> Option<&mut Split> {
+        self.splits.get_mut(key.index as usize).filter(|_| key.life == self.split_life)
     }
 
     /// The deployment of a split's target, if the snapshot holds it.
-    pub fn target(&self, key: SplitKey, target: usize) -> Option<DeploymentKey> {
-        self.splits[key.0].deployments[target]
+    pub fn target(&mut self, key: SplitKey, target: usize) -> Option<DeploymentKey> {
+        self.split_at(key)?.deployments[target]
     }
 
     /// Whether a split has a ready target, while that of a request that waits is not.
     pub fn strands(&mut self, key: SplitKey, deployment: DeploymentKey) -> bool {
-        self.splits[key.0].splitter.is_ready() && !self.is_ready(deployment)
+        self.split_at(key).is_some_and(|split| split.splitter.is_ready()) && !self.is_ready(deployment)
     }
 
     /// Where a request goes that `pick` finds a target for.
     ///
     /// # Errors
-    /// [`Error::Unavailable`] if the split has no target with a weight, or all of them have failed to deploy.
+    /// [`Error::Unavailable`] if the split has no target with a weight, or all of them have failed to deploy;
+    /// [`Error::Deleted`] if the key is of an earlier snapshot.
     pub fn choose(&mut self, key: SplitKey, pick: impl FnOnce(&mut Splitter) -> Option<usize>) -> Result<Turn, Error> {
-        if let Some(target) = pick(&mut self.splits[key.0].splitter) {
+        let Some(Split { name, splitter, .. }) = self.split_at(key) else {
+            return Err(Error::Deleted("The split is another by now.".into()));
+        };
+        if let Some(target) = pick(splitter) {
             return Ok(Turn::To(target));
         }
-        let weighted = self.splits[key.0].splitter.weighted();
+        let weighted = splitter.weighted();
         if weighted.is_empty() {
-            let name = &self.splits[key.0].name;
             return Err(Error::Unavailable(format!(
                 "The traffic of '{name}' has no target: give one a weight above 0 with serve.set_traffic."
             )));

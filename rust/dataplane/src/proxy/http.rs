@@ -156,7 +156,7 @@ async fn dispatch(
     route.takes(parts.method.as_str())?;
     let body = Inbound::read(source, config.max_body_bytes).await?;
     let deadline = deadline.map(|(instant, _)| instant);
-    let mut call = Call { shard, conn, route, params, path: &path, parts, marks, deadline, watch: None, copied: false };
+    let mut call = Call { shard, conn, route, params, path: &path, parts, marks, deadline, watch: None };
     let mut result = relay(&mut call, body).await;
     if let Some(watch) = call.watch.take() {
         watch.end(&mut result);

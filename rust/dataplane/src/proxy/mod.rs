@@ -93,7 +93,9 @@ impl Shared {
 
     fn traffic(&self) -> BTreeMap<String, SplitTotals> {
         let mut sums = BTreeMap::new();
-        self.metrics().iter().for_each(|metrics| metrics.traffic.add_to(&mut sums));
+        for metrics in self.metrics().iter() {
+            metrics.traffic.add_to(&mut sums);
+        }
         sums
     }
 

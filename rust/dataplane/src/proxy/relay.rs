@@ -53,8 +53,6 @@ pub(super) struct Call<'c> {
     pub(super) deadline: Option<Instant>,
     /// Counts it, if its route has several targets.
     pub(super) watch: Option<Watch>,
-    /// Shadows have had their copies.
-    pub(super) copied: bool,
 }
 
 /// Sends the request until one replica has answered. A body that is still on its way goes on by itself.
@@ -169,7 +167,7 @@ impl Call<'_> {
         let came = if self.watch.is_some() { self.unless_stranded(lease).await } else { Some(lease.await) };
         match came {
             Some(came) => self.leased(came).await,
-            None => self.choose().await,
+            None => self.choose(None).await,
         }
     }
 
@@ -179,7 +177,7 @@ impl Call<'_> {
         loop {
             match came {
                 Err(error) if error.retry() == Retry::Reroute => match self.shard.route(self.path) {
-                    Some((route, _)) if route.fork.is_some() => return self.choose().await,
+                    Some(found) if found.0.fork.is_some() => return self.choose(Some(found)).await,
                     Some((route, params)) if route.deployment != self.route.deployment => {
                         (self.route, self.params) = (route, params);
                     }

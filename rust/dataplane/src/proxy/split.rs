@@ -12,7 +12,7 @@ use super::{
     body::Inbound,
     relay::Call,
     shadow::{Shadow, copy},
-    shard::{Route, Shard},
+    shard::{Found, Route, Shard},
     stream::{Head, StreamRef},
 };
 use crate::{
@@ -111,24 +111,21 @@ impl Drop for Watch {
 impl Call<'_> {
     /// A lease at one of the targets of the route's split, as soon as there is one; copies are on their way then too.
     pub(super) async fn forked(&mut self, body: &Inbound) -> Result<Lease, Error> {
-        let lease = self.choose().await?;
-        if let Some((route, _)) = self.shard.route(self.path)
-            && let Some(fork) = &route.fork
-            && !std::mem::replace(&mut self.copied, true)
-        {
-            for shadow in &fork.shadows {
-                copy(self, shadow, body);
-            }
+        let route = Rc::clone(&self.route);
+        let lease = self.choose(Some((Rc::clone(&route), std::mem::take(&mut self.params)))).await?;
+        for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
+            copy(self, shadow, body);
         }
         Ok(lease)
     }
 
-    /// As long as no target is ready this only waits; the request's deadline or its client ends that.
-    pub(super) async fn choose(&mut self) -> Result<Lease, Error> {
+    /// As long as no target is ready this only waits; the request's deadline or its client ends that. `found` is the route
+    /// if it has been looked up; one of an earlier snapshot is looked up again.
+    pub(super) async fn choose(&mut self, mut found: Option<Found>) -> Result<Lease, Error> {
         let shard = self.shard;
         loop {
             let turned = shard.readiness.notified();
-            let Some((route, params)) = shard.route(self.path) else {
+            let Some((route, params)) = found.take().or_else(|| shard.route(self.path)) else {
                 return Err(Error::Deleted("The route was deleted.".into()));
             };
             self.params = params;
@@ -142,9 +139,14 @@ impl Call<'_> {
             let headers = &self.parts.headers;
             let turn =
                 shard.engine.borrow_mut().choose(fork.key, |splitter| splitter.choose(|sign| read(headers, sign)));
-            let (Turn::To(target) | Turn::Wait(Some(target))) = turn? else {
-                turned.await;
-                continue;
+            let target = match turn {
+                Ok(Turn::To(target) | Turn::Wait(Some(target))) => target,
+                Ok(Turn::Wait(None)) => {
+                    turned.await;
+                    continue;
+                }
+                Err(Error::Deleted(_)) => continue,
+                Err(error) => return Err(error),
             };
             self.aim(&fork.targets[target]);
             let admitted = shard.admit(self.route.deployment, self.marks.affinity, || self.describe());

@@ -16,7 +16,7 @@ use std::{
 use rayserve_dataplane::proxy::{Config, Proxy};
 use serde_json::{Value, json};
 
-pub use self::{auto::Auto, client::Client, replica::Replica};
+pub use self::{client::Client, replica::Replica};
 
 /// How long anything may take.
 pub const PATIENCE: Duration = Duration::from_secs(10);

@@ -79,6 +79,16 @@ fn only_when_all_targets_have_failed_requests_are_refused_with_their_sentence() 
 }
 
 #[test]
+fn a_key_of_an_earlier_snapshot_leads_nowhere() {
+    let mut driver = Driver::linked(&two_targets(1, &["r"], [1.0, 0.0]));
+    let key = driver.engine.split("/x").expect("it is there");
+    driver.engine.apply(&two_targets(2, &["r"], [1.0, 0.0]));
+    let stale = driver.engine.choose(key, |splitter| splitter.choose(|_| None)).expect_err("stale");
+    assert_eq!((stale.retry(), driver.engine.target(key, 0)), (crate::error::Retry::Reroute, None));
+    assert_eq!(turn(&mut driver), Ok(Turn::To(0)));
+}
+
+#[test]
 fn a_session_keeps_its_target() {
     let mut driver = Driver::linked(&two_targets(1, &["r"], [0.5, 0.0]));
     let key = driver.engine.split("/x").expect("it is there");
