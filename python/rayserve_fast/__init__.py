@@ -59,6 +59,10 @@ if TYPE_CHECKING:
         BackendConfig as BackendConfig,
         CondaEnv as CondaEnv,
     )
+    from rayserve_fast.classic.deployed import (
+        get_deployment as get_deployment,
+        list_deployments as list_deployments,
+    )
     from rayserve_fast.classic.endpoints import (
         create_endpoint as create_endpoint,
         delete_endpoint as delete_endpoint,
@@ -119,6 +123,7 @@ _HOME = {
     "get_backend_config": "classic.backends",
     "get_current_backend_tag": "classic.backends",
     "get_current_replica_tag": "classic.backends",
+    "get_deployment": "classic.deployed",
     "get_deployment_handle": "api",
     "get_handle": "classic.endpoints",
     "get_multiplexed_model_id": "multiplex",
@@ -129,10 +134,11 @@ _HOME = {
     "init": "classic.session",
     "link": "classic.endpoints",
     "list_backends": "classic.backends",
+    "list_deployments": "classic.deployed",
     "list_endpoints": "classic.endpoints",
     "multiplexed": "multiplex",
-    "route": "classic.endpoints",
     "rollout": "traffic",
+    "route": "classic.endpoints",
     "run": "api",
     "run_many": "api",
     "set_traffic": "traffic",

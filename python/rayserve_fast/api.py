@@ -18,7 +18,7 @@ import ray
 from rayserve_fast import inactive
 from rayserve_fast.controlplane import client
 from rayserve_fast.controlplane.options import ClusterOptions
-from rayserve_fast.controlplane.spec import DeploymentID
+from rayserve_fast.controlplane.spec import DEFAULT_ROUTE, DeploymentID
 from rayserve_fast.controlplane.status import ServeStatus
 from rayserve_fast.exceptions import RayServeException
 
@@ -37,7 +37,7 @@ def run(
     target: Application,
     blocking: bool = False,
     name: str = "default",
-    route_prefix: str | None = "/",
+    route_prefix: str | None = DEFAULT_ROUTE,
     logging_config: Any = None,
     _local_testing_mode: bool = False,
     external_scaler_enabled: bool = False,
@@ -51,7 +51,8 @@ def run(
         target: what `Deployment.bind()` returned.
         blocking: stay until Ctrl-C, which raises KeyboardInterrupt here.
         name: of the application, unique in the cluster.
-        route_prefix: where HTTP requests reach it; None: only handles do.
+        route_prefix: where HTTP requests reach it; None: only handles do. If it is not given, an older deployment's
+            own counts, see docs/classic.md.
         logging_config: accepted, has no effect yet.
         external_scaler_enabled: accepted, has no effect yet.
         controller_options: `runtime_env.env_vars` of the controller, when this call starts it.
@@ -59,7 +60,7 @@ def run(
             variable RAY_SERVE_FORCE_LOCAL_TESTING_MODE=1 does the same for every call.
 
     Returns:
-        A handle to the ingress deployment.
+        A handle to the ingress deployment; for a `DAGDriver` a `RayServeSyncHandle`.
 
     Raises:
         TypeError: `target` is no Application.
@@ -85,7 +86,7 @@ def _run(
     *,
     _blocking: bool = True,
     name: str = "default",
-    route_prefix: str | None = "/",
+    route_prefix: str | None = DEFAULT_ROUTE,
     logging_config: Any = None,
     _local_testing_mode: bool = False,
     external_scaler_enabled: bool = False,
@@ -156,7 +157,19 @@ def _run_many(
     specs = [build_target(t, runtime_env) for t in targets]
     controller = client.find() or client.start(_cluster_options(None, None), env_vars)
     client.deploy(controller, specs, wait_for_applications_running, began)
-    return [DeploymentHandle(spec.ingress, spec.name) for spec in specs]
+    handles = [DeploymentHandle(spec.ingress, spec.name) for spec in specs]
+    return [_ingress_handle(target.target, handle) for target, handle in zip(targets, handles, strict=True)]
+
+
+def _ingress_handle(app: Application, handle: DeploymentHandle) -> DeploymentHandle:
+    """What `run` returns: for a graph's driver the handle that its users know."""
+    from rayserve_fast.classic.driver import GraphDriver
+
+    if not isinstance(app._bound_deployment, GraphDriver):
+        return handle
+    from rayserve_fast.classic.handles import older_handle
+
+    return older_handle(handle, sync=True)  # type: ignore[return-value]
 
 
 def start(

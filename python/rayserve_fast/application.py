@@ -18,7 +18,9 @@ from typing import TYPE_CHECKING, Any
 from rayserve_fast import definition, inactive
 from rayserve_fast.controlplane.spec import (
     DEFAULT_APP_NAME,
+    DEFAULT_ROUTE,
     ApplicationSpec,
+    DefaultRoute,
     DeploymentConfig,
     DeploymentSpec,
     DriverEnv,
@@ -42,7 +44,7 @@ class RunTarget:
 
     target: Application
     name: str = DEFAULT_APP_NAME
-    route_prefix: str | None = "/"
+    route_prefix: str | None = DEFAULT_ROUTE
     logging_config: dict[str, Any] | LoggingConfig | None = None
     external_scaler_enabled: bool = False
 
@@ -60,7 +62,7 @@ def build_target(target: RunTarget, default_runtime_env: Mapping[str, Any] | Non
         RayServeException: the name is empty, or two deployments are FastAPI ingresses.
     """
     check_target(target)
-    spec = build(target.target, target.name, target.route_prefix, default_runtime_env)
+    spec = build(target.target, target.name, route_of(target), default_runtime_env)
     inactive.warn_application(
         target.name, [name for name in inactive.APPLICATION_OPTIONS if getattr(target, name) not in (None, False)]
     )
@@ -80,6 +82,14 @@ def check_target(target: RunTarget) -> None:
         from rayserve_fast.schema import LoggingConfig
 
         LoggingConfig.model_validate(target.logging_config)
+
+
+def route_of(target: RunTarget) -> str | None:
+    """Where HTTP requests reach it: as `serve.run` was told, else the ingress deployment, else at `/`."""
+    if isinstance(target.route_prefix, DefaultRoute):
+        given = target.target._bound_deployment._older.route
+        return "/" if given is None else given[0]
+    return target.route_prefix
 
 
 def build(
@@ -137,13 +147,17 @@ class Builder:
 
     def _build(self, app: Application) -> DeploymentHandle:
         deployment = app._bound_deployment
+        if deployment.version is not None:
+            raise ValueError(
+                "`version` in `@serve.deployment` has been removed. Serve manages deployment versions internally."
+            )
         packed = self.define(deployment)  # names callees before their caller
         asgi = asgi_app_of(deployment.func_or_class)
         spec = DeploymentSpec(
             app=self._app_name,
             name=self._free_name(deployment.name),
             definition=packed,
-            config=self._config(deployment._options.plain()),
+            config=with_runtime_env(deployment._options.plain(), self._driver.runtime_env),
             driver=self._driver,
             is_asgi=asgi is not None,
             docs_path=None if asgi is None else asgi.docs_path,
@@ -167,14 +181,15 @@ class Builder:
             )
         return name
 
-    def _config(self, config: DeploymentConfig) -> DeploymentConfig:
-        """With the driver's runtime environment where the deployment has none, or no `working_dir`."""
-        default, options = self._driver.runtime_env, config.ray_actor_options
-        own = options.get("runtime_env")
-        if not default or (own is not None and "working_dir" not in default):
-            return config
-        merged = default if own is None else {"working_dir": default["working_dir"], **own}
-        return replace(config, ray_actor_options={**options, "runtime_env": merged})
+
+def with_runtime_env(config: DeploymentConfig, default: Mapping[str, Any]) -> DeploymentConfig:
+    """With the driver's runtime environment where the deployment has none, or no `working_dir`."""
+    options = config.ray_actor_options
+    own = options.get("runtime_env")
+    if not default or (own is not None and "working_dir" not in default):
+        return config
+    merged = default if own is None else {"working_dir": default["working_dir"], **own}
+    return replace(config, ray_actor_options={**options, "runtime_env": merged})
 
 
 def driver_env(runtime_env: Mapping[str, Any]) -> DriverEnv:

@@ -12,6 +12,9 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from rayserve_fast.autoscaling import AutoscalingConfig
+from rayserve_fast.classic.deployable import Deployable
+from rayserve_fast.classic.graph import CallNode, Method, holds_node, method_of
+from rayserve_fast.classic.spelling import OlderOptions, rename
 from rayserve_fast.options import DeploymentOptions
 
 if TYPE_CHECKING:
@@ -45,11 +48,17 @@ class Application:
     def __init__(self, bound_deployment: Deployment) -> None:
         self._bound_deployment = bound_deployment
 
+    def __getattr__(self, name: str) -> Method:
+        """A method of the class, to be bound as a node of a graph: `model.predict.bind(node)`."""
+        if name == "_bound_deployment":  # asked for by copying, before there is one
+            raise AttributeError(name)
+        return method_of(self, name)
+
     def __repr__(self) -> str:
         return f"Application({self._bound_deployment.name})"
 
 
-class Deployment:
+class Deployment(Deployable):
     """A class or function with options, made by `@serve.deployment`.
 
     >>> @deployment(num_replicas=2)
@@ -62,6 +71,9 @@ class Deployment:
     Application(Twice)
     """
 
+    #: A function as what all nodes of graphs call that are bound of it.
+    _called: Application | None = None
+
     def __init__(
         self,
         name: str,
@@ -69,6 +81,7 @@ class Deployment:
         func_or_class: Callable[..., Any],
         init_args: tuple[Any, ...] = (),
         init_kwargs: dict[str, Any] | None = None,
+        older: OlderOptions = OlderOptions(),  # noqa: B008  # frozen
         _internal: bool = False,
     ) -> None:
         if not _internal:
@@ -87,8 +100,9 @@ class Deployment:
         self._name = name
         self._options = options
         self._func_or_class = func_or_class
-        self._init_args = init_args
+        self._init_args = tuple(init_args or ())
         self._init_kwargs = init_kwargs or {}
+        self._older = older
 
     @property
     def name(self) -> str:
@@ -97,8 +111,8 @@ class Deployment:
 
     @property
     def version(self) -> str | None:
-        """Always None: versions are found out when deployments are updated."""
-        return None
+        """What `.deploy()` compares with what is there; None for deployments of `serve.run`."""
+        return self._older.version
 
     @property
     def func_or_class(self) -> Callable[..., Any]:
@@ -153,7 +167,7 @@ class Deployment:
 
     def set_logging_config(self, logging_config: dict[str, Any]) -> None:
         """Change the logging options in place."""
-        self._options = _merge(self._options, {"logging_config": logging_config})
+        self._options = self._options.changed({"logging_config": logging_config})
 
     def __call__(self) -> None:
         raise RuntimeError(
@@ -161,15 +175,19 @@ class Deployment:
         )
 
     def bind(self, *args: Any, **kwargs: Any) -> Application:
-        """Bind constructor arguments; functions take none.
+        """Bind constructor arguments; functions take none, except as nodes of a graph: see docs/classic.md.
 
         Args:
             *args, **kwargs: anything that pickles; Applications in it, at any depth, arrive as DeploymentHandles.
 
         Raises:
-            ValueError: arguments for a function.
+            ValueError: arguments for a function, and no node of a graph among them.
         """
-        return Application(Deployment(self._name, self._options, self._func_or_class, args, kwargs, _internal=True))
+        if inspect.isfunction(self._func_or_class) and holds_node((args, kwargs)):
+            if self._called is None:
+                self._called = Application(self._copy())
+            return CallNode(self._called, "__call__", args, kwargs)  # type: ignore[return-value]
+        return Application(self._copy(init_args=args, init_kwargs=kwargs))
 
     def options(
         self,
@@ -201,22 +219,41 @@ class Deployment:
         deployment_actors: Default[list[dict[str, Any] | DeploymentActorConfig] | None] = DEFAULT.VALUE,
         max_surge_percent: Default[int] = DEFAULT.VALUE,
         retry_idempotent: Default[bool] = DEFAULT.VALUE,
+        route_prefix: Default[str | None] = DEFAULT.VALUE,
+        prev_version: Default[str | None] = DEFAULT.VALUE,
+        init_args: Default[tuple[Any, ...] | None] = DEFAULT.VALUE,
+        init_kwargs: Default[dict[str, Any] | None] = DEFAULT.VALUE,
+        max_concurrent_queries: Default[int | None] = DEFAULT.VALUE,
+        _autoscaling_config: Default[dict[str, Any] | AutoscalingConfig | None] = DEFAULT.VALUE,
     ) -> Deployment:
         """A copy with other options; those not given stay as they are. See `serve.deployment` for what they mean.
 
         Raises:
             TypeError, ValueError: an option is wrong, as for the decorator.
         """
-        given = {k: v for k, v in locals().items() if k not in _NOT_OPTIONS}
-        _refuse_version(version, "Deployment.options()")
-        return Deployment(
-            self._name if name is DEFAULT.VALUE else name,
-            _merge(self._options, _given(given)),
-            func_or_class or self._func_or_class,
-            self._init_args if _init_args is DEFAULT.VALUE else _init_args,
-            self._init_kwargs if _init_kwargs is DEFAULT.VALUE else _init_kwargs,
-            _internal=True,
-        )
+        given = {k: v for k, v in locals().items() if k not in _NOT_OPTIONS and v is not DEFAULT.VALUE}
+        parts = {
+            "name": name,
+            "func_or_class": func_or_class or DEFAULT.VALUE,
+            "init_args": init_args if _init_args is DEFAULT.VALUE else _init_args,
+            "init_kwargs": init_kwargs if _init_kwargs is DEFAULT.VALUE else _init_kwargs,
+        }
+        older = self._older.with_given(given)
+        rename(given)
+        changes = {part: value for part, value in parts.items() if value is not DEFAULT.VALUE}
+        return self._copy(options=self._options.changed(given), older=older, **changes)
+
+    def _copy(self, **changes: Any) -> Deployment:
+        """A copy with other parts, which are named as the constructor's parameters."""
+        parts = {
+            "name": self._name,
+            "options": self._options,
+            "func_or_class": self._func_or_class,
+            "init_args": self._init_args,
+            "init_kwargs": self._init_kwargs,
+            "older": self._older,
+        }
+        return Deployment(**{**parts, **changes}, _internal=True)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Deployment) and self._identity() == other._identity()
@@ -224,7 +261,7 @@ class Deployment:
     __hash__ = None  # type: ignore[assignment]  # its options are mutable, as in Ray Serve
 
     def _identity(self) -> tuple[Any, ...]:
-        return self._name, self._options, self._init_args, self._init_kwargs
+        return self._name, self._options, self._init_args, self._init_kwargs, self._older
 
     def __repr__(self) -> str:
         return f"Deployment(name={self._name})"
@@ -265,6 +302,12 @@ def deployment(
     rolling_update_percentage: Default[float] = DEFAULT.VALUE,
     max_surge_percent: Default[int] = DEFAULT.VALUE,
     retry_idempotent: Default[bool] = DEFAULT.VALUE,
+    route_prefix: Default[str | None] = DEFAULT.VALUE,
+    prev_version: Default[str | None] = DEFAULT.VALUE,
+    init_args: Default[tuple[Any, ...] | None] = DEFAULT.VALUE,
+    init_kwargs: Default[dict[str, Any] | None] = DEFAULT.VALUE,
+    max_concurrent_queries: Default[int | None] = DEFAULT.VALUE,
+    _autoscaling_config: Default[dict[str, Any] | AutoscalingConfig | None] = DEFAULT.VALUE,
 ) -> _Decorated:
     """Make a class or function a `Deployment`; bare or with options.
 
@@ -273,7 +316,7 @@ def deployment(
     Args:
         _func_or_class: what the replicas run, when the decorator is used bare.
         name: unique within the application; default: the name of the class or function.
-        version: removed; giving it is an error.
+        version: for `.deploy()`, see docs/classic.md; `serve.run` refuses it.
         num_replicas: how many replicas, at least 1; "auto": as `autoscaling_config`, of 1 to 100 replicas by default.
         ray_actor_options: what each replica needs: num_cpus (default 1), num_gpus, memory (bytes), resources,
             accelerator_type, runtime_env, label_selector, fallback_strategy.
@@ -299,6 +342,9 @@ def deployment(
         max_surge_percent: replicas beyond the number, 0 to 100 percent of it, that an update may start; default 0.
         retry_idempotent: send a request of an idempotent method once more when its replica dies before anything of the
             answer went to the client; default True. This project's own.
+        route_prefix: for `.deploy()`, where None means not over HTTP; for `serve.run` if it is given none itself.
+        prev_version, init_args, init_kwargs: for `.deploy()`, see docs/classic.md.
+        max_concurrent_queries, _autoscaling_config: older names of `max_ongoing_requests` and `autoscaling_config`.
 
     Returns:
         A Deployment, or used with options, what makes one of a class or function.
@@ -306,46 +352,28 @@ def deployment(
     Raises:
         TypeError, ValueError: an option, or what is decorated, is wrong; pydantic's ValidationError is a ValueError.
     """
-    given = {k: v for k, v in locals().items() if k not in _NOT_OPTIONS}
-    _refuse_version(version, "@serve.deployment")
-    options = _merge(DeploymentOptions(), _given(given))
+    given = {k: v for k, v in locals().items() if k not in _NOT_OPTIONS and v is not DEFAULT.VALUE}
+    older = OlderOptions().with_given(given)
+    rename(given)
+    options = DeploymentOptions().changed(given)
+    args = () if init_args is DEFAULT.VALUE else init_args or ()
+    kwargs = {} if init_kwargs is DEFAULT.VALUE else init_kwargs
 
     def decorate(func_or_class: Callable[..., Any]) -> Deployment:
         own_name = getattr(func_or_class, "__name__", "") if name is DEFAULT.VALUE else name
-        return Deployment(own_name, options, func_or_class, _internal=True)
+        return Deployment(own_name, options, func_or_class, args, kwargs, older, _internal=True)
 
     return decorate if _func_or_class is None else decorate(_func_or_class)  # type: ignore[return-value]
 
 
-_NOT_OPTIONS = {"self", "func_or_class", "_func_or_class", "name", "version", "_init_args", "_init_kwargs", "_internal"}
-
-
-def _refuse_version(version: Any, where: str) -> None:
-    if version is not DEFAULT.VALUE:
-        raise ValueError(f"`version` in `{where}` has been removed. Serve manages deployment versions internally.")
-
-
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, with what is about the number of replicas sorted out."""
-    given = {name: value for name, value in options.items() if value is not DEFAULT.VALUE}
-    replicas, scaling = given.get("num_replicas"), given.get("autoscaling_config")
-    if replicas in (None, "auto"):
-        given.pop("num_replicas", None)
-    if "max_ongoing_requests" in given and given["max_ongoing_requests"] is None:
-        raise ValueError("`max_ongoing_requests` must be non-null, got None.")
-    if replicas == "auto":
-        if isinstance(scaling, AutoscalingConfig):
-            scaling = scaling.model_dump(exclude_unset=True)
-        auto = AutoscalingConfig.default().model_dump(exclude_unset=True)
-        return {**given, "autoscaling_config": AutoscalingConfig(**{**auto, **(scaling or {})})}
-    if replicas == 0:
-        raise ValueError("num_replicas is expected to larger than 0")
-    if replicas is not None and scaling is not None:
-        raise ValueError("Manually setting num_replicas is not allowed when autoscaling_config is provided.")
-    return given
-
-
-def _merge(options: DeploymentOptions, given: dict[str, Any]) -> DeploymentOptions:
-    """`options` with those given on top, all of them checked together."""
-    kept = {name: getattr(options, name) for name in options.model_fields_set}
-    return DeploymentOptions(**{**kept, **given}).check()
+_NOT_OPTIONS = {
+    "_func_or_class",
+    "_init_args",
+    "_init_kwargs",
+    "_internal",
+    "func_or_class",
+    "init_args",
+    "init_kwargs",
+    "name",
+    "self",
+}

@@ -87,6 +87,11 @@ class DeploymentOptions(BaseModel):
             raise ValueError(f"deployment_actors must have unique names. Duplicate name(s): {twice}")
         return actors
 
+    def changed(self, given: dict[str, Any]) -> DeploymentOptions:
+        """A copy with those that were given on top, all of them checked together; errors as for `check`."""
+        kept = {name: getattr(self, name) for name in self.model_fields_set}
+        return DeploymentOptions(**{**kept, **_settled(given)}).check()
+
     def check(self) -> DeploymentOptions:
         """Itself, once what pydantic cannot judge is judged too.
 
@@ -203,6 +208,26 @@ _AS_THEY_ARE = (
     "rolling_update_percentage",
     "user_config",
 )
+
+
+def _settled(given: dict[str, Any]) -> dict[str, Any]:
+    """What was given, with what is about the number of replicas sorted out."""
+    given = dict(given)
+    replicas, scaling = given.get("num_replicas"), given.get("autoscaling_config")
+    if replicas in (None, "auto"):
+        given.pop("num_replicas", None)
+    if "max_ongoing_requests" in given and given["max_ongoing_requests"] is None:
+        raise ValueError("`max_ongoing_requests` must be non-null, got None.")
+    if replicas == "auto":
+        if isinstance(scaling, AutoscalingConfig):
+            scaling = scaling.model_dump(exclude_unset=True)
+        auto = AutoscalingConfig.default().model_dump(exclude_unset=True)
+        return {**given, "autoscaling_config": AutoscalingConfig(**{**auto, **(scaling or {})})}
+    if replicas == 0:
+        raise ValueError("num_replicas is expected to larger than 0")
+    if replicas is not None and scaling is not None:
+        raise ValueError("Manually setting num_replicas is not allowed when autoscaling_config is provided.")
+    return given
 
 
 def _dump(config: BaseModel | None) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import ray
@@ -59,6 +59,7 @@ class _Promises:
 
 _own = OwnActor(_Promises)
 _keys = itertools.count()
+_passing: set[asyncio.Future[None]] = set()
 
 
 def of_value(result: Callable[[], Any]) -> Any:
@@ -66,6 +67,23 @@ def of_value(result: Callable[[], Any]) -> Any:
     actor, key = _own.actor(), next(_keys)
     ref = actor.value.remote(key)
     _fulfil(actor, key, lambda: actor.keep.remote(key, "value", result()))
+    return ref
+
+
+def of_awaitable(answer: Awaitable[Any]) -> Any:
+    """A reference to what `answer` gives; it is awaited in the running loop, by a task of its own."""
+    actor, key = _own.actor(), next(_keys)
+    ref = actor.value.remote(key)
+
+    async def pass_on() -> None:
+        try:
+            actor.keep.remote(key, "value", await answer)
+        except BaseException as error:
+            _fail(actor, key, error)
+
+    task = asyncio.ensure_future(pass_on())
+    _passing.add(task)  # the loop itself does not keep its tasks
+    task.add_done_callback(_passing.discard)
     return ref
 
 
@@ -88,10 +106,14 @@ def _fulfil(actor: Any, key: int, pass_on: Callable[[], Any]) -> None:
         try:
             pass_on()
         except Exception as error:
-            # Ray makes a RayTaskError of it again.
-            actor.keep.remote(key, "error", error.cause if isinstance(error, RayTaskError) else error)
+            _fail(actor, key, error)
 
     threading.Thread(target=run, name="rayserve-fast-promise", daemon=True).start()
+
+
+def _fail(actor: Any, key: int, error: BaseException) -> None:
+    # Ray makes a RayTaskError of it again.
+    actor.keep.remote(key, "error", error.cause if isinstance(error, RayTaskError) else error)
 
 
 class _Referable:

@@ -16,7 +16,7 @@ import os
 import pickle
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeAlias
 
@@ -27,6 +27,15 @@ from ray.exceptions import RayError, RayTaskError
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
 SCALARS = frozenset({bytes, str, int, float, bool, type(None)})
+
+
+#: Classes of this package whose objects C's pickler may write too, and the functions that make them again.
+_own: set[Any] = set()
+
+
+def pickle_plainly(kind: type, rebuild: Callable[..., Any]) -> None:
+    """Let C's pickler write the objects of a class, whose `__reduce__` gives `rebuild` and builtin values."""
+    _own.update((kind, rebuild))
 
 
 class _NotPlain(Exception):
@@ -40,7 +49,7 @@ class _PlainPickler(pickle.Pickler):
     allowed: frozenset[Any] = frozenset()
 
     def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is self.arrays or _is_part_of_array(obj, self.allowed):
+        if type(obj) is self.arrays or type(obj) in _own or _is_part_of_array(obj, self.allowed):
             return NotImplemented
         raise _NotPlain
 
@@ -52,7 +61,7 @@ class _ArrayPickler(_PlainPickler):
 def _is_part_of_array(obj: Any, allowed: frozenset[Any]) -> bool:
     """Whether pickle met `obj` on its way through an array: a dtype, or one of the globals that rebuild arrays."""
     if isinstance(obj, (type, FunctionType, BuiltinFunctionType)):
-        return obj in allowed
+        return obj in allowed or obj in _own
     return bool(allowed) and isinstance(obj, sys.modules["numpy"].dtype)
 
 

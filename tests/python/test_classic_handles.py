@@ -287,6 +287,35 @@ def test_annotated_parameters_get_older_handles(deploy: Any, resolvable: bool) -
     ]
 
 
+class Asks:
+    def __call__(self, request: Any) -> str:
+        return f"{request.method} {request.url.path}"
+
+    def method(self, value: Any) -> Any:
+        return value
+
+
+class HasDefault:
+    def __call__(self, value: str = "default") -> str:
+        return value
+
+
+class AsksNothing:
+    def __call__(self) -> str:
+        return "nothing"
+
+
+@pytest.mark.parametrize(("code", "answer"), [(Asks, "GET /"), (HasDefault, "default"), (AsksNothing, "nothing")])
+def test_a_call_without_arguments_gives_a_request_to_who_asks_for_one(deploy: Any, code: Any, answer: str) -> None:
+    handle = older_handle(deploy(serve.deployment(code).bind()), sync=True)
+    assert ray.get(handle.remote(), timeout=60) == answer
+    if code is Asks:
+        with pytest.raises(TypeError, match="missing 1 required"):
+            ray.get(handle.method.remote(), timeout=60)
+        with pytest.raises(TypeError, match="missing 1 required"):
+            handle._handle.remote().result(timeout_s=20)  # today's handle calls as it is told
+
+
 def test_there_are_no_references_in_local_testing_mode() -> None:
     handle = serve.run(serve.deployment(Target).bind(), name="here", _local_testing_mode=True)
     with pytest.raises(RuntimeError, match="local testing mode"):

@@ -262,8 +262,10 @@ def _with_config(spec: ApplicationSpec, **changes: Any) -> ApplicationSpec:
 
 
 def _existing(tag: str) -> ApplicationSpec:
-    spec: ApplicationSpec | None = session.ask("specification", tag)
-    if spec is None or spec.era != ERA:
+    spec: ApplicationSpec | None = None
+    if tag in session.ask("applications", ERA):  # not one that is being deleted
+        spec = session.ask("specification", tag)
+    if spec is None:
         raise ValueError(f"Backend {tag} is not registered.")
     return spec
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ray import ObjectRef
 
 from rayserve_fast import answers, caller, values
+from rayserve_fast.classic.absent import NoArguments
 from rayserve_fast.context import _serve_request_context
 from rayserve_fast.controlplane.process import serve_at_normal_priority
 from rayserve_fast.own_actor import OwnActor
@@ -61,7 +62,7 @@ def call(handle: DeploymentHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
     if any(isinstance(value, ObjectRef) for value in (*args, *kwargs.values())):
         return _own.actor().call_with_values.remote(callee, texts, *args, **kwargs)
     try:
-        packed = answers.pack(args, kwargs)
+        packed = _pack(callee, args, kwargs)
     except Exception as error:
         raise handle._unsent(error) from error
     buffers = [pickle.PickleBuffer(buffer) for buffer in packed.buffers]
@@ -98,6 +99,12 @@ def _reference(value: Any) -> Any:
     from rayserve_fast.response import DeploymentResponse
 
     return value._ref_now() if isinstance(value, DeploymentResponse) else value
+
+
+def _pack(callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> answers.Packed:
+    if args or kwargs or callee[-1] != "__call__":
+        return answers.pack(args, kwargs)
+    return answers.Packed(pickle.dumps((NoArguments(), {}), 5))
 
 
 def _beside(encoded: Any) -> Any:

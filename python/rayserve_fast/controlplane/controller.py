@@ -173,18 +173,17 @@ class Controller(RolloutOrders):
         await self._recovered.wait()
         return self._apps[name].spec.ingress if name in self._apps else None
 
+    async def specification(self, name: str) -> ApplicationSpec | None:
+        """What an application was last deployed as, None if there is no such application."""
+        await self._recovered.wait()
+        return self._apps[name].spec if name in self._apps else None
+
     async def applications(self, era: str) -> dict[str, dict[str, Any]]:
         """The labels of each application that the API of this era made; those that are being deleted are not among."""
         await self._recovered.wait()
         return {
             name: dict(app.spec.labels) for name, app in self._apps.items() if app.spec.era == era and not app.deleting
         }
-
-    async def specification(self, name: str) -> ApplicationSpec | None:
-        """What was deployed under this name; None if nothing is, or it is being deleted."""
-        await self._recovered.wait()
-        app = self._apps.get(name)
-        return None if app is None or app.deleting else app.spec
 
     async def exists(self, app: str, deployment: str) -> bool:
         """Whether there is such a deployment."""

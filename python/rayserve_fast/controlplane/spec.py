@@ -16,6 +16,15 @@ from typing import Any
 DEFAULT_APP_NAME = "default"
 
 
+class DefaultRoute(str):
+    """The route of an application for which none was given: its ingress may know one. Never travels."""
+
+    __slots__ = ()
+
+
+DEFAULT_ROUTE = DefaultRoute("/")
+
+
 @dataclass(frozen=True, slots=True)
 class DeploymentID:
     """Names one deployment of one application."""

@@ -12,6 +12,7 @@ import threading
 from functools import partial
 from typing import TYPE_CHECKING
 
+from rayserve_fast.application import route_of
 from rayserve_fast.handle import DeploymentHandle
 from rayserve_fast.local.build import LocalBuilder, warn
 from rayserve_fast.local.call import LocalCall, LocalHead
@@ -40,7 +41,7 @@ class Applications:
     def run(self, target: RunTarget) -> DeploymentHandle:
         """Deploy; what a constructor raises passes through, and the old version, if there is one, serves on."""
         builder = LocalBuilder(target.name)
-        spec = builder.build(target.target, target.route_prefix)
+        spec = builder.build(target.target, route_of(target))
         with self._changing:
             old_spec, before = self._applications.get(target.name), dict(self._replicas)
             dropped = self._keys(target.name).keys() - {deployment.id.key for deployment in spec.deployments}

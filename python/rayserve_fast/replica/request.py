@@ -193,6 +193,12 @@ class Request(StarletteRequest):
             self._is_disconnected = True
         return self._is_disconnected
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As an argument of a call it arrives with its body, which must have been read."""
+        from rayserve_fast.replica import portable
+
+        return portable.reduce(self)
+
 
 def loads(body: bytes) -> Any:
     """``json.loads(body)``, by orjson where that gives the same value.

@@ -112,7 +112,8 @@ impl Call<'_> {
     /// A lease at one of the targets of the route's split, as soon as there is one; copies are on their way then too.
     pub(super) async fn forked(&mut self, body: &Inbound) -> Result<Lease, Error> {
         let route = Rc::clone(&self.route);
-        let lease = self.choose(Some((Rc::clone(&route), std::mem::take(&mut self.params)))).await?;
+        let found = (Rc::clone(&route), std::mem::take(&mut self.params));
+        let lease = self.choose(Some(found)).await?;
         for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
             copy(self, shadow, body);
         }

@@ -1,0 +1,125 @@
+"""An HTTP request as an argument of a call: what a graph passes from its ingress to the deployments behind it.
+
+It must have its body, as nothing more can arrive where it goes. What it carries is decoded when somebody looks at it;
+most deployments look at the body only.
+"""
+
+from __future__ import annotations
+
+import pickle
+from typing import TYPE_CHECKING, Any
+
+from rayserve_fast import values
+from rayserve_fast.replica.request import Request
+
+if TYPE_CHECKING:
+    from starlette.requests import Request as StarletteRequest
+    from starlette.types import Message, Receive
+
+#: Bodies of this many bytes and more travel beside the pickle, not within it.
+BESIDE_BYTES = 64 * 1024
+#: What the head of a request knows, in the order in which it travels.
+PARTS = (
+    "method",
+    "path",
+    "raw_path",
+    "query_string",
+    "root_path",
+    "headers",
+    "client",
+    "server",
+    "scheme",
+    "http_version",
+)
+
+
+def reduce(request: Request) -> tuple[Any, ...]:
+    """What pickling a request gives.
+
+    Raises:
+        TypeError: its body has not been read.
+    """
+    state = vars(request)
+    body = state.get("_body")
+    if body is None:
+        body = request._head.body
+    if body is None:
+        raise TypeError("A request can be sent on once its body is there: `await request.body()` first.")
+    scope = state.get("scope")
+    head = request._head
+    parts = [getattr(head, name) for name in PARTS] if scope is None else [scope[name] for name in PARTS]
+    rest = () if scope is None or not scope.get("path_params") else (scope["path_params"],)
+    return rebuild, (pickle.dumps(parts, 5), pickle.PickleBuffer(body) if len(body) >= BESIDE_BYTES else body, *rest)
+
+
+def rebuild(encoded: bytes, body: Any, path_params: dict[str, Any] | None = None) -> Request:
+    """The request where it arrives."""
+    request = Request(PortableHead(encoded, body))
+    if path_params:
+        request.scope["path_params"] = path_params
+    return request
+
+
+def empty_request() -> Request:
+    """A request of nobody's: GET / without headers and body."""
+    return rebuild(pickle.dumps(["GET", "/", b"/", b"", "", [], None, None, "http", "1.1"], 5), b"")
+
+
+async def copy(request: StarletteRequest) -> Request:
+    """A request of anybody's, with its body, as one of ours that can be sent on."""
+    scope = request.scope
+    encoded = pickle.dumps([scope.get(name) for name in PARTS], 5)
+    return rebuild(encoded, await request.body(), scope.get("path_params"))
+
+
+class PortableHead:
+    """Like `_core.RequestHead`, of a request whose client is elsewhere."""
+
+    method: str
+    path: str
+    raw_path: bytes
+    query_string: bytes
+    root_path: str
+    headers: list[tuple[bytes, bytes]]
+    client: tuple[str, int] | None
+    server: tuple[str, int | None] | None
+    scheme: str
+    http_version: str
+    #: Nobody here would know.
+    disconnected = False
+
+    def __init__(self, encoded: bytes, body: Any) -> None:
+        self._encoded = encoded
+        self._sent = body
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in PARTS or "method" in self.__dict__:
+            raise AttributeError(name)
+        self.__dict__.update(zip(PARTS, pickle.loads(self._encoded), strict=True))
+        return self.__dict__[name]
+
+    @property
+    def body(self) -> bytes:
+        if type(self._sent) is not bytes:
+            self._sent = bytes(self._sent)
+        return self._sent
+
+    async def read(self) -> bytes:
+        """The body."""
+        return self.body
+
+    @property
+    def receive(self) -> Receive:
+        """ASGI receive: the body, then the end."""
+        messages: list[Message] = [
+            {"type": "http.disconnect"},
+            {"type": "http.request", "body": self.body, "more_body": False},
+        ]
+
+        async def receive() -> Message:
+            return messages.pop() if len(messages) > 1 else messages[0]
+
+        return receive
+
+
+values.pickle_plainly(Request, rebuild)
