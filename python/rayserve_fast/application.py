@@ -153,6 +153,8 @@ class Builder:
             )
         packed = self.define(deployment)  # names callees before their caller
         asgi = asgi_app_of(deployment.func_or_class)
+        if deployment._options.max_batch_size is not None:
+            _refuse_to_batch(deployment, asgi is not None)
         spec = DeploymentSpec(
             app=self._app_name,
             name=self._free_name(deployment.name),
@@ -249,6 +251,22 @@ def call_builder(builder: Application | Callable[[Any], Application], args: Mapp
             f"but got: {type(app)}."
         )
     return app
+
+
+def _refuse_to_batch(deployment: Deployment, is_asgi: bool) -> None:
+    """Refuse `max_batch_size` for what cannot take lists and return one."""
+    target = deployment.func_or_class
+    handler = target if inspect.isfunction(target) else getattr(target, "__call__", None)  # noqa: B004
+    if is_asgi:
+        what = "it is a FastAPI or ASGI ingress, which answers each request by itself"
+    elif inspect.isgeneratorfunction(handler) or inspect.isasyncgenfunction(handler):
+        what = "its handler is a generator, whose items belong to one request"
+    else:
+        return
+    raise RayServeException(
+        f"The deployment {deployment.name} cannot set max_batch_size: {what}. Leave the option out, or give it to a "
+        "deployment that takes lists and returns a list, and call that one by its handle."
+    )
 
 
 def _signature(builder: Callable[..., Any]) -> inspect.Signature:

@@ -84,7 +84,7 @@ _serve_request_context: contextvars.ContextVar[_RequestContext | None] = context
     "serve_request_context", default=None
 )
 
-# How many requests the current call of a handler with `@serve.accept_batch` has; see `__getattr__`.
+#: In a call of a deployment with `max_batch_size`: how many requests it serves, the length of its lists. See `__getattr__`.
 _batch_size: contextvars.ContextVar[int | None] = contextvars.ContextVar("batch_size", default=None)
 
 # One replica per process: this names it. Set once, before the user's constructor runs.

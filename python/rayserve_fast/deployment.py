@@ -219,6 +219,9 @@ class Deployment(Deployable):
         deployment_actors: Default[list[dict[str, Any] | DeploymentActorConfig] | None] = DEFAULT.VALUE,
         max_surge_percent: Default[int] = DEFAULT.VALUE,
         retry_idempotent: Default[bool] = DEFAULT.VALUE,
+        max_batch_size: Default[int | None] = DEFAULT.VALUE,
+        batch_wait_timeout_s: Default[float] = DEFAULT.VALUE,
+        max_concurrent_batches: Default[int] = DEFAULT.VALUE,
         route_prefix: Default[str | None] = DEFAULT.VALUE,
         prev_version: Default[str | None] = DEFAULT.VALUE,
         init_args: Default[tuple[Any, ...] | None] = DEFAULT.VALUE,
@@ -302,6 +305,9 @@ def deployment(
     rolling_update_percentage: Default[float] = DEFAULT.VALUE,
     max_surge_percent: Default[int] = DEFAULT.VALUE,
     retry_idempotent: Default[bool] = DEFAULT.VALUE,
+    max_batch_size: Default[int | None] = DEFAULT.VALUE,
+    batch_wait_timeout_s: Default[float] = DEFAULT.VALUE,
+    max_concurrent_batches: Default[int] = DEFAULT.VALUE,
     route_prefix: Default[str | None] = DEFAULT.VALUE,
     prev_version: Default[str | None] = DEFAULT.VALUE,
     init_args: Default[tuple[Any, ...] | None] = DEFAULT.VALUE,
@@ -342,6 +348,11 @@ def deployment(
         max_surge_percent: replicas beyond the number, 0 to 100 percent of it, that an update may start; default 0.
         retry_idempotent: send a request of an idempotent method once more when its replica dies before anything of the
             answer went to the client; default True. This project's own.
+        max_batch_size: put up to so many requests together and call the code with lists, see docs/batching.md; default
+            None: one call for each request. This project's own, as are the next two.
+        batch_wait_timeout_s: seconds that the first request of a batch waits for others while a replica is free;
+            default 0.
+        max_concurrent_batches: batches that a replica works on at once, whatever max_ongoing_requests says; default 1.
         route_prefix: for `.deploy()`, where None means not over HTTP; for `serve.run` if it is given none itself.
         prev_version, init_args, init_kwargs: for `.deploy()`, see docs/classic.md.
         max_concurrent_queries, _autoscaling_config: older names of `max_ongoing_requests` and `autoscaling_config`.

@@ -37,6 +37,12 @@ _ACTOR_OPTIONS = {
 }
 
 
+_OF_BATCHES = {"batch_wait_timeout_s", "max_concurrent_batches"}
+
+#: The largest batch that travels; `MAX_BATCH` of the wire.
+MAX_BATCH = 16 * 1024
+
+
 class DeploymentOptions(BaseModel):
     """Every option of `@serve.deployment` except the name; suffix `_s` is seconds."""
 
@@ -51,6 +57,9 @@ class DeploymentOptions(BaseModel):
     user_config: Any = None
     max_ongoing_requests: PositiveInt = 5
     max_queued_requests: int = -1
+    max_batch_size: int | None = Field(default=None, ge=1, le=MAX_BATCH)
+    batch_wait_timeout_s: float = Field(default=0.0, ge=0.0, allow_inf_nan=False)
+    max_concurrent_batches: PositiveInt = 1
     backpressure_config: BackpressureConfig = BackpressureConfig()
     autoscaling_config: AutoscalingConfig | None = None
     graceful_shutdown_wait_loop_s: NonNegativeFloat = 2
@@ -90,6 +99,8 @@ class DeploymentOptions(BaseModel):
     def changed(self, given: dict[str, Any]) -> DeploymentOptions:
         """A copy with those that were given on top, all of them checked together; errors as for `check`."""
         kept = {name: getattr(self, name) for name in self.model_fields_set}
+        if given.get("max_batch_size", kept) is None:  # batching ends, and with it what was said of it
+            kept = {name: value for name, value in kept.items() if name not in _OF_BATCHES}
         return DeploymentOptions(**{**kept, **_settled(given)}).check()
 
     def check(self) -> DeploymentOptions:
@@ -100,6 +111,7 @@ class DeploymentOptions(BaseModel):
                 ValidationError around them.
         """
         self._check_actor()
+        self._check_batch()
         if self.gang_scheduling_config is not None:
             self._check_gang(self.gang_scheduling_config)
         if self.placement_group_bundles is not None:
@@ -126,6 +138,17 @@ class DeploymentOptions(BaseModel):
             raise TypeError(f"max_replicas_per_node must be None or an integer in [1, 100], not {type(limit)}.")
         if limit is not None and not 1 <= limit <= 100:
             raise ValueError(f"Invalid max_replicas_per_node {limit}. Valid values are None or an integer in [1, 100].")
+
+    def _check_batch(self) -> None:
+        if self.max_batch_size is None:
+            for option in ("batch_wait_timeout_s", "max_concurrent_batches"):
+                if option in self.model_fields_set:
+                    raise ValueError(f"{option} has no meaning without max_batch_size: set that too, or leave it out.")
+        elif self.request_router_config.plain().get("custom"):
+            raise ValueError(
+                "max_batch_size is not allowed with a request_router_class of your own, which chooses a replica for "
+                "each request: a batch goes to one. Leave one of the two out."
+            )
 
     def _check_gang(self, gang: GangSchedulingConfig) -> None:
         for option in ("max_replicas_per_node", "placement_group_strategy"):
@@ -194,10 +217,13 @@ class DeploymentOptions(BaseModel):
 
 
 _AS_THEY_ARE = (
+    "batch_wait_timeout_s",
     "graceful_shutdown_timeout_s",
     "graceful_shutdown_wait_loop_s",
     "health_check_period_s",
     "health_check_timeout_s",
+    "max_batch_size",
+    "max_concurrent_batches",
     "max_constructor_retry_count",
     "max_ongoing_requests",
     "max_queued_requests",

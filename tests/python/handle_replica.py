@@ -7,10 +7,12 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+from http_pair import batch_of
 from scripted_replica import Cluster
 from worker_replica import TOKEN, Replica, serving
 
 from rayserve_fast import caller
+from rayserve_fast.controlplane.spec import DeploymentConfig
 from rayserve_fast.handle import DeploymentHandle
 
 
@@ -19,7 +21,7 @@ def called(func_or_class: Callable[..., Any], *args: Any, **config: Any) -> Iter
     """Serves it, and gives the handle and the replica."""
     with serving(func_or_class, *args, **config) as replica:
         address: Any = SimpleNamespace(id=replica.address.replica_id, path=replica.address.unix)
-        cluster = Cluster(address, **config)
+        cluster = Cluster(address, batch=batch_of(DeploymentConfig(**config)), **config)
         caller._set(caller.Caller("n", TOKEN, cluster))
         try:
             yield DeploymentHandle("D", "app"), replica

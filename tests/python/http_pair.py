@@ -85,6 +85,16 @@ def proxy_config(root_path: str) -> dict[str, Any]:
     }
 
 
+def batch_of(options: DeploymentConfig) -> dict[str, Any] | None:
+    if options.max_batch_size is None:
+        return None
+    return {
+        "max_size": options.max_batch_size,
+        "wait_s": options.batch_wait_timeout_s,
+        "concurrent": options.max_concurrent_batches,
+    }
+
+
 def snapshot(prefix: str, options: DeploymentConfig, unix: str | None) -> dict[str, Any]:
     return {
         "version": [1, 1],
@@ -98,6 +108,7 @@ def snapshot(prefix: str, options: DeploymentConfig, unix: str | None) -> dict[s
                 "backpressure": {"status_code": 503, "retry_after_s": None},
                 "retry_idempotent": True,
                 "unavailable": None,
+                "batch": batch_of(options),
                 "replicas": [{"id": "r1", "node_id": "n", "unix": unix, "tcp": None}],
             }
         },

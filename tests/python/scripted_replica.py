@@ -27,8 +27,8 @@ from rayserve_fast.handle import DeploymentHandle
 
 HELLO, CHALLENGE, PROOF, WELCOME = 1, 2, 3, 4
 CALL, RESULT, ERROR, CANCEL = 30, 31, 32, 40
-BUSY, RETURNED, DRAIN, PING, PONG, CREDIT, UNUSED = 42, 43, 44, 45, 46, 47, 48
-FIN, FAST, GRANTED = 1, 2, 4
+BUSY, RETURNED, DRAIN, PING, PONG, CREDIT, UNUSED, BATCH = 42, 43, 44, 45, 46, 47, 48, 50
+FIN, FAST, GRANTED, BATCHED = 1, 2, 4, 16
 TOKEN = b"a cluster token"
 
 
@@ -102,6 +102,8 @@ class ScriptedReplica:
         self.max_ongoing = max_ongoing
         self.calls: queue.Queue[Call] = queue.Queue()
         self.frames: queue.Queue[tuple[int, int, int]] = queue.Queue()
+        #: The streams of each BATCH, and its flags.
+        self.batches: queue.Queue[tuple[list[int], int]] = queue.Queue()
         self.links: list[Link] = []
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(self.path)
@@ -138,6 +140,9 @@ class ScriptedReplica:
             self.links.append(link)
             while True:
                 kind, flags, stream, aux, payload = link.read()
+                if kind == BATCH:
+                    self.batches.put(([stream for (stream,) in struct.iter_unpack("<I", payload)], flags))
+                    continue
                 if kind != CALL:
                     self.frames.put((kind, stream, aux))
                     continue

@@ -293,7 +293,10 @@ def test_every_option_acts_or_is_named(caplog: pytest.LogCaptureFixture) -> None
 
     acting = {
         "backpressure_config",
+        "batch_wait_timeout_s",
         "graceful_shutdown_timeout_s",
+        "max_batch_size",
+        "max_concurrent_batches",
         "max_constructor_retry_count",
         "max_ongoing_requests",
         "max_queued_requests",

@@ -123,3 +123,9 @@ def test_traffic_runs_from_top_to_bottom(serve_instance: str, capfd: pytest.Capt
     checks = iter([split, alone, sticky, ruled, shadowed, told, rolling, aborted])
     run_python_blocks("docs/traffic.md", lambda: next(checks)())
     assert not list(checks)
+
+
+def test_batching_runs_from_top_to_bottom(serve_instance: str) -> None:
+    run_python_blocks("docs/batching.md")
+    answer = requests.post(f"{serve_instance}/lengths", json={"text": "four"}, timeout=10)
+    assert answer.json() == {"length": 4}

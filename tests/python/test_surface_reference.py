@@ -29,7 +29,13 @@ OLDER_OPTIONS = [
     "max_concurrent_queries",
     "_autoscaling_config",
 ]
-OWN_OPTIONS = ["retry_idempotent", *OLDER_OPTIONS]
+OWN_OPTIONS = [
+    "retry_idempotent",
+    "max_batch_size",
+    "batch_wait_timeout_s",
+    "max_concurrent_batches",
+    *OLDER_OPTIONS,
+]
 OWN_PARAMETERS = {"serve.deployment": OWN_OPTIONS, "serve.Deployment.options": OWN_OPTIONS}
 # `.deploy()` obeys it; the reference's error comes from `serve.run`: see test_classic_deploy.py.
 ACCEPTED = {"version", "options version"}

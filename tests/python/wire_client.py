@@ -17,7 +17,8 @@ HELLO, CHALLENGE, PROOF, WELCOME = 1, 2, 3, 4
 REQUEST, BODY, RESPONSE, CHUNK = 10, 11, 20, 21
 CALL, RESULT, ERROR = 30, 31, 32
 CANCEL, WINDOW, BUSY, RETURNED, DRAIN, PING, PONG, CREDIT, UNUSED = 40, 41, 42, 43, 44, 45, 46, 47, 48
-FIN, FAST, GRANTED = 1, 2, 4
+BATCH = 50
+FIN, FAST, GRANTED, BATCHED = 1, 2, 4, 16
 USER, ABORTED, CANCELLED, NO_METHOD, WRONG_KIND = 2, 3, 4, 6, 7
 
 _HEADER = struct.Struct("<IBBHII")
@@ -100,8 +101,12 @@ class Link:
     def request(self, stream: int, body: bytes = b"", *, fin: bool = True, flags: int = 0, **head: object) -> None:
         self.send(REQUEST, stream, flags=flags | (FIN if fin else 0), payload=request_head(**head) + body)
 
-    def call(self, stream: int, method: str = "__call__", *args: object, **kwargs: object) -> None:
-        self.send(CALL, stream, payload=call_payload(method, args, kwargs))
+    def call(self, stream: int, method: str = "__call__", *args: object, flags: int = 0, **kwargs: object) -> None:
+        self.send(CALL, stream, flags=flags, payload=call_payload(method, args, kwargs))
+
+    def batch(self, *streams: int, flags: int = 0) -> None:
+        """Has the parked requests of these streams run together."""
+        self.send(BATCH, flags=flags, payload=struct.pack(f"<{len(streams)}I", *streams))
 
     def frame(self) -> Frame:
         """The next frame."""

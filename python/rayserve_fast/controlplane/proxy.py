@@ -66,6 +66,11 @@ class ProxyActor:
         traffic: str = self._core.traffic()
         return traffic
 
+    async def batches(self) -> dict[str, Any]:
+        """What the Rust side counts of batches, by `app#deployment`; see `_core.Proxy.batches`."""
+        batches: dict[str, Any] = json.loads(self._core.batches())
+        return batches
+
     async def drain(self) -> None:
         """Fail the health check, so that load balancers go elsewhere; requests are served as before."""
         self._core.drain()

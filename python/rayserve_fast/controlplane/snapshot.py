@@ -91,6 +91,13 @@ def _deployment(d: Deployment) -> dict[str, Any]:
         "retry_idempotent": config.retry_idempotent,
         "router": {key: router[key] for key in ("policy", "custom") if router.get(key)},
         "unavailable": f"{d.spec.id} is unavailable because it failed to deploy." if d.failed and not serving else None,
+        "batch": None
+        if config.max_batch_size is None
+        else {
+            "max_size": config.max_batch_size,
+            "wait_s": config.batch_wait_timeout_s,
+            "concurrent": config.max_concurrent_batches,
+        },
         "replicas": [
             {"id": r.id, "node_id": r.address.node_id, "unix": r.address.unix, "tcp": r.address.tcp}
             for r in serving

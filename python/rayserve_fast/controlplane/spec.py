@@ -98,6 +98,9 @@ class DeploymentConfig:
     num_replicas: int = 1  # how many to run now; with autoscaling: initial_replicas, else min_replicas, at least 1
     max_ongoing_requests: int = 5
     max_queued_requests: int = -1
+    max_batch_size: int | None = None  # not None: the router puts requests together, code takes lists
+    batch_wait_timeout_s: float = 0.0
+    max_concurrent_batches: int = 1
     backpressure: Backpressure = Backpressure()
     retry_idempotent: bool = True
     user_config: Any = None
@@ -119,6 +122,11 @@ class DeploymentConfig:
     gang_scheduling_config: Mapping[str, Any] | None = None
     deployment_actors: bytes | None = None  # cloudpickle of the list of DeploymentActorConfig
     configured: frozenset[str] = frozenset()  # the options that the user gave explicitly
+
+    @property
+    def slots(self) -> int:
+        """What one replica runs at once: requests, or batches."""
+        return self.max_ongoing_requests if self.max_batch_size is None else self.max_concurrent_batches
 
 
 @dataclass(frozen=True, slots=True)

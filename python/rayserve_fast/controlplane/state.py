@@ -135,8 +135,17 @@ def versions(spec: DeploymentSpec) -> tuple[str, str]:
         c.placement_group_strategy,
         c.placement_group_bundle_label_selector,
         c.max_replicas_per_node,
+        c.max_batch_size is not None,
     )
-    in_place = (c.user_config, c.max_ongoing_requests, c.logging_config, c.request_router_config)
+    in_place = (
+        c.user_config,
+        c.max_ongoing_requests,
+        c.max_batch_size,
+        c.batch_wait_timeout_s,
+        c.max_concurrent_batches,
+        c.logging_config,
+        c.request_router_config,
+    )
     return _digest(restart), _digest(in_place)
 
 

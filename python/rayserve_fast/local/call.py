@@ -53,6 +53,7 @@ class LocalHead(_RequestContext):
         self.streaming = stream
         self.replica: LocalReplica | None = None  # where it runs or waits
         self.task: asyncio.Task[Any] | None = None  # on the loop of that replica
+        self.since = 0.0  # `time.monotonic()` when it came to wait for its batch
         self.outcome: tuple[Any, ...] | None = None  # a word and what belongs to it, see `response._Response`
         self.relayed: list[tuple[int, Buffer, Sequence[Buffer]]] = []  # arguments that other calls have answered
         self._arguments = pickle, buffers

@@ -2,7 +2,7 @@
 
 There is one replica whatever `num_replicas` says, and the queue in front of it is that of the only caller, this
 process: `max_ongoing_requests` calls run, `max_queued_requests` wait. A slot comes back when the user's code has ended,
-not when a call is cancelled.
+not when a call is cancelled. With `max_batch_size` a slot is a batch's (`batches`).
 """
 
 from __future__ import annotations
@@ -13,15 +13,19 @@ import inspect
 import logging
 import secrets
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextvars import Context
+from functools import partial
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from rayserve_fast.context import ReplicaContext, _local_replica, _serve_request_context
 from rayserve_fast.controlplane.spec import ReplicaID, ReplicaRank
+from rayserve_fast.local.batches import Batcher, LocalGroup, countdown
 from rayserve_fast.local.call import LocalHead
+from rayserve_fast.replica.batches import Batches, Group, enter
 from rayserve_fast.replica.calls import Calls
 from rayserve_fast.replica.loop import UserLoop
 from rayserve_fast.replica.servable import Servable
@@ -51,10 +55,12 @@ class LocalReplica:
             world_size=1,
             code_version=spec.code_version,
         )
-        self._changed = threading.Condition()  # guards the next three
+        self._changed = threading.Condition()  # guards the next four
         self._running: set[LocalHead] = set()
         self._waiting: deque[LocalHead] = deque()
         self._open = True
+        batched = spec.config.max_batch_size is not None
+        self._batcher = Batcher(spec.config, self._waiting, self._look_later) if batched else None
         self._loop = UserLoop(f"serve-{spec.name}")
         self._jobs = _Jobs(SyncPool(f"serve-{spec.name}-sync"), self)
         self._user = Servable(self._loop, self._context)
@@ -77,15 +83,29 @@ class LocalReplica:
         with self._changed:
             if not self._open:
                 return False
-            if len(self._running) >= self._config.max_ongoing_requests:
+            if self._batcher is not None:
+                queued = len(self._waiting) - self._batcher.forming
+                if 0 <= limit <= queued:
+                    return self._refuse(call, queued)
+                call.since = time.monotonic()
+                self._waiting.append(call)
+                released = self._release(self._batcher)
+            elif len(self._running) >= self._config.max_ongoing_requests:
                 if 0 <= limit <= len(self._waiting):
-                    policy = self._config.backpressure
-                    call.finish("backpressure", len(self._waiting), limit, policy.status_code, policy.retry_after_s)
-                else:
-                    self._waiting.append(call)
+                    return self._refuse(call, len(self._waiting))
+                self._waiting.append(call)
                 return True
-            self._running.add(call)
-        self._start(call)
+            else:
+                self._running.add(call)
+        if self._batcher is None:
+            self._start(call)
+        else:
+            self._start_batches(released)
+        return True
+
+    def _refuse(self, call: LocalHead, queued: int) -> bool:
+        policy = self._config.backpressure
+        call.finish("backpressure", queued, self._config.max_queued_requests, policy.status_code, policy.retry_after_s)
         return True
 
     def cancel(self, call: LocalHead) -> None:
@@ -137,6 +157,61 @@ class LocalReplica:
         else:
             self._loop.loop.call_soon_threadsafe(self._begin, call, context=Context())
 
+    def _look_later(self, seconds: float) -> None:
+        loop = self._loop.loop
+        loop.call_soon_threadsafe(loop.call_later, seconds, self._look)
+
+    def _look(self) -> None:
+        """A window is over."""
+        with self._changed:
+            released = self._release(self._batcher) if self._batcher is not None and self._open else []
+        self._start_batches(released)
+
+    def _release(self, batcher: Batcher) -> list[list[LocalHead]]:
+        released = batcher.take()
+        for batch in released:
+            self._running.update(batch)
+        return released
+
+    def _start_batches(self, released: list[list[LocalHead]]) -> None:
+        for batch in released:
+            self._loop.loop.call_soon_threadsafe(self._begin_batch, batch, context=Context())
+
+    def _begin_batch(self, batch: list[LocalHead]) -> None:
+        """On the loop's thread."""
+        _local_replica.set(self._context)
+        groups, failures = Batches(self._calls).group([call for call in batch if call.outcome is None])
+        for call, error in failures:
+            self._tell(call, None, error)
+        ended = countdown(len(groups), partial(self._batch_ended, batch))
+        if not groups:
+            self._batch_ended(batch)
+        for group in groups:
+            local = LocalGroup(group, self._enter_group, self._tell, ended)
+            if local.sync:
+                self._jobs.put(LocalGroup.run, local)
+            else:
+                local.start()
+
+    def _enter_group(self, group: Group) -> None:
+        _local_replica.set(self._context)
+        enter(self._context.app_name, len(group.heads), group.model_id)
+
+    def _tell(self, call: LocalHead, result: Any, error: BaseException | None) -> None:
+        if call.outcome is None:
+            call.finish(*self._answer(call, result, error))
+
+    def _batch_ended(self, batch: list[LocalHead]) -> None:
+        """All of its calls are answered: its slot goes to the next."""
+        with self._changed:
+            self._running.difference_update(batch)
+            released = []
+            if self._batcher is not None:
+                self._batcher.running -= 1
+                released = self._release(self._batcher) if self._open else []
+            self._changed.notify_all()
+        self._start_batches(released)
+
     def _run(self, call: LocalHead) -> Any:
         """On a thread of the pool."""
         self._enter(call)
@@ -176,8 +251,7 @@ class LocalReplica:
 
     def _ended(self, call: LocalHead, result: Any = None, error: BaseException | None = None) -> None:
         """Answer the call, unless it was cancelled, and give its slot to the next."""
-        if call.outcome is None:
-            call.finish(*self._answer(call, result, error))
+        self._tell(call, result, error)
         with self._changed:
             self._running.discard(call)
             following = self._waiting.popleft() if self._waiting else None
@@ -215,7 +289,7 @@ class _Jobs:
         self._threads = self._busy = 0
         pool.worker = self
 
-    def put(self, call: Callable[[LocalHead], Any], argument: LocalHead) -> None:
+    def put(self, call: Callable[[Any], Any], argument: LocalHead | LocalGroup) -> None:
         """Have a thread call it."""
         with self._lock:
             self._busy += 1
@@ -234,11 +308,17 @@ class _Jobs:
 
     def done(self, head: Any, result: Any, context: Context) -> None:
         self._leave()
-        self._replica._ran(head, result, context)
+        if isinstance(head, LocalGroup):
+            head.ran(result, context, self._replica._loop.loop)
+        else:
+            self._replica._ran(head, result, context)
 
     def fail(self, head: Any, error: BaseException) -> None:
         self._leave()
-        self._replica._ended(head, error=error)
+        if isinstance(head, LocalGroup):
+            head.fail(error)
+        else:
+            self._replica._ended(head, error=error)
 
     def stop_pool(self) -> None:
         for _ in range(self._threads):

@@ -69,10 +69,14 @@ class Calls:
             known = self._methods[name, streaming] = self._find(name, streaming)
         return known[1]
 
+    def method(self, name: str) -> tuple[Callable[..., Any], bool]:
+        """A method that `is_sync` was asked for before, and the answer."""
+        return self._methods[name, False]
+
     def begin(self, head: CallHead) -> Coroutine[Any, Any, Any]:
         """The coroutine of an async method."""
         method = self._methods[head.method, head.streaming][0]
-        args, kwargs = _arguments(head)
+        args, kwargs = read_arguments(head)
         if head.streaming:
             return _begin_stream(head, method, args, kwargs)
         if any(type(value) is ObjectRef for value in (*args, *kwargs.values())):
@@ -82,7 +86,7 @@ class Calls:
 
     def run(self, head: CallHead) -> Any:
         """The result of a sync method."""
-        args, kwargs = _arguments(head)
+        args, kwargs = read_arguments(head)
         if any(type(value) is ObjectRef for value in (*args, *kwargs.values())):
             import ray
 
@@ -128,7 +132,12 @@ def _any(test: Callable[[Any], bool], function: Callable[..., Any]) -> bool:
     return test(function) or test(getattr(function, "__call__", None))  # noqa: B004
 
 
-def _arguments(head: CallHead) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def read_arguments(head: CallHead) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a call; once.
+
+    Raises:
+        UnpicklableError: they cannot be decoded here.
+    """
     try:
         args, kwargs = values.load_arguments(*head.arguments())
     except Exception as error:

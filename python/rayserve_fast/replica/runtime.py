@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ray import cloudpickle
@@ -23,7 +24,7 @@ from rayserve_fast.context import ReplicaContext, _serve_request_context, _set_r
 from rayserve_fast.controlplane.options import session_header
 from rayserve_fast.controlplane.spec import Definition, DeploymentConfig, ReplicaAddress, ReplicaSpec
 from rayserve_fast.exceptions import RayServeException
-from rayserve_fast.replica import responses
+from rayserve_fast.replica import batches, responses
 from rayserve_fast.replica.calls import Calls, is_async
 from rayserve_fast.replica.loop import UserLoop
 from rayserve_fast.replica.servable import Servable
@@ -49,6 +50,11 @@ class Hooks:
     dump_result: Callable[..., Any]
     dump_error: Callable[..., Any]
     idle: Callable[[], None]
+    enter_batch: Callable[[int, str], None]
+    group: Callable[..., Any]
+    run_group: Callable[..., Any]
+    results: Callable[[Any, int], list[Any]]
+    failed_batch: Callable[..., responses.Answer]
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class ReplicaRuntime:
         if self._user is not None:
             self._user.reconfigure(config)
         if self._worker is not None:
-            self._worker.resize(config.max_ongoing_requests)
+            self._worker.resize(config.slots)
 
     def check_health(self) -> None:
         """Raises what the user's `check_health` raises; without one it tells whether the loop still turns."""
@@ -163,6 +169,11 @@ class ReplicaRuntime:
             dump_result=calls.dump,
             dump_error=calls.dump_error,
             idle=self._idle.set,
+            enter_batch=partial(batches.enter, spec.deployment.app),
+            group=batches.Batches(calls).group,
+            run_group=batches.run,
+            results=batches.results,
+            failed_batch=partial(batches.failed, spec.id),
         )
         worker = Worker(
             self._loop.loop,
@@ -171,7 +182,8 @@ class ReplicaRuntime:
             name=spec.deployment.name,
             replica_id=spec.replica_id,
             token=spec.token,
-            max_ongoing_requests=self._config.max_ongoing_requests,
+            max_ongoing_requests=self._config.slots,
+            batched=self._config.max_batch_size is not None,
             session_header=session_header(),
             kind=http.kind,
             handler=http.handler,

@@ -8,6 +8,7 @@ pub mod histogram;
 pub mod metrics;
 pub mod proxy;
 pub mod snapshot;
+pub mod tally;
 pub mod tcp;
 pub mod traffic;
 pub mod vigil;

@@ -4,7 +4,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
-use crate::traffic::Traffic;
+use crate::{tally::Tallies, traffic::Traffic};
 
 /// A number that one thread writes and any thread reads.
 #[derive(Debug, Default)]
@@ -40,6 +40,8 @@ macro_rules! metrics {
             $($(#[doc = $help])* pub $name: Counter,)*
             /// What splits count.
             pub traffic: Traffic,
+            /// Batches by deployment.
+            pub batches: Tallies,
         }
 
         impl Metrics {

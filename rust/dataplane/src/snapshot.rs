@@ -141,9 +141,25 @@ pub struct Deployment {
     /// Why nothing serves and nothing will: the deployment failed.
     #[serde(default)]
     pub unavailable: Option<String>,
+    /// How its requests are put together; it is called with lists then.
+    #[serde(default)]
+    pub batch: Option<Batch>,
     /// Where it runs.
     #[serde(default)]
     pub replicas: Vec<Replica>,
+}
+
+/// How requests are put together to batches.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Batch {
+    /// Requests in a full one; at least 1.
+    pub max_size: usize,
+    /// Seconds that the oldest request of one waits for others while a replica is free.
+    #[serde(default)]
+    pub wait_s: f64,
+    /// Batches that one replica runs at once.
+    #[serde(default = "one")]
+    pub concurrent: u32,
 }
 
 /// How the replica of a request is chosen.
@@ -208,6 +224,10 @@ pub struct Replica {
 
 fn unlimited() -> i64 {
     -1
+}
+
+fn one() -> u32 {
+    1
 }
 
 fn yes() -> bool {
@@ -322,6 +342,7 @@ mod tests {
         "deployments": {"default#Ingress": {
             "app": "default", "name": "Ingress", "max_ongoing_requests": 5, "max_queued_requests": -1,
             "backpressure": {"status_code": 429, "retry_after_s": 1.5}, "retry_idempotent": true, "unavailable": null,
+            "batch": {"max_size": 32, "wait_s": 0.005},
             "replicas": [{"id": "a1b2c3d4", "node_id": "n", "unix": "/tmp/r.sock", "tcp": "10.0.0.1:41234"}]}},
         "draining_nodes": [], "of_a_later_version": 1}"#;
 
@@ -331,6 +352,7 @@ mod tests {
         assert_eq!(snapshot.version, Version(1, 42));
         let deployment = &snapshot.deployments["default#Ingress"];
         assert_eq!(deployment.backpressure, Backpressure { status_code: 429, retry_after_s: Some(1.5) });
+        assert_eq!(deployment.batch, Some(Batch { max_size: 32, wait_s: 0.005, concurrent: 1 }));
         assert_eq!(deployment.replicas[0].tcp.as_deref(), Some("10.0.0.1:41234"));
         let again = serde_json::to_vec(&snapshot).expect("plain data");
         assert_eq!(Snapshot::parse(&again).expect("valid"), snapshot);

@@ -57,6 +57,11 @@ impl Proxy {
         self.0.metrics_text()
     }
 
+    /// What is counted of batches, as JSON.
+    fn batches(&self) -> String {
+        self.0.batches().to_string()
+    }
+
     fn choices_fileno(&self) -> RawFd {
         self.0.choices_fd()
     }

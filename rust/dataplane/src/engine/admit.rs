@@ -3,7 +3,7 @@
 //! Waiting here is cheap to cancel, to bound and to send elsewhere; nothing waits at a replica but its short backlog. A
 //! deadline is the driver's, which cancels. A request that comes back unbegun takes its old place again, ahead of everything that arrived later.
 
-use std::collections::VecDeque;
+use std::{collections::VecDeque, time::Instant};
 
 use super::Affinity;
 
@@ -22,8 +22,12 @@ pub(super) struct Queue<W> {
 struct Waiting<W> {
     seq: Seq,
     affinity: Affinity,
+    since: Since,
     waiter: W,
 }
+
+/// Since when a request has waited to be part of a batch; `None` until somebody with a clock has looked.
+pub(super) type Since = Option<Instant>;
 
 impl<W> Default for Queue<W> {
     fn default() -> Self {
@@ -53,9 +57,26 @@ impl<W> Queue<W> {
     }
 
     /// Waits at the place that the order of arrival gives.
-    pub(super) fn push(&mut self, seq: Seq, affinity: Affinity, waiter: W) {
+    pub(super) fn push(&mut self, seq: Seq, affinity: Affinity, since: Since, waiter: W) {
         let at = self.waiting.partition_point(|other| other.seq < seq);
-        self.waiting.insert(at, Waiting { seq, affinity, waiter });
+        self.waiting.insert(at, Waiting { seq, affinity, since, waiter });
+    }
+
+    /// Those that have come since the last time have waited since now.
+    pub(super) fn stamp(&mut self, now: Instant) {
+        for waiting in self.waiting.iter_mut().rev().take_while(|waiting| waiting.since.is_none()) {
+            waiting.since = Some(now);
+        }
+    }
+
+    /// Since when the first in order has waited.
+    pub(super) fn oldest(&self, now: Instant) -> Option<Instant> {
+        self.waiting.front().map(|first| first.since.unwrap_or(now))
+    }
+
+    /// Takes out the first in order, with its place.
+    pub(super) fn take(&mut self) -> Option<(Seq, Affinity, Since, W)> {
+        self.waiting.pop_front().map(|first| (first.seq, first.affinity, first.since, first.waiter))
     }
 
     /// The first in order, who stays.
@@ -88,7 +109,7 @@ mod tests {
         let mut queue = Queue::default();
         for _ in 0..n {
             let seq = queue.arrive();
-            queue.push(seq, Affinity::default(), seq);
+            queue.push(seq, Affinity::default(), None, seq);
         }
         queue
     }
@@ -102,8 +123,8 @@ mod tests {
         let mut queue = queue(4);
         let first = queue.pop().expect("four");
         let second = queue.pop().expect("three");
-        queue.push(second, Affinity::default(), second);
-        queue.push(first, Affinity::default(), first);
+        queue.push(second, Affinity::default(), None, second);
+        queue.push(first, Affinity::default(), None, first);
         assert_eq!(drain(&mut queue), [1, 2, 3, 4]);
     }
 

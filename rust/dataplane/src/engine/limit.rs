@@ -75,6 +75,15 @@ impl Limit {
 
     /// Decides on a request of `link`; `granted`: it says that it uses a credit.
     pub fn admit(&mut self, link: usize, granted: bool) -> Admission {
+        self.decide(link, granted, true)
+    }
+
+    /// Whether a batch of `link` runs, which takes one slot; it is never held.
+    pub fn admit_batch(&mut self, link: usize, granted: bool) -> bool {
+        self.decide(link, granted, false) == Admission::Run
+    }
+
+    fn decide(&mut self, link: usize, granted: bool, may_hold: bool) -> Admission {
         if self.draining {
             return Admission::Busy;
         }
@@ -88,7 +97,7 @@ impl Limit {
                 self.running += 1;
                 return Admission::Run;
             }
-            if self.is_fast() && self.held < BACKLOG as usize {
+            if may_hold && self.is_fast() && self.held < BACKLOG as usize {
                 self.held += 1;
                 return Admission::Hold;
             }
@@ -308,6 +317,17 @@ mod tests {
         let mut it = Limit::new(1);
         assert_eq!(it.admit(1, true), Admission::Run);
         assert_eq!(it.admit(1, true), Admission::Busy);
+    }
+
+    #[test]
+    fn a_batch_runs_or_is_owed_a_slot_but_is_never_held() {
+        let mut it = fast(1);
+        assert!(it.admit_batch(1, false));
+        assert!(!it.admit_batch(2, false));
+        assert_eq!((it.load(), it.owes()), (1, true));
+        it.finished(QUICK);
+        assert_eq!(it.next_free(), Some(Next::Grant(2)));
+        assert!(!it.admit_batch(3, false) && it.admit_batch(2, true));
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use slab::Slab;
 
-use super::{Action, Deployment, DeploymentKey, Engine, Picker, Queue, Replica, ReplicaKey};
+use super::{Action, Deployment, DeploymentKey, Engine, Picker, Queue, Replica, ReplicaKey, Window};
 use crate::{error::Error, snapshot, snapshot::Snapshot};
 
 /// By the index of their keys.
@@ -46,6 +46,7 @@ impl<W> Engine<W> {
             if let Some(deployment) = self.deployments.at(key) {
                 deployment.gone = Some(Error::deleted(&deployment.config));
                 self.refuse_all(key);
+                self.forget_alarm(key);
                 self.deployments.0.remove(key.index as usize);
             }
         }
@@ -62,19 +63,21 @@ impl<W> Engine<W> {
     }
 
     fn declare(&mut self, name: &str, config: &snapshot::Deployment) -> DeploymentKey {
+        let window = config.batch.map(Window::from);
         let (gone, policy) = (config.unavailable.clone().map(Error::Unavailable), config.router.policy);
         let known = self.by_name.get(name).copied();
         if let Some(key) = known
             && let Some(deployment) = self.deployments.at(key)
         {
             (deployment.config, deployment.gone) = (config.clone(), gone);
-            deployment.picker.policy = policy;
+            (deployment.picker.policy, deployment.window) = (policy, window);
             return key;
         }
         let (life, config) = (self.lives, config.clone());
         self.lives = self.lives.wrapping_add(1);
         let (picker, queue) = (Picker::new(policy), Queue::default());
-        let deployment = Deployment { life, config, gone, members: Vec::new(), picker, queue };
+        let members = Vec::new();
+        let deployment = Deployment { life, config, gone, members, picker, queue, window, alarm: None };
         let key = DeploymentKey { index: self.deployments.0.insert(deployment) as u32, life };
         self.by_name.insert(name.to_owned(), key);
         key
@@ -83,10 +86,11 @@ impl<W> Engine<W> {
     /// Makes `listed` the replicas of a deployment.
     fn list(&mut self, key: DeploymentKey, listed: &[snapshot::Replica]) {
         let Some(deployment) = self.deployments.at(key) else { return };
-        let max_ongoing = deployment.config.max_ongoing_requests;
+        let batch = deployment.config.batch;
+        let max_ongoing = batch.map_or(deployment.config.max_ongoing_requests, |batch| batch.concurrent);
         for &member in &deployment.members {
             let replica = &mut self.replicas[member.0];
-            replica.max_ongoing = max_ongoing;
+            replica.limit(max_ongoing, batch.is_some());
             if !listed.iter().any(|other| other.id == replica.id) {
                 replica.listed = false;
                 self.by_id.remove(&replica.id);

@@ -8,6 +8,7 @@
 mod admit;
 mod affinity;
 pub mod batch;
+mod bind;
 pub mod limit;
 mod members;
 pub mod pattern;
@@ -20,20 +21,32 @@ pub mod split;
 pub mod streams;
 mod traffic;
 
-use std::collections::{HashMap, VecDeque};
+use std::{
+    collections::{HashMap, VecDeque},
+    time::Instant,
+};
 
 use slab::Slab;
 
-use self::{admit::Queue, members::Deployments, pick::Picker, replica::Replica, traffic::Split};
 pub use self::{
     admit::Seq,
     affinity::Affinity,
+    bind::Batch,
     replica::Candidate,
     reserve::Assigned,
     route::RouteTable,
     split::Splitter,
     streams::Streams,
     traffic::{SplitKey, Turn},
+};
+use self::{
+    admit::{Queue, Since},
+    batch::Window,
+    bind::Due,
+    members::Deployments,
+    pick::Picker,
+    replica::Replica,
+    traffic::Split,
 };
 use crate::{error::Error, snapshot};
 
@@ -70,6 +83,7 @@ pub struct Place {
     pub seq: Seq,
     /// Where it would like to go.
     pub affinity: Affinity,
+    since: Since,
 }
 
 /// The right to one slot of one replica.
@@ -80,9 +94,11 @@ pub struct Lease {
     pub replica: ReplicaKey,
     /// The request that it is for.
     pub place: Place,
-    /// The REQUEST or CALL carries GRANTED.
+    /// The REQUEST or CALL, or the BATCH that it is part of, carries GRANTED.
     pub granted: bool,
     session: u64,
+    /// With whom it shares the slot, see [`bind`].
+    batch: Option<usize>,
 }
 
 /// What becomes of a new request.
@@ -99,6 +115,8 @@ pub enum Admission {
 pub enum Action<W> {
     /// A waiting request may be sent.
     Start(W, Lease),
+    /// Waiting requests may be sent, all in one go.
+    Batch(Batch<W>),
     /// A waiting request fails.
     Refuse(W, Error),
     /// Link to this replica and keep trying while it is not closed.
@@ -120,6 +138,10 @@ struct Deployment<W> {
     members: Vec<ReplicaKey>,
     picker: Picker,
     queue: Queue<W>,
+    /// Its requests go in batches.
+    window: Option<Window>,
+    /// When [`Engine::seal`] is to look at it again.
+    alarm: Option<Instant>,
 }
 
 /// See the module.
@@ -136,6 +158,8 @@ pub struct Engine<W> {
     lives: u32,
     sessions: u64,
     actions: VecDeque<Action<W>>,
+    /// Deployments whose queue has to be looked at with a clock.
+    due: Due,
 }
 
 impl<W> Default for Engine<W> {
@@ -150,6 +174,7 @@ impl<W> Default for Engine<W> {
             lives: 0,
             sessions: 0,
             actions: VecDeque::new(),
+            due: Due::default(),
         }
     }
 }
@@ -182,22 +207,26 @@ impl<W> Engine<W> {
         waiter: impl FnOnce(Place) -> W,
     ) -> Result<Admission, Error> {
         let deployment = self.deployments.open(key)?;
-        let place = Place { deployment: key, seq: deployment.queue.arrive(), affinity };
+        let place = Place { deployment: key, seq: deployment.queue.arrive(), affinity, since: None };
         if deployment.queue.len() == 0
+            && deployment.window.is_none()
             && let Some(lease) = self.lease(place)
         {
             return Ok(Admission::Go(lease));
         }
         let Deployment { queue, config, .. } = self.deployments.open(key)?;
-        match usize::try_from(config.max_queued_requests) {
-            Ok(limit) if queue.len() >= limit => {
-                Err(Error::Backpressure { queued: queue.len(), limit, policy: config.backpressure })
-            }
-            _ => {
-                queue.push(place.seq, affinity, waiter(place));
-                Ok(Admission::Wait(place))
+        if let Ok(limit) = usize::try_from(config.max_queued_requests)
+            && queue.len() >= limit
+        {
+            let (queued, policy) = (queue.len(), config.backpressure);
+            let queued = queued - self.forming(key);
+            if queued >= limit {
+                return Err(Error::Backpressure { queued, limit, policy });
             }
         }
+        self.deployments.open(key)?.queue.push(place.seq, affinity, None, waiter(place));
+        self.touch(key);
+        Ok(Admission::Wait(place))
     }
 
     /// A request that came back unbegun, or is tried once more, takes its old place again; limits do not refuse it.
@@ -207,11 +236,13 @@ impl<W> Engine<W> {
     pub fn again(&mut self, place: Place, waiter: impl FnOnce(Place) -> W) -> Result<Admission, Error> {
         let deployment = self.deployments.open(place.deployment)?;
         if !deployment.queue.has_before(place.seq)
+            && deployment.window.is_none()
             && let Some(lease) = self.lease(place)
         {
             return Ok(Admission::Go(lease));
         }
-        self.deployments.open(place.deployment)?.queue.push(place.seq, place.affinity, waiter(place));
+        self.deployments.open(place.deployment)?.queue.push(place.seq, place.affinity, place.since, waiter(place));
+        self.touch(place.deployment);
         Ok(Admission::Wait(place))
     }
 
@@ -229,13 +260,16 @@ impl<W> Engine<W> {
     fn take(&mut self, key: ReplicaKey, place: Place) -> Option<Lease> {
         let replica = &mut self.replicas[key.0];
         let session = replica.session?;
-        Some(Lease { replica: key, place, granted: replica.take(place.affinity), session })
+        Some(Lease { replica: key, place, granted: replica.take(place.affinity), session, batch: None })
     }
 
     /// Starts whoever waits first while there is room.
     fn dispatch(&mut self, deployment: DeploymentKey) {
+        if self.touch(deployment) {
+            return;
+        }
         while let Some((seq, affinity)) = self.deployments.at(deployment).and_then(|it| it.queue.first()) {
-            let Some(lease) = self.lease(Place { deployment, seq, affinity }) else { return };
+            let Some(lease) = self.lease(Place { deployment, seq, affinity, since: None }) else { return };
             if let Some(waiter) = self.deployments.at(deployment).and_then(|it| it.queue.pop()) {
                 self.actions.push_back(Action::Start(waiter, lease));
             }
@@ -254,18 +288,20 @@ impl<W> Engine<W> {
 
     /// The request was never sent: its slot is free, and so is the credit that it would have used.
     pub fn unsent(&mut self, lease: Lease) {
-        if let Some(replica) = self.holder(&lease) {
-            replica.untake(lease.place.affinity, lease.granted);
+        if let Some(replica) = self.holder(&lease)
+            && replica.unsend(&lease)
+        {
             self.spend(lease.replica);
         }
     }
 
     /// The replica's final frame came: the slot is free.
     pub fn answered(&mut self, lease: Lease, report: Option<(u16, bool)>) {
-        if let Some(replica) = self.holder(&lease) {
-            replica.give(lease.place.affinity);
+        if let Some(replica) = self.holder(&lease)
+            && replica.give_back(&lease)
+        {
             if let Some((load, fast)) = report {
-                replica.report(load, fast);
+                replica.report(load, fast && lease.batch.is_none());
             }
             self.dispatch(lease.place.deployment);
         }
@@ -274,9 +310,10 @@ impl<W> Engine<W> {
     /// BUSY: not begun, and the replica owes a credit. The place is for [`Engine::again`].
     pub fn busy(&mut self, lease: Lease, load: u16) -> Place {
         if let Some(replica) = self.holder(&lease) {
-            replica.give(lease.place.affinity);
-            replica.report(load, false);
-            replica.refused();
+            replica.refused(lease.batch);
+            if replica.give_back(&lease) {
+                replica.report(load, false);
+            }
         }
         lease.place
     }
@@ -284,7 +321,7 @@ impl<W> Engine<W> {
     /// RETURNED: held, never begun. The place is for [`Engine::again`].
     pub fn returned(&mut self, lease: Lease) -> Place {
         if let Some(replica) = self.holder(&lease) {
-            replica.give(lease.place.affinity);
+            replica.give_back(&lease);
             if !std::mem::replace(&mut replica.draining, true) {
                 self.reckon();
             }
@@ -295,10 +332,12 @@ impl<W> Engine<W> {
     /// A link is up; `max_ongoing` comes from its WELCOME.
     pub fn linked(&mut self, key: ReplicaKey, max_ongoing: u32) {
         self.sessions += 1;
+        let deployment = self.replicas[key.0].deployment;
+        let batches = self.config(deployment).and_then(|config| config.batch);
         let replica = &mut self.replicas[key.0];
         replica.reset(Some(self.sessions));
-        replica.max_ongoing = max_ongoing;
-        let deployment = replica.deployment;
+        // One that does not batch yet has more slots than it can have batches.
+        replica.max_ongoing = batches.map_or(max_ongoing, |batch| batch.concurrent.min(max_ongoing));
         self.dispatch(deployment);
         self.reckon();
     }
@@ -356,7 +395,11 @@ impl<W> Engine<W> {
 
     /// Whoever waits takes the room that there is; credits that are left go back.
     fn spend(&mut self, key: ReplicaKey) {
-        self.dispatch(self.replicas[key.0].deployment);
+        let deployment = self.replicas[key.0].deployment;
+        if self.touch(deployment) {
+            return; // what is left goes back when the batches are bound
+        }
+        self.dispatch(deployment);
         let unused = self.replicas[key.0].unused();
         if unused > 0 {
             self.actions.push_back(Action::Unused(key, unused));

@@ -177,7 +177,7 @@ mod tests {
         let mut cluster = Cluster::new(Policy::LeastLoaded, 1, 5);
         cluster.replicas[0].take(NONE);
         cluster.replicas[0].give(NONE);
-        cluster.replicas[0].refused();
+        cluster.replicas[0].refused(None);
         assert_eq!(cluster.pick(NONE), None);
         cluster.replicas[0].credit(1);
         assert!(cluster.replicas[0].take(NONE), "by credit");

@@ -4,9 +4,12 @@
 //! `max_ongoing_requests` and, while the replica is FAST, a short backlog; after a BUSY only its credits count until it has
 //! paid what it owes.
 
+use slab::Slab;
+
 use super::{
-    DeploymentKey,
+    DeploymentKey, Lease,
     affinity::{Affinity, Bound, key, score},
+    bind::Shared,
 };
 use crate::{snapshot, wire::BACKLOG};
 
@@ -44,8 +47,10 @@ pub(super) struct Replica {
     /// It has not answered a PING: no new picks, but the link lives.
     pub(super) silent: bool,
     pub(super) max_ongoing: u32,
-    /// This caller's requests there.
+    /// This caller's requests there; a batch is one.
     pub(super) in_flight: u32,
+    /// This caller's batches there.
+    pub(super) batches: Slab<Shared>,
     /// Other callers' requests there, from its last answer.
     others: u32,
     fast: bool,
@@ -72,6 +77,7 @@ impl Replica {
             silent: false,
             max_ongoing,
             in_flight: 0,
+            batches: Slab::new(),
             others: 0,
             fast: false,
             credits: 0,
@@ -90,6 +96,12 @@ impl Replica {
     pub(super) fn has_room(&self) -> bool {
         let backlog = if self.fast { BACKLOG } else { 0 };
         self.open() && (self.credits > 0 || (self.owed == 0 && self.in_flight < self.max_ongoing + backlog))
+    }
+
+    /// How many more it takes; for batches, which have no backlog.
+    pub(super) fn slots(&self) -> u32 {
+        let free = if self.owed == 0 { self.max_ongoing.saturating_sub(self.in_flight) } else { 0 };
+        if self.open() { free.max(self.credits) } else { 0 }
     }
 
     pub(super) fn load(&self) -> u32 {
@@ -115,10 +127,31 @@ impl Replica {
         granted
     }
 
-    /// Undoes [`Replica::take`].
-    pub(super) fn untake(&mut self, wish: Affinity, granted: bool) {
+    /// Takes back the lease of a request that was answered; whether its slot is free now.
+    pub(super) fn give_back(&mut self, lease: &Lease) -> bool {
+        match lease.batch {
+            None => self.give(lease.place.affinity),
+            Some(batch) => match self.leave(batch, true) {
+                None => return false,
+                Some(shared) => self.give(shared.wish),
+            },
+        }
+        true
+    }
+
+    /// Takes back the lease of a request that was never sent, and undoes [`Replica::take`] if it is the only one of its
+    /// slot; whether that is free now.
+    pub(super) fn unsend(&mut self, lease: &Lease) -> bool {
+        let (wish, sent) = match lease.batch {
+            None => (lease.place.affinity, false),
+            Some(batch) => match self.leave(batch, false) {
+                None => return false,
+                Some(shared) => (shared.wish, shared.sent),
+            },
+        };
         self.give(wish);
-        self.credits += u32::from(granted);
+        self.credits += u32::from(lease.granted && !sent);
+        true
     }
 
     /// Gives a slot back.
@@ -149,9 +182,18 @@ impl Replica {
         Candidate { address, open, load, room, max_ongoing: self.max_ongoing, models: self.names.clone() }
     }
 
-    /// It refused one and owes a credit.
-    pub(super) fn refused(&mut self) {
-        self.owed += 1;
+    /// It refused one and owes a credit; one for all requests of a batch.
+    pub(super) fn refused(&mut self, batch: Option<usize>) {
+        let known = batch.and_then(|batch| self.batches.get_mut(batch));
+        let again = known.is_some_and(|shared| std::mem::replace(&mut shared.refused, true));
+        self.owed += u32::from(!again);
+    }
+
+    /// The limits of a new snapshot; `batches`: requests go in batches.
+    pub(super) fn limit(&mut self, max_ongoing: u32, batches: bool) {
+        self.max_ongoing = max_ongoing;
+        // Batches have no backlog, whatever was said of single requests.
+        self.fast &= !batches;
     }
 
     /// It pays credits.

@@ -48,7 +48,7 @@ impl<W> Engine<W> {
         among: Option<&[String]>,
     ) -> Result<Option<Lease>, Error> {
         let deployment = self.deployments.open(key)?;
-        let place = Place { deployment: key, seq: deployment.queue.arrive(), affinity };
+        let place = Place { deployment: key, seq: deployment.queue.arrive(), affinity, since: None };
         let Some(among) = among else { return Ok(self.lease(place)) };
         let chosen: Vec<_> = among.iter().filter_map(|id| self.replica(key, id)).collect();
         let Some(chosen) = Picker::among(&self.replicas, chosen.into_iter()) else { return Ok(None) };

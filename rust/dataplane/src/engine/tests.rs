@@ -1,5 +1,7 @@
-//! The engine as a driver sees it, in scripted cases; `walk.rs` has random ones.
+//! The engine as a driver sees it, in scripted cases; `walk.rs` has random ones, `batches.rs` those of batches.
 
+mod batch_walk;
+mod batches;
 mod traffic;
 mod walk;
 
@@ -22,6 +24,7 @@ fn snapshot(n: u64, max_ongoing: u32, max_queued: i64, replicas: &[&str]) -> Sna
         retry_idempotent: true,
         router: snapshot::Router::default(),
         unavailable: None,
+        batch: None,
         replicas,
     };
     Snapshot {
@@ -42,6 +45,7 @@ struct Driver {
     key: DeploymentKey,
     keys: HashMap<String, ReplicaKey>,
     started: Vec<(u32, Lease)>,
+    batches: Vec<Batch<u32>>,
     refused: Vec<(u32, Error)>,
     closing: Vec<ReplicaKey>,
     unused: u32,
@@ -54,8 +58,8 @@ impl Driver {
         let mut engine = Engine::default();
         engine.apply(snapshot);
         let key = engine.deployment("a#D").unwrap_or(DeploymentKey { index: 0, life: 0 });
-        let (keys, started, refused, closing) = Default::default();
-        let mut driver = Self { engine, key, keys, started, refused, closing, unused: 0, turns: 0 };
+        let (keys, started, batches, refused, closing) = Default::default();
+        let mut driver = Self { engine, key, keys, started, batches, refused, closing, unused: 0, turns: 0 };
         driver.settle();
         driver
     }
@@ -77,6 +81,7 @@ impl Driver {
         while let Some(action) = self.engine.next_action() {
             match action {
                 Action::Start(waiter, lease) => self.started.push((waiter, lease)),
+                Action::Batch(batch) => self.batches.push(batch),
                 Action::Refuse(waiter, error) => self.refused.push((waiter, error)),
                 Action::Open(key, address) => drop(self.keys.insert(address.id, key)),
                 Action::Close(key) => self.closing.push(key),

@@ -4,6 +4,7 @@
 //! none of them ever touches the interpreter. They tell what an operator has to know to the `tracing` subscriber of the
 //! thread that has started them.
 
+mod batches;
 mod body;
 mod builtin;
 mod choose;
@@ -50,6 +51,7 @@ use crate::{
     engine::{Assigned, Candidate},
     metrics::Metrics,
     snapshot::{self, Snapshot, SnapshotError},
+    tally::Tallies,
     traffic::SplitTotals,
 };
 
@@ -247,6 +249,11 @@ impl Proxy {
         metrics_page::text(&self.shared)
     }
 
+    /// What is counted of batches, as [`Tallies::sum`] says.
+    pub fn batches(&self) -> serde_json::Value {
+        Tallies::sum(self.shared.metrics().iter().map(|metrics| &metrics.batches))
+    }
+
     /// A descriptor that is readable while [`Self::choices`] has something.
     pub fn choices_fd(&self) -> RawFd {
         self.shared.choices.fd()
@@ -304,6 +311,7 @@ async fn serve(shard: Rc<Shard>, listener: TcpListener, mut orders: watch::Recei
     let accepting = tokio::task::spawn_local(listen::accept(Rc::clone(&shard), listener));
     tokio::task::spawn_local(listen::sweep(Rc::clone(&shard)));
     tokio::task::spawn_local(vigil::keep(Rc::clone(&shard)));
+    tokio::task::spawn_local(batches::keep(Rc::clone(&shard)));
     let mut applied = None;
     let stop = loop {
         let (snapshot, stop) = {

@@ -6,17 +6,18 @@
 
 use std::{future::poll_fn, rc::Rc, task::Poll};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderName, HeaderValue, Version, request::Parts};
 use tokio::time::Instant;
 
 use super::{
+    batches::Packed,
     body::{Inbound, Upload},
     choose::Choice,
     http::Wishes,
     listen::Conn,
     sender::Sender,
-    shard::{Route, Shard, Waiting},
+    shard::{Came, Route, Shard, Waiting},
     split::Watch,
     stream::{Head, Outcome, StreamRef},
 };
@@ -28,6 +29,9 @@ use crate::{
         head::{RequestHead, put_request_head},
     },
 };
+
+/// Room for a head of usual length.
+const HEAD: usize = 512;
 
 pub(super) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -61,17 +65,24 @@ pub(super) struct Call<'c> {
 /// See [`Error`]; nothing has been sent to the client then.
 pub(super) async fn relay(call: &mut Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
-    let mut lease = if call.route.fork.is_some() {
+    let mut came = if call.route.fork.is_some() {
         call.forked(&body).await?
     } else {
-        let first = call.shard.admit(call.route.deployment, call.marks.affinity, || call.describe()).await;
-        call.leased(first).await?
+        let first = call.admit(&body).await;
+        call.settled(first, &body).await?
     };
     loop {
-        let place = lease.place;
-        let Some(stream) = call.send(lease, &body) else {
+        let (stream, place) = match came {
+            Came::Lease(lease) => {
+                let place = lease.place;
+                (call.send(lease, &body), place)
+            }
+            Came::Sent(stream, place) => (Some(stream), place),
+            Came::Again(place) => (None, place),
+        };
+        let Some(stream) = stream else {
             tokio::task::yield_now().await;
-            lease = call.again(place).await?;
+            came = call.again(place, &body).await?;
             continue;
         };
         let outcome = match &mut body {
@@ -91,7 +102,7 @@ pub(super) async fn relay(call: &mut Call<'_>, mut body: Inbound) -> Result<(Str
                 if !body.rewind() {
                     return Err(Error::NotBegun);
                 }
-                lease = call.resumed(waiting).await?;
+                came = call.resumed(waiting, &body).await?;
                 continue;
             }
             Outcome::Failed(error) => error,
@@ -109,7 +120,7 @@ pub(super) async fn relay(call: &mut Call<'_>, mut body: Inbound) -> Result<(Str
             return Err(error);
         }
         call.shard.metrics.retried.up();
-        lease = call.again(place).await?;
+        came = call.again(place, &body).await?;
     }
 }
 
@@ -153,31 +164,40 @@ impl Call<'_> {
         }
     }
 
-    /// The next lease for a request that came back.
-    async fn again(&mut self, place: Place) -> Result<Lease, Error> {
-        match self.shard.again(place) {
-            Ok(waiting) => self.resumed(waiting).await,
-            Err(error) => self.leased(Err(error)).await,
+    /// A slot at the route's deployment, or that the request was sent with a batch.
+    pub(super) async fn admit(&self, body: &Inbound) -> Result<Came, Error> {
+        let (route, marks) = (&self.route, self.marks);
+        self.shard.admit(route.deployment, marks.affinity, || self.pack(body), || self.describe()).await
+    }
+
+    /// What comes next of a request that came back.
+    async fn again(&mut self, place: Place, body: &Inbound) -> Result<Came, Error> {
+        match self.shard.again(place, None) {
+            Ok(waiting) => {
+                waiting.pack(|| self.pack(body));
+                self.resumed(waiting, body).await
+            }
+            Err(error) => self.settled(Err(error), body).await,
         }
     }
 
     /// The same for one that waits again already.
-    async fn resumed(&mut self, waiting: Waiting) -> Result<Lease, Error> {
-        let lease = waiting.lease(|| self.describe());
-        let came = if self.watch.is_some() { self.unless_stranded(lease).await } else { Some(lease.await) };
+    async fn resumed(&mut self, waiting: Waiting, body: &Inbound) -> Result<Came, Error> {
+        let end = waiting.end(|| self.describe());
+        let came = if self.watch.is_some() { self.unless_stranded(end).await } else { Some(end.await) };
         match came {
-            Some(came) => self.leased(came).await,
-            None => self.choose(None).await,
+            Some(came) => self.settled(came, body).await,
+            None => self.choose(None, body).await,
         }
     }
 
     /// Takes a request whose deployment is gone to where its route leads by now. It may go on for as long as redeploys
     /// rename the ingress: only the request's deadline ends that.
-    async fn leased(&mut self, mut came: Result<Lease, Error>) -> Result<Lease, Error> {
+    async fn settled(&mut self, mut came: Result<Came, Error>, body: &Inbound) -> Result<Came, Error> {
         loop {
             match came {
                 Err(error) if error.retry() == Retry::Reroute => match self.shard.route(self.path) {
-                    Some(found) if found.0.fork.is_some() => return self.choose(Some(found)).await,
+                    Some(found) if found.0.fork.is_some() => return self.choose(Some(found), body).await,
                     Some((route, params)) if route.deployment != self.route.deployment => {
                         (self.route, self.params) = (route, params);
                     }
@@ -185,8 +205,19 @@ impl Call<'_> {
                 },
                 came => return came,
             }
-            came = self.shard.admit(self.route.deployment, self.marks.affinity, || self.describe()).await;
+            came = self.admit(body).await;
         }
+    }
+
+    /// The REQUEST for a batch.
+    fn pack(&self, body: &Inbound) -> Packed {
+        let mut head = BytesMut::with_capacity(HEAD);
+        self.put_head(&mut head);
+        let (body, whole) = match body {
+            Inbound::Whole(bytes) => (bytes.clone(), true),
+            Inbound::Streamed(_) => (Bytes::new(), false),
+        };
+        Packed { head, body, whole, deadline: self.deadline }
     }
 
     /// Writes the REQUEST; `None` if the lease's link has gone since.

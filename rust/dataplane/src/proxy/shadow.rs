@@ -11,10 +11,11 @@ use bytes::BytesMut;
 use tokio::time::{Instant, timeout_at};
 
 use super::{
+    batches::Packed,
     body::Inbound,
     choose::Choice,
     relay::Call,
-    shard::Shard,
+    shard::{Came, Shard},
     stream::{Outcome, StreamRef},
 };
 use crate::{
@@ -149,23 +150,31 @@ impl Copy {
     async fn send(&self) -> Result<u32, Unanswered> {
         let refused = |_: Error| Unanswered::Refused;
         let describe = || self.choice.clone();
+        let pack = || Packed::whole(self.request.clone(), Some(self.until));
         let mut sent = false;
-        let mut lease = self.shard.admit(self.deployment, self.affinity, describe).await.map_err(refused)?;
+        let mut came = self.shard.admit(self.deployment, self.affinity, pack, describe).await.map_err(refused)?;
         loop {
-            let place = lease.place;
             let request = &self.request;
-            let Some(stream) =
-                self.shard.open(lease, flag::FIN, Some(self.until), |out| out.extend_from_slice(request))
-            else {
+            let (stream, place) = match came {
+                Came::Lease(lease) => {
+                    let place = lease.place;
+                    (self.shard.open(lease, flag::FIN, Some(self.until), |out| out.extend_from_slice(request)), place)
+                }
+                Came::Sent(stream, place) => (Some(stream), place),
+                Came::Again(place) => (None, place),
+            };
+            let Some(stream) = stream else {
                 tokio::task::yield_now().await;
-                lease = self.shard.again(place).map_err(refused)?.lease(describe).await.map_err(refused)?;
+                let waiting = self.shard.again(place, None).map_err(refused)?;
+                waiting.pack(pack);
+                came = waiting.end(describe).await.map_err(refused)?;
                 continue;
             };
             if !std::mem::replace(&mut sent, true) {
                 self.held.lane.meter.copied.up();
             }
             match poll_fn(|cx| stream.poll_outcome(cx)).await {
-                Outcome::Back(waiting) => lease = waiting.lease(describe).await.map_err(refused)?,
+                Outcome::Back(waiting) => came = waiting.end(describe).await.map_err(refused)?,
                 Outcome::Failed(_) => return Err(Unanswered::Failed),
                 Outcome::Head(head) => {
                     if !head.whole {

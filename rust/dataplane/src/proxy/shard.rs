@@ -16,7 +16,15 @@ use slab::Slab;
 use tokio::{sync::Notify, time::Instant};
 
 use super::{
-    Shared, choose::Choice, link::Link, listen::Conn, shadow::Lane, split::Fork, stream::StreamRef, vigil::Events,
+    Shared,
+    batches::{Packed, left_ms},
+    choose::Choice,
+    link::Link,
+    listen::Conn,
+    shadow::Lane,
+    split::Fork,
+    stream::StreamRef,
+    vigil::Events,
 };
 use crate::{
     engine::{
@@ -25,6 +33,7 @@ use crate::{
     error::Error,
     metrics::Metrics,
     snapshot::{self, Snapshot},
+    tally::Tally,
     traffic::TargetMeter,
     wire::{Header, Kind, flag, frame::put_with},
 };
@@ -62,10 +71,33 @@ impl Route {
 /// A route, and what its pattern found in the path.
 pub(super) type Found = (Rc<Route>, Vec<u8>);
 
+/// What comes of waiting for a replica.
+pub(super) enum Came {
+    /// A slot: the REQUEST may be sent.
+    Lease(Lease),
+    /// The REQUEST was sent with its batch.
+    Sent(StreamRef, Place),
+    /// The request has to wait again.
+    Again(Place),
+}
+
 /// A request that waits for a replica.
-struct Waiter {
-    waker: Option<Waker>,
-    result: Option<Result<Lease, Error>>,
+pub(super) struct Waiter {
+    pub(super) waker: Option<Waker>,
+    /// Its frame, if it is to go in a batch.
+    pub(super) packed: Option<Box<Packed>>,
+    came: Option<Result<Came, Error>>,
+    /// It has left the queue, though its place may be there again already: that of a batch that came back.
+    left: bool,
+}
+
+impl Waiter {
+    pub(super) fn tell(&mut self, came: Result<Came, Error>) {
+        (self.came, self.left) = (Some(came), true);
+        if let Some(waker) = self.waker.take() {
+            waker.wake();
+        }
+    }
 }
 
 /// See the module.
@@ -84,7 +116,10 @@ pub(super) struct Shard {
     pub(super) listing: RefCell<Option<Bytes>>,
     pub(super) node_draining: Cell<bool>,
     links: RefCell<Vec<Option<Rc<Link>>>>,
-    waiters: RefCell<Slab<Waiter>>,
+    pub(super) waiters: RefCell<Slab<Waiter>>,
+    /// There are batches to bind.
+    pub(super) sealing: Notify,
+    pub(super) tallies: RefCell<HashMap<DeploymentKey, Arc<Tally>>>,
     pub(super) conns: RefCell<Slab<Rc<Conn>>>,
     /// Goes up with every sweep; the only clock that connections read.
     pub(super) tick: Cell<u64>,
@@ -108,6 +143,8 @@ impl Shard {
             node_draining: Cell::new(false),
             links: RefCell::default(),
             waiters: RefCell::default(),
+            sealing: Notify::new(),
+            tallies: RefCell::default(),
             conns: RefCell::default(),
             tick: Cell::new(0),
             events: Events::default(),
@@ -130,6 +167,7 @@ impl Shard {
         *self.routes.borrow_mut() = RouteTable::new(prefixes).with_patterns(patterns);
         drop(engine);
         let label = |route: &snapshot::Route| route.label.clone().unwrap_or_else(|| route.app.clone().into());
+        self.tallies.borrow_mut().clear();
         let listing: serde_json::Map<_, _> =
             snapshot.routes.iter().map(|route| (route.prefix.clone(), label(route))).collect();
         *self.listing.borrow_mut() = Some(serde_json::Value::Object(listing).to_string().into());
@@ -166,9 +204,10 @@ impl Shard {
     /// Carries out what the engine asks for; called after every event that the engine was told.
     pub(super) fn settle(self: &Rc<Self>) {
         loop {
-            let Some(action) = self.engine.borrow_mut().next_action() else { return };
+            let Some(action) = self.engine.borrow_mut().next_action() else { break };
             match action {
-                Action::Start(waiter, lease) => self.tell(waiter, Ok(lease)),
+                Action::Start(waiter, lease) => self.tell(waiter, Ok(Came::Lease(lease))),
+                Action::Batch(batch) => self.bind(batch),
                 Action::Refuse(waiter, error) => self.tell(waiter, Err(error)),
                 Action::Open(key, address) => {
                     let link = Link::new(key, address);
@@ -187,14 +226,19 @@ impl Shard {
                 Action::Readiness => self.readiness.notify_waiters(),
             }
         }
+        self.seal_soon();
     }
 
-    fn tell(&self, waiter: usize, result: Result<Lease, Error>) {
+    /// Has batches bound after every connection that is ready now.
+    fn seal_soon(&self) {
+        if self.engine.borrow().is_due() {
+            self.sealing.notify_one();
+        }
+    }
+
+    fn tell(&self, waiter: usize, came: Result<Came, Error>) {
         if let Some(waiter) = self.waiters.borrow_mut().get_mut(waiter) {
-            waiter.result = Some(result);
-            if let Some(waker) = waiter.waker.take() {
-                waker.wake();
-            }
+            waiter.tell(came);
         }
     }
 
@@ -210,39 +254,44 @@ impl Shard {
         links[key.index()] = link;
     }
 
-    /// A lease for a new request, as soon as there is one.
+    /// A lease for a new request, as soon as there is one; a frame made by `pack` is sent as soon as its batch is bound.
     pub(super) async fn admit(
         self: &Rc<Self>,
         deployment: DeploymentKey,
         affinity: Affinity,
+        pack: impl FnOnce() -> Packed,
         describe: impl Fn() -> Choice,
-    ) -> Result<Lease, Error> {
+    ) -> Result<Came, Error> {
         let mut waiting = None;
         let admission =
             self.engine.borrow_mut().request(deployment, affinity, |place| self.wait(place, &mut waiting))?;
         match (admission, waiting) {
-            (Admission::Go(lease), _) => Ok(lease),
+            (Admission::Go(lease), _) => Ok(Came::Lease(lease)),
             (Admission::Wait(_), Some(waiting)) => {
                 self.metrics.queued.up();
-                waiting.lease(describe).await
+                waiting.pack(pack);
+                waiting.end(describe).await
             }
             (Admission::Wait(_), None) => unreachable!("the engine asks for a waiter before it says that one waits"),
         }
     }
 
     /// A request that came back takes its old place at once, so that a credit on the heels of its BUSY finds it.
-    pub(super) fn again(self: &Rc<Self>, place: Place) -> Result<Waiting, Error> {
+    pub(super) fn again(self: &Rc<Self>, place: Place, packed: Option<Box<Packed>>) -> Result<Waiting, Error> {
         let mut waiting = None;
         let admission = self.engine.borrow_mut().again(place, |place| self.wait(place, &mut waiting))?;
         if let Admission::Go(lease) = admission {
             let key = self.wait(place, &mut waiting);
-            self.waiters.borrow_mut()[key].result = Some(Ok(lease));
+            self.waiters.borrow_mut()[key].tell(Ok(Came::Lease(lease)));
         }
-        Ok(waiting.expect("the engine asks for a waiter unless the request goes"))
+        let waiting = waiting.expect("the engine asks for a waiter unless the request goes");
+        self.waiters.borrow_mut()[waiting.key].packed = packed;
+        self.seal_soon();
+        Ok(waiting)
     }
 
     fn wait(self: &Rc<Self>, place: Place, waiting: &mut Option<Waiting>) -> usize {
-        let key = self.waiters.borrow_mut().insert(Waiter { waker: None, result: None });
+        let key = self.waiters.borrow_mut().insert(Waiter { waker: None, packed: None, came: None, left: false });
         *waiting = Some(Waiting { shard: Rc::clone(self), place, key });
         key
     }
@@ -260,10 +309,7 @@ impl Shard {
         }
         let link = self.link(lease.replica)?;
         let granted = if lease.granted { flag::GRANTED } else { 0 };
-        let left = deadline.map_or(0, |deadline| {
-            let left = deadline.saturating_duration_since(Instant::now()).as_millis();
-            u32::try_from(left).unwrap_or(u32::MAX).max(1)
-        });
+        let left = deadline.map_or(0, |deadline| left_ms(deadline.saturating_duration_since(Instant::now())));
         let opened = link.open(self, lease, |out, id| {
             put_with(out, Header::new(Kind::Request, id).with(granted | flags).aux(left), fill);
         });
@@ -291,19 +337,28 @@ pub(super) struct Waiting {
 }
 
 impl Waiting {
-    /// The lease, as soon as there is one; a router in Python is told of the request that `describe` describes.
-    pub(super) async fn lease(self, describe: impl Fn() -> Choice) -> Result<Lease, Error> {
+    /// Makes the frame ready if it is to go in a batch.
+    pub(super) fn pack(&self, pack: impl FnOnce() -> Packed) {
+        let batched = self.shard.engine.borrow_mut().is_batched(self.place.deployment);
+        let waiter = &mut self.shard.waiters.borrow_mut()[self.key];
+        if batched && waiter.packed.is_none() {
+            waiter.packed = Some(Box::new(pack()));
+            self.shard.seal_soon();
+        }
+    }
+
+    /// What comes of it, as soon as it does; a router in Python is told of the request that `describe` describes.
+    pub(super) async fn end(self, describe: impl Fn() -> Choice) -> Result<Came, Error> {
         let shard = &self.shard;
-        if shard.engine.borrow_mut().is_custom(self.place.deployment)
-            && shard.waiters.borrow()[self.key].result.is_none()
+        if shard.engine.borrow_mut().is_custom(self.place.deployment) && shard.waiters.borrow()[self.key].came.is_none()
         {
             shard.shared.choices.ask(shard.index.get(), self.place, describe());
         }
         std::future::poll_fn(|cx| {
             let mut waiters = self.shard.waiters.borrow_mut();
             let waiter = &mut waiters[self.key];
-            if let Some(result) = waiter.result.take() {
-                return Poll::Ready(result);
+            if let Some(came) = waiter.came.take() {
+                return Poll::Ready(came);
             }
             waiter.waker = Some(cx.waker().clone());
             Poll::Pending
@@ -315,8 +370,10 @@ impl Waiting {
 impl Drop for Waiting {
     fn drop(&mut self) {
         let waiter = self.shard.waiters.borrow_mut().remove(self.key);
-        self.shard.engine.borrow_mut().cancel(self.place);
-        if let Some(Ok(lease)) = waiter.result {
+        if !waiter.left {
+            self.shard.engine.borrow_mut().cancel(self.place);
+        }
+        if let Some(Ok(Came::Lease(lease))) = waiter.came {
             self.shard.release(lease);
         }
     }

@@ -12,11 +12,11 @@ use super::{
     body::Inbound,
     relay::Call,
     shadow::{Shadow, copy},
-    shard::{Found, Route, Shard},
+    shard::{Came, Found, Route, Shard},
     stream::{Head, StreamRef},
 };
 use crate::{
-    engine::{DeploymentKey, Engine, Lease, SplitKey, Turn, split::cookie},
+    engine::{DeploymentKey, Engine, SplitKey, Turn, split::cookie},
     error::{Blame, Error},
     snapshot::{self, Sign},
     traffic::TargetMeter,
@@ -109,20 +109,20 @@ impl Drop for Watch {
 }
 
 impl Call<'_> {
-    /// A lease at one of the targets of the route's split, as soon as there is one; copies are on their way then too.
-    pub(super) async fn forked(&mut self, body: &Inbound) -> Result<Lease, Error> {
+    /// What comes of the request at one of the targets of the route's split; copies are on their way then too.
+    pub(super) async fn forked(&mut self, body: &Inbound) -> Result<Came, Error> {
         let route = Rc::clone(&self.route);
         let found = (Rc::clone(&route), std::mem::take(&mut self.params));
-        let lease = self.choose(Some(found)).await?;
+        let came = self.choose(Some(found), body).await?;
         for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
             copy(self, shadow, body);
         }
-        Ok(lease)
+        Ok(came)
     }
 
     /// As long as no target is ready this only waits; the request's deadline or its client ends that. `found` is the route
     /// if it has been looked up; one of an earlier snapshot is looked up again.
-    pub(super) async fn choose(&mut self, mut found: Option<Found>) -> Result<Lease, Error> {
+    pub(super) async fn choose(&mut self, mut found: Option<Found>, body: &Inbound) -> Result<Came, Error> {
         let shard = self.shard;
         loop {
             let turned = shard.readiness.notified();
@@ -132,7 +132,7 @@ impl Call<'_> {
             self.params = params;
             let Some(fork) = &route.fork else {
                 (self.route, self.watch) = (route, None);
-                match shard.admit(self.route.deployment, self.marks.affinity, || self.describe()).await {
+                match self.admit(body).await {
                     Err(Error::Deleted(_)) => continue,
                     came => return came,
                 }
@@ -150,8 +150,7 @@ impl Call<'_> {
                 Err(error) => return Err(error),
             };
             self.aim(&fork.targets[target]);
-            let admitted = shard.admit(self.route.deployment, self.marks.affinity, || self.describe());
-            match self.unless_stranded(admitted).await {
+            match self.unless_stranded(self.admit(body)).await {
                 Some(Err(Error::Deleted(_))) | None => {}
                 Some(came) => return came,
             }

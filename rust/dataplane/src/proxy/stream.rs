@@ -14,6 +14,7 @@ use std::{
 use bytes::Bytes;
 
 use super::{
+    batches::Packed,
     link::{Link, is_final},
     sender::Sender,
     shard::{Shard, Waiting},
@@ -61,6 +62,8 @@ pub(super) enum Fate {
 /// The entry in the link's table.
 pub(super) struct Stream {
     lease: Option<Lease>,
+    /// The frame of a request that went in a batch, until it is begun: it may have to go in another.
+    pub(super) packed: Option<Box<Packed>>,
     /// The request counts as begun when the kernel has taken this many bytes of the link.
     pub(super) begun_at: u64,
     pub(super) fate: Fate,
@@ -87,6 +90,7 @@ impl Stream {
     pub(super) fn new(lease: Lease) -> Self {
         Self {
             lease: Some(lease),
+            packed: None,
             begun_at: u64::MAX,
             fate: Fate::Wanted,
             accepted: false,
@@ -141,6 +145,7 @@ impl Stream {
             }
             Kind::Response if !self.answered => {
                 self.answered = true;
+                self.packed = None;
                 let view = ResponseHeadView::parse(payload.clone())?;
                 if !finished {
                     self.hold(view.body().len())?;
@@ -184,7 +189,8 @@ impl Stream {
         };
         if self.fate == Fate::Wanted {
             drop(engine);
-            self.outcome = Some(shard.again(place).map_or_else(Outcome::Failed, Outcome::Back));
+            let waiting = shard.again(place, self.packed.take());
+            self.outcome = Some(waiting.map_or_else(Outcome::Failed, Outcome::Back));
         }
         self.end = Some(Ok(()));
         wake(&mut self.reader);
@@ -257,6 +263,10 @@ pub(super) struct StreamRef {
 impl StreamRef {
     pub(super) fn new(shard: Rc<Shard>, link: Rc<Link>, id: u32) -> Self {
         Self { shard, link, id, keep: false, meter: None }
+    }
+
+    pub(super) fn id(&self) -> u32 {
+        self.id
     }
 
     /// For the sender of the request's body, which must not keep the stream alive.

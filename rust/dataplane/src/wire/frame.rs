@@ -17,10 +17,12 @@ pub mod flag {
     pub const FIN: u8 = 1;
     /// In answers: the mean service time is below 200 µs, so a short backlog is welcome.
     pub const FAST: u8 = 2;
-    /// In requests: this one uses a credit.
+    /// In requests and BATCH: this one uses a credit.
     pub const GRANTED: u8 = 4;
     /// In CALL: the method is a generator, and its items come as ITEM frames.
     pub const STREAM: u8 = 8;
+    /// In REQUEST and CALL: the stream is part of a batch, and begins with its BATCH.
+    pub const BATCHED: u8 = 16;
 }
 
 /// What a frame is.

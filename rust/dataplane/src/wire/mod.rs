@@ -3,6 +3,7 @@
 //! Everything here is pure: no socket, no clock. ARCHITECTURE.md, "Wire format", is the table that these files implement;
 //! hostile bytes give a [`WireError`], never a panic and never an allocation beyond the limit that the reader has set.
 
+pub mod batch;
 pub mod call;
 pub mod frame;
 pub mod head;
@@ -32,6 +33,9 @@ pub const LARGE: usize = 64 * 1024;
 pub const MAX_PAYLOAD: usize = 2 * 1024 * 1024 * 1024 - 1;
 /// Requests that a replica holds unstarted, over all callers, while it is FAST.
 pub const BACKLOG: u32 = 32;
+
+/// Largest batch that a caller sends, and requests of batches that a replica parks for one caller: a BATCH is a small frame.
+pub const MAX_BATCH: usize = 16 * 1024;
 
 /// What a peer sent cannot be read; the link closes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]

@@ -17,7 +17,9 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use rayserve_dataplane::wire::{
-    Decoder, Fault, Frame, Header, Kind, MAX_PAYLOAD, RequestHeadView, flag,
+    Decoder, Fault, Frame, Header, Kind, MAX_PAYLOAD, RequestHeadView,
+    batch::batch,
+    flag,
     head::put_response_head,
     hello::{Callee, Step},
     put,
@@ -105,6 +107,22 @@ impl Replica {
         let (link, frame) = self.next();
         assert_eq!(frame.header.kind, Kind::Request, "{frame:?}");
         Got { link, header: frame.header, head: RequestHeadView::parse(frame.payload).expect("a head") }
+    }
+
+    /// The requests of the next batch, in its order.
+    pub fn batch(&self) -> Vec<Got> {
+        let mut parked = Vec::new();
+        loop {
+            let (link, Frame { header, payload }) = self.next();
+            if header.kind == Kind::Batch {
+                let order: Vec<_> = batch(&payload).expect("a list of streams").collect();
+                let came: Vec<_> = parked.iter().map(|got: &Got| got.header.stream).collect();
+                assert_eq!(order, came, "all of a batch come in one go");
+                return parked;
+            }
+            assert!(header.kind == Kind::Request && header.has(flag::BATCHED), "{header:?}");
+            parked.push(Got { link, header, head: RequestHeadView::parse(payload).expect("a head") });
+        }
     }
 
     /// The next frame, if one comes within a moment.

@@ -20,7 +20,9 @@ use rayserve_dataplane::{
     engine::{Lease, ReplicaKey, Streams},
     snapshot::Replica,
     tcp,
-    wire::{Decoder, Frame, HEADER_LEN, Header, Kind, MAX_PAYLOAD, Spool, WireError, flag, hello, put},
+    wire::{
+        Decoder, Frame, HEADER_LEN, Header, Kind, MAX_PAYLOAD, Spool, WireError, batch::put_batch, flag, hello, put,
+    },
 };
 
 use super::pending::{Pending, Place};
@@ -168,20 +170,44 @@ impl Link {
         put(self.spool.tail(), header, &[]);
     }
 
-    /// Appends a CALL under a new stream id.
+    /// Appends a CALL under a new stream id; `batched`: a BATCH that names it follows at once.
     ///
     /// # Errors
     /// The lease comes back when a million streams are open.
-    pub(super) fn send_call(&mut self, call: &Arc<Pending>, lease: Lease, poll: usize) -> Result<(), Lease> {
+    pub(super) fn send_call(
+        &mut self,
+        call: &Arc<Pending>,
+        lease: Lease,
+        poll: usize,
+        batched: bool,
+    ) -> Result<u32, Lease> {
         let payload = call.payload();
-        let flags = if lease.granted { flag::GRANTED } else { 0 } | if call.stream { flag::STREAM } else { 0 };
+        let slot = if batched {
+            flag::BATCHED
+        } else if lease.granted {
+            flag::GRANTED
+        } else {
+            0
+        };
+        let flags = slot | if call.stream { flag::STREAM } else { 0 };
         let end = self.flushed + (self.spool.remaining() + HEADER_LEN + payload.len()) as u64;
         let sent = Sent { call: Arc::clone(call), lease, end };
         let stream = self.streams.insert(sent).map_err(|sent| sent.lease)?;
         let header = Header::new(Kind::Call, stream).with(flag::FIN | flags).aux(call.left_ms());
         self.spool.put_payload(header, &payload);
         call.move_to(Place::Sent { link: poll, stream });
-        Ok(())
+        Ok(stream)
+    }
+
+    /// Appends the BATCH of these streams, without which none of them begins.
+    pub(super) fn send_batch(&mut self, streams: &[u32], granted: bool) {
+        put_batch(self.spool.tail(), streams, granted);
+        let end = self.flushed + self.spool.remaining() as u64;
+        for &stream in streams {
+            if let Some(sent) = self.streams.get_mut(stream) {
+                sent.end = end;
+            }
+        }
     }
 
     /// Hands the kernel what it takes; the rest waits for the socket to become writable.

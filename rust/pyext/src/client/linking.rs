@@ -74,9 +74,10 @@ impl Router {
         for (_, key, replica) in due {
             self.open(key, replica);
         }
+        self.seal_late(now);
         self.settle();
         let handshakes = self.links.iter().filter_map(|(_, link)| link.deadline());
-        handshakes.chain(self.lost.iter().map(|(at, _, _)| *at)).min()
+        handshakes.chain(self.lost.iter().map(|(at, _, _)| *at)).chain(self.alarm).min()
     }
 
     /// Closes this process's copies of the sockets and nothing else.

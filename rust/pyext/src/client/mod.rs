@@ -5,6 +5,7 @@
 //! a call, `split.rs` the calls that several deployments may answer, `mailbox.rs` reaches asyncio loops. This file converts.
 
 mod aim;
+mod batches;
 pub(crate) mod children;
 mod choose;
 mod frames;
@@ -160,6 +161,11 @@ impl Client {
     fn pump(&self, py: Python<'_>, mailbox: &Mailbox) -> PyResult<()> {
         py.detach(|| self.caller.pump(mailbox.desk.mailbox()));
         mailbox.desk.wake(py)
+    }
+
+    /// What is counted of batches, as JSON.
+    fn batches(&self) -> String {
+        self.caller.batches()
     }
 
     fn close(&self, py: Python<'_>) {

@@ -15,6 +15,7 @@ use rayserve_dataplane::{
     engine::{Action, Admission, Engine, Lease, Place as QueuePlace, ReplicaKey},
     error::Error,
     snapshot::{Replica, Snapshot, Version},
+    tally::Tallies,
     wire::{Fault, Header, Kind},
 };
 use slab::Slab;
@@ -29,7 +30,8 @@ use super::{
 /// How long a call waits for a controller that cannot be asked whether its deployment exists.
 const UNROUTED: Duration = Duration::from_secs(10);
 /// Why a call is not begun.
-const LATE: Bytes = Bytes::from_static(b"the time of the request was over before this call of it could begin");
+pub(super) const LATE: Bytes =
+    Bytes::from_static(b"the time of the request was over before this call of it could begin");
 const SCRATCH: usize = 64 * 1024;
 
 /// See the module.
@@ -50,6 +52,9 @@ pub(super) struct Router {
     /// Calls whose replica somebody else chooses.
     pub(super) held: Held,
     snapshot: Option<Snapshot>,
+    /// When the window of a batch ends.
+    pub(super) alarm: Option<Instant>,
+    pub(super) tallies: Tallies,
     pub(super) unflushed: Vec<usize>,
     pub(super) scratch: Box<[u8]>,
     pub(super) registry: Registry,
@@ -78,6 +83,8 @@ impl Router {
             used: HashSet::new(),
             held: Held::default(),
             snapshot: None,
+            alarm: None,
+            tallies: Tallies::default(),
             unflushed: Vec::new(),
             scratch: vec![0; SCRATCH].into_boxed_slice(),
             registry,
@@ -175,7 +182,7 @@ impl Router {
         if self.unflushed.last() != Some(&index) {
             self.unflushed.push(index);
         }
-        if let Err(lease) = self.links[index].send_call(call, lease, index) {
+        if let Err(lease) = self.links[index].send_call(call, lease, index, false) {
             self.engine.unsent(lease);
             self.finish(call, Outcome::Refused(Error::Internal("a million calls are open on one link".into())));
         }
@@ -274,6 +281,9 @@ impl Router {
             if self.has_aimed() {
                 self.shoot();
             }
+            if self.seal() {
+                continue;
+            }
             let Some(index) = self.unflushed.pop() else { return };
             if let Some(link) = self.links.get_mut(index)
                 && let Err(error) = link.flush()
@@ -288,6 +298,7 @@ impl Router {
             while let Some(action) = self.engine.next_action() {
                 match action {
                     Action::Start(call, lease) => self.send(&call, lease),
+                    Action::Batch(batch) => self.send_batch(batch),
                     Action::Refuse(call, error) if self.reroutes(&call, &error) => {}
                     Action::Refuse(call, error) => self.finish(&call, Outcome::Refused(error)),
                     Action::Readiness => self.turn(),

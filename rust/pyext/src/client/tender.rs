@@ -1,7 +1,7 @@
 //! The tender: a thread of Python's that sleeps here and looks after what no waiting thread does.
 //!
 //! It takes the turn when calls are out that nobody waits for and nobody has taken it for a while; it tries links again
-//! that have failed; and it comes back to Python to take over a snapshot that has come, or to ask for one. While calls go
+//! that have failed; it binds batches whose window is over; and it comes back to Python to take over a snapshot that has come, or to ask for one. While calls go
 //! on and threads wait for them it looks in now and then, and when there are none it sleeps until the next.
 
 use std::{
@@ -38,13 +38,15 @@ pub(super) struct TenderState {
     /// Until the next call; it must be notified then.
     pub(super) sleeps: bool,
     news: bool,
+    /// When the window of a batch ends, as it was told.
+    pub(super) alarm: Option<Instant>,
     /// When the last errand failed, until one succeeds.
     failed: Option<Instant>,
 }
 
 impl Default for TenderState {
     fn default() -> Self {
-        Self { sleeps: false, news: true, failed: None }
+        Self { sleeps: false, news: true, alarm: None, failed: None }
     }
 }
 
@@ -94,6 +96,8 @@ impl Caller {
                 quiet = 0;
             } else {
                 let patience = PATIENCE * quiet.clamp(1, QUIET_ROUNDS);
+                let alarm = state.router.alarm.map(|at| at.saturating_duration_since(Instant::now()));
+                let patience = alarm.map_or(patience, |alarm| patience.min(alarm));
                 state = self.tender.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner).0;
             }
         }
@@ -113,6 +117,7 @@ impl Caller {
         let mut state = self.lock();
         state.tender.failed = None;
         state.router.publish(snapshot, fresh);
+        self.remind(&mut state);
         self.nudge(&state);
     }
 

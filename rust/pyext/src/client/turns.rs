@@ -112,17 +112,21 @@ impl Caller {
         if std::mem::take(&mut state.tender.sleeps) {
             self.tender.notify_one();
         }
+        self.remind(&mut state);
         true
     }
 
     /// Sends what was corked.
     pub(crate) fn flush(&self) {
-        self.lock().router.settle();
+        let mut state = self.lock();
+        state.router.settle();
+        self.remind(&mut state);
     }
 
     pub(super) fn cancel(&self, call: &Arc<Pending>) -> bool {
         let mut state = self.lock();
         let cancelled = state.router.cancel(call);
+        self.remind(&mut state);
         self.nudge(&state);
         cancelled
     }
@@ -212,6 +216,7 @@ impl Caller {
             }
         };
         state.free_turn();
+        self.remind(&mut state);
         (state, interrupted)
     }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use pyo3::prelude::*;
 use rayserve_dataplane::wire::hello::HelloError;
-use rayserve_dataplane::wire::{CallView, Frame, Header, Kind, RequestHeadView, WireError, flag};
+use rayserve_dataplane::wire::{CallView, Frame, Header, Kind, RequestHeadView, WireError, batch::batch, flag};
 
 use super::items;
 use super::link::Link;
@@ -45,7 +45,23 @@ pub(super) fn handle(
                 }
                 Work::Http(view)
             };
-            replica.take_in(Request { stream, work }, header.has(flag::GRANTED));
+            if !header.has(flag::BATCHED) {
+                replica.take_in(Request { stream, work }, header.has(flag::GRANTED));
+                replica.run_ready(py)?;
+            } else if !link.parked.push(stream, work) {
+                return Err(Broken::Peer);
+            }
+        }
+        Kind::Batch => {
+            let mut requests = Vec::new();
+            for id in batch(&payload)? {
+                match link.parked.take(id) {
+                    Some(request) => requests.push(request),
+                    None if link.stream(id).is_none() => {} // it was cancelled
+                    None => return Err(Broken::Peer),
+                }
+            }
+            replica.take_in_batch(py, link, requests, header.has(flag::GRANTED))?;
             replica.run_ready(py)?;
         }
         Kind::Body => {

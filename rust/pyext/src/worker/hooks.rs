@@ -17,6 +17,11 @@ pub(crate) struct Hooks {
     pub(crate) dump_result: Py<PyAny>,
     pub(crate) dump_error: Py<PyAny>,
     pub(crate) idle: Py<PyAny>,
+    pub(crate) enter_batch: Py<PyAny>,
+    pub(crate) group: Py<PyAny>,
+    pub(crate) run_group: Py<PyAny>,
+    pub(crate) results: Py<PyAny>,
+    pub(crate) failed_batch: Py<PyAny>,
     /// `types.CoroutineType`.
     pub(crate) coroutine: Py<PyAny>,
 }
@@ -39,6 +44,11 @@ impl Hooks {
             dump_result: hook("dump_result")?,
             dump_error: hook("dump_error")?,
             idle: hook("idle")?,
+            enter_batch: hook("enter_batch")?,
+            group: hook("group")?,
+            run_group: hook("run_group")?,
+            results: hook("results")?,
+            failed_batch: hook("failed_batch")?,
             coroutine: event_loop.py().import("types")?.getattr("CoroutineType")?.unbind(),
         })
     }

@@ -18,6 +18,7 @@ use mio::{Interest, Registry, Token};
 use rayserve_dataplane::wire::hello::{Callee, MAX_HELLO};
 use rayserve_dataplane::wire::{Decoder, Header, Payload, Spool, flag, put};
 
+use super::batch::Parked;
 use super::stream::{Stream, Turn, Woken};
 use crate::socket;
 
@@ -138,6 +139,7 @@ pub(crate) struct Link {
     pub(crate) input: Mutex<Input>,
     output: Mutex<Output>,
     streams: Mutex<Vec<Option<Arc<Stream>>>>,
+    pub(crate) parked: Parked,
 }
 
 impl Link {
@@ -155,7 +157,8 @@ impl Link {
             blocked: false,
             turns: VecDeque::new(),
         };
-        Self { token, outgoing, input: Mutex::new(input), output: Mutex::new(output), streams: Mutex::default() }
+        let (input, output) = (Mutex::new(input), Mutex::new(output));
+        Self { token, outgoing, input, output, streams: Mutex::default(), parked: Parked::default() }
     }
 
     /// Reads once; whether the peer may have more. An end of file is an error.
@@ -274,6 +277,7 @@ impl Link {
         let left = (output.socket.take(), std::mem::take(&mut output.turns), std::mem::take(&mut output.spool));
         drop(output);
         drop(left);
+        self.parked.clear();
         std::mem::take(&mut *lock(&self.streams)).into_iter().flatten().collect()
     }
 

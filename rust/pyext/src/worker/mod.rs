@@ -4,11 +4,14 @@
 //! happens in [`Worker::tick`] and in callbacks of the loop, or in the pool's threads when they take and finish jobs.
 
 mod answer;
+mod batch;
 mod calls;
 pub(crate) mod flush;
 mod frames;
+pub(crate) mod group;
 pub(crate) mod hooks;
 pub(crate) mod items;
+pub(crate) mod jobs;
 pub(crate) mod link;
 pub(crate) mod poll;
 pub(crate) mod pool;
@@ -35,11 +38,12 @@ use pyo3::prelude::*;
 use pyo3::types::PyString;
 
 use self::hooks::Hooks;
+use self::jobs::Ready;
 use self::link::lock;
 use self::poll::{After, Listener, Poller, Taken, WAKER};
 use self::pool::Pool;
-use self::replica::{Callbacks, Posted, Replica};
-use self::run::{Http, HttpKind, Running};
+use self::replica::{Callbacks, Replica};
+use self::run::{Http, HttpKind};
 use self::step::Stepper;
 use crate::client::{Client, Mailbox};
 
@@ -53,13 +57,10 @@ pub(crate) struct Worker {
     looking: AtomicBool,
 }
 
-/// A sync handler to run: the callable, its argument, and the head to give back with the result.
-type Job<'py> = (Bound<'py, PyAny>, Bound<'py, PyAny>, Bound<'py, PyAny>);
-
 #[pymethods]
 impl Worker {
     #[new]
-    #[pyo3(signature = (event_loop, hooks, *, app, name, replica_id, token, max_ongoing_requests, session_header, kind, handler, request))]
+    #[pyo3(signature = (event_loop, hooks, *, app, name, replica_id, token, max_ongoing_requests, batched, session_header, kind, handler, request))]
     #[expect(clippy::too_many_arguments, reason = "keywords, made in one place")]
     fn new(
         event_loop: &Bound<'_, PyAny>,
@@ -69,6 +70,7 @@ impl Worker {
         replica_id: String,
         token: Vec<u8>,
         max_ongoing_requests: usize,
+        batched: bool,
         session_header: String,
         kind: &str,
         handler: Py<PyAny>,
@@ -94,6 +96,7 @@ impl Worker {
             Stepper::new(py, event_loop, name)?,
             pool,
             max_ongoing_requests,
+            batched,
             registry,
             waker,
         );
@@ -178,47 +181,20 @@ impl Worker {
     }
 
     /// The next job, after a wait if there is none; None: the thread may go home.
-    fn take<'py>(&self, py: Python<'py>) -> PyResult<Option<Job<'py>>> {
-        let replica = &self.replica;
-        replica.leave_child(py)?;
-        loop {
-            if let Some(running) = replica.pool.pop() {
-                let cancelled = {
-                    let mut state = running.stream().state();
-                    state.began = Some(std::time::Instant::now());
-                    state.cancelled
-                };
-                if cancelled {
-                    replica.finish(py, &running, false, None, Ok(py.None().into_bound(py)));
-                    replica.sort_ready(py);
-                    continue;
-                }
-                self.ring(py)?;
-                return self.job(py, &running).map(Some);
-            }
-            if replica.pool.is_stopped() {
-                return Ok(None);
-            }
-            replica.hooks.context.bind(py).call_method1(intern!(py, "set"), (py.None(),))?;
-            replica.flush(py)?;
-            replica.pool.wait(py);
-        }
+    fn take<'py>(&self, py: Python<'py>) -> PyResult<Option<Ready<'py>>> {
+        self.replica.next_job(py)
     }
 
     /// Answers with a job's result; `context` is what the job ran in.
     fn done(&self, head: &Bound<'_, PyAny>, result: Bound<'_, PyAny>, context: Py<PyAny>) -> PyResult<()> {
-        let (py, running) = (head.py(), head.extract::<Running>()?);
-        self.replica.leave_child(py)?;
-        self.replica.finish_sync(py, running, result, context);
-        self.after(py)
+        self.replica.job_done(head, Ok((result, context)))?;
+        self.replica.after_job(head.py(), &self.looking)
     }
 
     /// Answers with what a job has raised.
     fn fail(&self, head: &Bound<'_, PyAny>, error: Bound<'_, PyAny>) -> PyResult<()> {
-        let (py, running) = (head.py(), head.extract::<Running>()?);
-        self.replica.leave_child(py)?;
-        self.replica.finish(py, &running, false, None, Err(PyErr::from_value(error)));
-        self.after(py)
+        self.replica.job_done(head, Err(PyErr::from_value(error)))?;
+        self.replica.after_job(head.py(), &self.looking)
     }
 
     fn stop_pool(&self) {
@@ -322,64 +298,6 @@ impl Worker {
         if !idle && !it.looking.swap(true, Ordering::Relaxed) {
             replica.hooks.call_later.bind(py).call1((LOOK_S, slf.getattr(intern!(py, "look"))?))?;
         }
-        it.ring(py)
-    }
-
-    fn ring(&self, py: Python<'_>) -> PyResult<()> {
-        if self.replica.pool.ring(py) {
-            self.replica.hooks.spawn.bind(py).call0()?;
-        }
-        Ok(())
-    }
-
-    fn job<'py>(&self, py: Python<'py>, running: &Running) -> PyResult<Job<'py>> {
-        let replica = &self.replica;
-        let head = running.object(py);
-        replica.hooks.context.bind(py).call_method1(intern!(py, "set"), (&head,))?;
-        Ok(match running {
-            Running::Call(_) => (replica.hooks.run_call.bind(py).clone(), head.clone(), head),
-            Running::Http(_) => {
-                let argument = match &replica.http.request {
-                    Some(request) => request.bind(py).call1((&head,))?,
-                    None => head.clone(),
-                };
-                (replica.http.handler.bind(py).clone(), argument, head)
-            }
-        })
-    }
-
-    /// A job is over and its thread may go into the next.
-    fn after(&self, py: Python<'_>) -> PyResult<()> {
-        let replica = &self.replica;
-        replica.sort_ready(py);
-        let stale = replica.outgoing.since().is_some_and(|since| since.elapsed() >= flush::STALE);
-        // With slow handlers the next one would hold this answer up; and so it might if the loop does not look.
-        if stale || !replica.outgoing.is_fast() || !self.looking.load(Ordering::Relaxed) {
-            replica.flush(py)?;
-        }
-        Ok(())
-    }
-}
-
-impl Replica {
-    /// Answers with a sync handler's result; what only the loop can finish goes there.
-    fn finish_sync(self: &Arc<Self>, py: Python<'_>, running: Running, result: Bound<'_, PyAny>, context: Py<PyAny>) {
-        if running.stream().state().cancelled {
-            return self.finish(py, &running, false, None, Ok(result));
-        }
-        let outcome = if result.get_type().is(self.hooks.coroutine.bind(py)) {
-            Ok(Some(result))
-        } else {
-            self.answer(&running, result)
-        };
-        match outcome {
-            Ok(None) => {
-                if let Err(error) = self.release(py, running.stream()) {
-                    self.give_up(py, running.stream(), error);
-                }
-            }
-            Ok(Some(result)) => self.post([Posted::Finish { head: running, result: result.unbind(), context }]),
-            Err(error) => self.finish(py, &running, false, None, Err(error)),
-        }
+        replica.ring(py)
     }
 }

@@ -13,6 +13,7 @@ use std::time::Instant;
 use pyo3::prelude::*;
 
 use super::flush::STALE;
+use super::jobs::Job;
 use super::link::lock;
 use super::run::Running;
 use super::stream::Stream;
@@ -27,7 +28,7 @@ pub(crate) struct Pool {
 
 #[derive(Default)]
 struct Queue {
-    jobs: VecDeque<(Instant, Running)>,
+    jobs: VecDeque<(Instant, Job)>,
     /// The queue was empty when the oldest job came, and nobody was woken for it yet.
     fresh: bool,
     woken: Option<Instant>,
@@ -43,13 +44,13 @@ impl Pool {
         lock(&self.queue).most = most;
     }
 
-    pub(crate) fn push(&self, job: Running) {
+    pub(crate) fn push(&self, job: Job) {
         let mut queue = lock(&self.queue);
         queue.fresh |= queue.jobs.is_empty();
         queue.jobs.push_back((Instant::now(), job));
     }
 
-    pub(crate) fn pop(&self) -> Option<Running> {
+    pub(crate) fn pop(&self) -> Option<Job> {
         let mut queue = lock(&self.queue);
         queue.jobs.pop_front().map(|(_, job)| job)
     }
@@ -57,8 +58,12 @@ impl Pool {
     /// The job of this stream, if no thread has begun it.
     pub(crate) fn remove(&self, stream: &Arc<Stream>) -> Option<Running> {
         let jobs = &mut lock(&self.queue).jobs;
-        let at = jobs.iter().position(|(_, job)| Arc::ptr_eq(job.stream(), stream))?;
-        jobs.remove(at).map(|(_, job)| job)
+        let is_it = |job: &Job| matches!(job, Job::One(running) if Arc::ptr_eq(running.stream(), stream));
+        let at = jobs.iter().position(|(_, job)| is_it(job))?;
+        match jobs.remove(at) {
+            Some((_, Job::One(running))) => Some(running),
+            _ => None,
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {

@@ -15,13 +15,15 @@ use pyo3::types::PyString;
 use rayserve_dataplane::engine::limit::Limit;
 use rayserve_dataplane::wire::models::put_models;
 use rayserve_dataplane::wire::{CallView, Fault, Header, Kind, RequestHeadView, flag};
+use slab::Slab;
 
 use super::calls::Calls;
+use super::group::Group;
 use super::hooks::Hooks;
 use super::link::{Link, Outgoing, lock};
 use super::pool::Pool;
 use super::run::{Http, Running};
-use super::step::Stepper;
+use super::step::{Started, Stepper};
 use super::stream::{Stream, Woken};
 use crate::http::{asgi, receive};
 
@@ -50,6 +52,8 @@ pub(crate) enum Posted {
     Resolve(Py<PyAny>),
     /// What a sync handler returned and only the loop can finish: a coroutine, or a response that must be run.
     Finish { head: Running, result: Py<PyAny>, context: Py<PyAny> },
+    /// The same for a group, whose function returned a coroutine.
+    FinishGroup { group: Py<Group>, result: Py<PyAny>, context: Py<PyAny> },
     /// Grants were given: come back for those that are not used.
     Reclaim,
 }
@@ -74,6 +78,10 @@ pub(crate) struct Replica {
     pub(crate) hooks: Hooks,
     pub(crate) http: Http,
     pub(crate) stepper: Stepper,
+    /// The user's code takes lists.
+    pub(super) batched: bool,
+    /// The suspended tasks of groups.
+    pub(super) tasks: Mutex<Slab<Started>>,
     pub(crate) pool: Pool,
     pub(crate) registry: Registry,
     pub(crate) waker: Waker,
@@ -116,6 +124,7 @@ impl Replica {
         stepper: Stepper,
         pool: Pool,
         limit: usize,
+        batched: bool,
         registry: Registry,
         waker: Waker,
     ) -> Self {
@@ -126,6 +135,8 @@ impl Replica {
             hooks,
             http,
             stepper,
+            batched,
+            tasks: Mutex::default(),
             pool,
             registry,
             waker,
@@ -189,6 +200,8 @@ impl Replica {
         drop(held);
         if unheld.is_some() {
             self.with_limit(Limit::unheld);
+        }
+        if unheld.or_else(|| stream.link.parked.take(stream.id)).is_some() {
             count(&self.counters.cancelled);
             self.turn_away(stream, Kind::Error, Fault::Cancelled as u32);
         }

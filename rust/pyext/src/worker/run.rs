@@ -10,6 +10,7 @@ use pyo3::intern;
 use pyo3::prelude::*;
 use rayserve_dataplane::wire::Fault;
 
+use super::jobs::Job;
 use super::link::lock;
 use super::replica::{Posted, Replica, Request, Work};
 use super::step::Started;
@@ -42,7 +43,7 @@ pub(crate) enum Running {
 }
 
 impl Running {
-    fn clone_ref(&self, py: Python<'_>) -> Self {
+    pub(super) fn clone_ref(&self, py: Python<'_>) -> Self {
         match self {
             Self::Http(head) => Self::Http(head.clone_ref(py)),
             Self::Call(head) => Self::Call(head.clone_ref(py)),
@@ -116,7 +117,10 @@ impl Replica {
         }
     }
 
-    fn start(self: &Arc<Self>, py: Python<'_>, request: Request) {
+    pub(super) fn start(self: &Arc<Self>, py: Python<'_>, request: Request) {
+        if self.batched {
+            return self.call_batch(py, vec![request]);
+        }
         let stream = request.stream.clone();
         if let Err(error) = self.try_start(py, request) {
             self.give_up(py, &stream, error);
@@ -157,7 +161,7 @@ impl Replica {
             return Ok(());
         }
         if sync {
-            self.pool.push(running);
+            self.pool.push(Job::One(running));
             return Ok(());
         }
         let object = running.object(py);
@@ -300,6 +304,9 @@ impl Replica {
             match posted {
                 Posted::Resolve(future) => asgi::resolve(py, vec![future])?,
                 Posted::Reclaim => self.reclaim_later(py)?,
+                Posted::FinishGroup { group, result, context } => {
+                    self.finish_group_coroutine(py, &group, result.bind(py), context.bind(py));
+                }
                 Posted::Finish { head, result, context } => {
                     let (result, context) = (result.bind(py), context.bind(py));
                     let outcome = if result.get_type().is(self.hooks.coroutine.bind(py)) {

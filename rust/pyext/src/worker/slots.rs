@@ -39,13 +39,16 @@ impl Replica {
 
     /// A request is over; its slot goes to the next.
     pub(crate) fn release(&self, py: Python<'_>, stream: &Stream) -> PyResult<()> {
-        let began = {
+        let (began, slot) = {
             let mut state = stream.state();
             if std::mem::replace(&mut state.released, true) {
                 return Ok(());
             }
-            state.began
+            (state.began, state.slot.take())
         };
+        if slot.is_some_and(|slot| !slot.leave()) {
+            return Ok(()); // others of its batch have no answer yet
+        }
         let service = began.map_or(Duration::ZERO, |began| began.elapsed());
         self.with_limit(|limit| limit.finished(service));
         self.give_slots();

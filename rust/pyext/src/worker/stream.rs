@@ -14,6 +14,7 @@ use rayserve_dataplane::wire::head::put_response_head;
 use rayserve_dataplane::wire::spool::{LISTED, Spool};
 use rayserve_dataplane::wire::{BODY_WINDOW, Header, Kind, MAX_CHUNK, WINDOW, flag, frame};
 
+use super::batch::Slot;
 use super::items::Items;
 use super::link::{Link, lock};
 use super::step::Started;
@@ -70,6 +71,8 @@ pub(crate) struct State {
     pub(crate) began: Option<Instant>,
     /// The slot is given back.
     pub(crate) released: bool,
+    /// Whom it shares the slot with.
+    pub(crate) slot: Option<Arc<Slot>>,
     /// The only strong reference to the task while it is suspended: the loop keeps a weak one.
     pub(crate) task: Option<Started>,
 }
@@ -160,6 +163,7 @@ impl Stream {
             cancelled: false,
             began: None,
             released: false,
+            slot: None,
             task: None,
         };
         Self { link, id, state: Mutex::new(state) }

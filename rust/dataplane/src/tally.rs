@@ -1,0 +1,126 @@
+//! What is counted of the batches of each deployment: how large, for how long the first request waited, why released.
+//!
+//! One shard writes and any thread reads, as in `metrics.rs`; a batch costs a look-up and four stores.
+
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use serde_json::{Value, json};
+
+use crate::{engine::batch::Reason, metrics::Counter};
+
+/// Powers of two up to what a batch can have, or to more than a minute in microseconds.
+const BUCKETS: usize = 28;
+
+/// Values by the least power of two that is not below them.
+#[derive(Debug, Default)]
+pub struct Powers([Counter; BUCKETS]);
+
+impl Powers {
+    fn add(&self, value: u64) {
+        let bucket = value.max(1).next_power_of_two().trailing_zeros() as usize;
+        self.0[bucket.min(BUCKETS - 1)].up();
+    }
+}
+
+/// The batches of one deployment.
+#[derive(Debug, Default)]
+pub struct Tally {
+    full: Counter,
+    waited: Counter,
+    requests: Counter,
+    sizes: Powers,
+    waits: Powers,
+}
+
+impl Tally {
+    /// One batch was bound.
+    pub fn add(&self, size: usize, wait: Duration, reason: Reason) {
+        match reason {
+            Reason::Full => self.full.up(),
+            Reason::Waited => self.waited.up(),
+        }
+        self.requests.add(size as u64);
+        self.sizes.add(size as u64);
+        self.waits.add(u64::try_from(wait.as_micros()).unwrap_or(u64::MAX / 2));
+    }
+}
+
+/// Of every deployment of a shard, by `{app}#{deployment}`.
+#[derive(Debug, Default)]
+pub struct Tallies(Mutex<BTreeMap<String, Arc<Tally>>>);
+
+impl Tallies {
+    /// That of this deployment.
+    pub fn of(&self, deployment: &str) -> Arc<Tally> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = all.get(deployment) {
+            return Arc::clone(known);
+        }
+        Arc::clone(all.entry(deployment.to_owned()).or_default())
+    }
+
+    /// All of them, summed over the shards: by deployment batches and requests, how many batches were released because they
+    /// were full or had waited, and pairs of upper bound and count for the size and for the wait in microseconds.
+    pub fn sum<'t>(shards: impl Iterator<Item = &'t Self>) -> Value {
+        let mut sums: BTreeMap<String, Sum> = BTreeMap::new();
+        for shard in shards {
+            for (name, tally) in &*shard.0.lock().unwrap_or_else(PoisonError::into_inner) {
+                sums.entry(name.clone()).or_default().add(tally);
+            }
+        }
+        sums.into_iter().map(|(name, sum)| (name, sum.json())).collect::<serde_json::Map<_, _>>().into()
+    }
+}
+
+/// Several tallies at one moment.
+#[derive(Default)]
+struct Sum {
+    full: u64,
+    waited: u64,
+    requests: u64,
+    sizes: [u64; BUCKETS],
+    waits: [u64; BUCKETS],
+}
+
+impl Sum {
+    fn add(&mut self, tally: &Tally) {
+        self.full += tally.full.value();
+        self.waited += tally.waited.value();
+        self.requests += tally.requests.value();
+        for (sums, powers) in [(&mut self.sizes, &tally.sizes), (&mut self.waits, &tally.waits)] {
+            sums.iter_mut().zip(&powers.0).for_each(|(sum, counter)| *sum += counter.value());
+        }
+    }
+
+    fn json(&self) -> Value {
+        let pairs = |counts: &[u64; BUCKETS]| -> Vec<(u64, u64)> {
+            let counted = counts.iter().enumerate().filter(|(_, count)| **count > 0);
+            counted.map(|(power, count)| (1 << power, *count)).collect()
+        };
+        json!({"batches": self.full + self.waited, "requests": self.requests,
+            "released": {"full": self.full, "waited": self.waited},
+            "size": pairs(&self.sizes), "wait_us": pairs(&self.waits)})
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_are_summed_over_the_shards_by_deployment() {
+        let shards = [Tallies::default(), Tallies::default()];
+        shards[0].of("a#D").add(32, Duration::from_micros(900), Reason::Full);
+        shards[0].of("a#D").add(3, Duration::from_millis(5), Reason::Waited);
+        shards[1].of("a#D").add(1, Duration::ZERO, Reason::Waited);
+        assert_eq!(
+            Tallies::sum(shards.iter()),
+            json!({"a#D": {"batches": 3, "requests": 36, "released": {"full": 1, "waited": 2},
+                "size": [[1, 1], [4, 1], [32, 1]], "wait_us": [[1, 1], [1024, 1], [8192, 1]]}})
+        );
+    }
+}

@@ -1,0 +1,92 @@
+//! Batches of calls: bound when the engine is given the time, written in one go.
+//!
+//! Calls of a loop's turn are corked and so bound together; whoever reads answers binds what they make room for. A window
+//! that ends while nobody does either is the tender's to notice, which [`Caller::remind`] tells of it.
+
+use std::{sync::Arc, time::Instant};
+
+use rayserve_dataplane::{
+    engine::{Batch, Lease},
+    error::Error,
+    wire::Fault,
+};
+
+use super::{
+    pending::{Outcome, Pending},
+    router::{LATE, Router},
+    turns::{Caller, State, Turn},
+};
+
+impl Router {
+    /// Binds what has come together, if anything has happened or is due by now; whether there may be more to act on.
+    pub(super) fn seal(&mut self) -> bool {
+        if !self.engine.is_due() {
+            return false;
+        }
+        self.alarm = self.engine.seal(Instant::now());
+        true
+    }
+
+    /// Binds those whose window is over.
+    pub(super) fn seal_late(&mut self, now: Instant) {
+        if self.alarm.is_some_and(|at| at <= now) {
+            self.alarm = self.engine.seal(now);
+        }
+    }
+
+    pub(super) fn send_batch(&mut self, batch: Batch<Arc<Pending>>) {
+        let Some((call, Lease { replica, granted, .. })) = batch.items.first() else { return };
+        let (tally, granted) = (self.tallies.of(&call.deployment), *granted);
+        let Some(&index) = self.by_key.get(replica) else {
+            for (call, lease) in batch.items {
+                let place = self.engine.returned(lease);
+                self.again(&call, place);
+            }
+            return;
+        };
+        let mut streams = Vec::with_capacity(batch.items.len());
+        for (call, lease) in batch.items {
+            if call.is_late() {
+                self.engine.unsent(lease);
+                self.finish(&call, Outcome::Fault(Fault::Deadline, LATE));
+                continue;
+            }
+            match self.links[index].send_call(&call, lease, index, true) {
+                Ok(stream) => streams.push(stream),
+                Err(lease) => {
+                    self.engine.unsent(lease);
+                    self.finish(
+                        &call,
+                        Outcome::Refused(Error::Internal("a million calls are open on one link".into())),
+                    );
+                }
+            }
+        }
+        if !streams.is_empty() {
+            self.links[index].send_batch(&streams, granted);
+            self.unflushed.push(index);
+            tally.add(streams.len(), batch.waited, batch.reason);
+        }
+    }
+}
+
+impl Caller {
+    /// Tells the tender when the next window ends.
+    pub(super) fn remind(&self, state: &mut State) {
+        let alarm = state.router.alarm;
+        if std::mem::replace(&mut state.tender.alarm, alarm) == alarm || alarm.is_none() {
+            return;
+        }
+        if state.turn == Turn::Tender {
+            self.nudge(state);
+        } else {
+            self.tender.notify_one();
+        }
+    }
+
+    /// What is counted of the batches of this process's calls, as JSON.
+    pub(super) fn batches(&self) -> String {
+        let state = self.lock();
+        rayserve_dataplane::tally::Tallies::sum(std::iter::once(&state.router.tallies)).to_string()
+    }
+}
