@@ -42,9 +42,39 @@ if TYPE_CHECKING:
         status as status,
     )
     from rayserve_fast.application import RunTarget as RunTarget
+    from rayserve_fast.classic.backends import (
+        accept_batch as accept_batch,
+        create_backend as create_backend,
+        delete_backend as delete_backend,
+        get_backend_config as get_backend_config,
+        get_current_backend_tag as get_current_backend_tag,
+        get_current_replica_tag as get_current_replica_tag,
+        list_backends as list_backends,
+        update_backend_config as update_backend_config,
+    )
+    from rayserve_fast.classic.client import (
+        connect as connect,
+    )
+    from rayserve_fast.classic.config import (
+        BackendConfig as BackendConfig,
+        CondaEnv as CondaEnv,
+    )
     from rayserve_fast.classic.deployed import (
         get_deployment as get_deployment,
         list_deployments as list_deployments,
+    )
+    from rayserve_fast.classic.endpoints import (
+        create_endpoint as create_endpoint,
+        delete_endpoint as delete_endpoint,
+        get_handle as get_handle,
+        link as link,
+        list_endpoints as list_endpoints,
+        route as route,
+        split as split,
+        stat as stat,
+    )
+    from rayserve_fast.classic.session import (
+        init as init,
     )
     from rayserve_fast.config import ControllerOptions as ControllerOptions, HTTPOptions as HTTPOptions
     from rayserve_fast.context import get_replica_context as get_replica_context
@@ -70,36 +100,56 @@ if TYPE_CHECKING:
 
 # Where each public name lives; the same table as above, for the interpreter.
 _HOME = {
-    "_run": "api",
-    "_run_many": "api",
     "Application": "deployment",
+    "BackendConfig": "classic.config",
+    "CondaEnv": "classic.config",
     "ControllerOptions": "config",
     "Deployment": "deployment",
     "HTTPOptions": "config",
     "RunTarget": "application",
     "TracingConfig": "schema",
+    "_run": "api",
+    "_run_many": "api",
+    "accept_batch": "classic.backends",
+    "connect": "classic.client",
+    "create_backend": "classic.backends",
+    "create_endpoint": "classic.endpoints",
     "delete": "api",
+    "delete_backend": "classic.backends",
+    "delete_endpoint": "classic.endpoints",
     "delete_traffic": "traffic",
     "deployment": "deployment",
     "get_app_handle": "api",
+    "get_backend_config": "classic.backends",
+    "get_current_backend_tag": "classic.backends",
+    "get_current_replica_tag": "classic.backends",
     "get_deployment": "classic.deployed",
     "get_deployment_handle": "api",
+    "get_handle": "classic.endpoints",
     "get_multiplexed_model_id": "multiplex",
     "get_replica_context": "context",
     "get_rollout": "traffic",
     "get_traffic": "traffic",
     "ingress": "ingress",
+    "init": "classic.session",
+    "link": "classic.endpoints",
+    "list_backends": "classic.backends",
     "list_deployments": "classic.deployed",
+    "list_endpoints": "classic.endpoints",
     "multiplexed": "multiplex",
     "rollout": "traffic",
+    "route": "classic.endpoints",
     "run": "api",
     "run_many": "api",
     "set_traffic": "traffic",
     "shadow_traffic": "traffic",
     "shutdown": "api",
     "shutdown_async": "api",
+    "split": "classic.endpoints",
     "start": "api",
+    "stat": "classic.endpoints",
     "status": "api",
+    "update_backend_config": "classic.backends",
 }
 
 # Modules that are there without having been imported, as those of `ray.serve` are: `serve.config.AutoscalingConfig`.

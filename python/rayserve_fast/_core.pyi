@@ -19,9 +19,13 @@ __all__ = [
     "Worker",
     "__version__",
     "head_parts",
+    "check_pattern",
 ]
 
 __version__: str
+
+def check_pattern(pattern: str) -> None:
+    """Raises ValueError if a route's pattern has no meaning: an unknown convertor, or a parameter twice."""
 
 _Buffer: TypeAlias = bytes | bytearray | memoryview
 
@@ -226,6 +230,10 @@ class RequestHead(_RequestContext):
     def query_string(self) -> bytes: ...
     @property
     def root_path(self) -> str: ...
+    @property
+    def path_params(self) -> dict[str, Any]:
+        """What the route's pattern found in the path: str, int, float or UUID; a new dict at each access."""
+
     @property
     def http_version(self) -> str: ...
     @property

@@ -24,6 +24,7 @@ from rayserve_fast.exceptions import RayServeException
 
 if TYPE_CHECKING:
     from rayserve_fast.application import RunTarget
+    from rayserve_fast.classic.client import Client
     from rayserve_fast.config import ControllerOptions, HTTPOptions, ProxyLocation
     from rayserve_fast.deployment import Application
     from rayserve_fast.handle import DeploymentHandle
@@ -179,7 +180,7 @@ def start(
     tracing_config: Any = None,
     controller_options: Mapping[str, Any] | ControllerOptions | None = None,
     **kwargs: Any,
-) -> None:
+) -> Client:
     """Start Serve with options that hold until `shutdown`. If it runs already they are ignored, with a warning.
 
     Args:
@@ -189,6 +190,11 @@ def start(
         logging_config: accepted, has no effect yet.
         tracing_config: accepted, has no effect yet.
         controller_options: `runtime_env.env_vars` of the controller.
+        kwargs: `detached=False`: Serve ends with the client that is returned, or with this process, if this call has
+            started it. Else it goes on, as with `detached=True`. `dedicated_cpu` is accepted.
+
+    Returns:
+        A client with the functions of Ray Serve 1.0 to 1.2, where Ray Serve returns None today.
 
     Raises:
         RuntimeError: the HTTP port is taken; the text names it. Nothing is left running.
@@ -197,9 +203,12 @@ def start(
         if key in kwargs:
             instead = f'serve.start(http_options={{"{key}": {kwargs[key]}}})'
             raise ValueError(f"{key} is deprecated, please use {instead} instead.")
+    tied = kwargs.pop("detached", None) is False
+    kwargs.pop("dedicated_cpu", None)
     if kwargs:
         raise TypeError(f"serve.start() got unexpected keyword arguments {sorted(kwargs)}")
     from rayserve_fast import config, schema
+    from rayserve_fast.classic.client import connected
 
     for option, value, model in (
         ("grpc_options", grpc_options, config.gRPCOptions),
@@ -215,7 +224,7 @@ def start(
     controller = client.find()
     if controller is None:
         client.ready(client.start(options, env_vars))
-        return
+        return connected(tied)
     logger.info(
         'Connecting to existing Serve app in namespace "rayserve_fast".'
         " New http_options/controller_options will not be applied."
@@ -228,6 +237,7 @@ def start(
                 "The new client HTTP config differs from the existing one "
                 f"in the following fields: {different}. The new HTTP config is ignored."
             )
+    return connected()
 
 
 def status() -> ServeStatus:
@@ -338,6 +348,8 @@ def _cluster_options(
         http = HTTPOptions.model_validate(dict(http or {}))
     inactive.warn_start(f"http_options.{field}" for field in http.model_fields_set)
     location = http.location or ProxyLocation._normalize(proxy_location) or ProxyLocation.EveryNode
+    if http.location is None and "location" in http.model_fields_set:
+        location = ProxyLocation.Disabled  # said so, as Ray Serve 1.0 to 1.2 had it
     return ClusterOptions(
         host=http.host or "",
         port=http.port,

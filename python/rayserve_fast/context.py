@@ -84,7 +84,7 @@ _serve_request_context: contextvars.ContextVar[_RequestContext | None] = context
     "serve_request_context", default=None
 )
 
-#: In a call of a deployment with `max_batch_size`: how many requests it serves, the length of its lists.
+#: In a call of a deployment with `max_batch_size`: how many requests it serves, the length of its lists. See `__getattr__`.
 _batch_size: contextvars.ContextVar[int | None] = contextvars.ContextVar("batch_size", default=None)
 
 # One replica per process: this names it. Set once, before the user's constructor runs.
@@ -125,3 +125,15 @@ def _get_serve_request_context() -> _RequestContext:
         context = _RequestContext()
         _serve_request_context.set(context)
     return context
+
+
+def __getattr__(name: str) -> Any:
+    """`batch_size` (None outside a batch) and `web` (whether it came over HTTP) of the call that is being handled.
+
+    Attributes of the module, as in Ray Serve 0.8, that each task and thread sees its own value of.
+    """
+    if name == "batch_size":
+        return _batch_size.get()
+    if name == "web":
+        return (context := _serve_request_context.get()) is not None and context.is_http_request
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

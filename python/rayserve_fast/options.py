@@ -37,6 +37,8 @@ _ACTOR_OPTIONS = {
 }
 
 
+_OF_BATCHES = {"batch_wait_timeout_s", "max_concurrent_batches"}
+
 #: The largest batch that travels; `MAX_BATCH` of the wire.
 MAX_BATCH = 16 * 1024
 

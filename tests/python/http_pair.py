@@ -14,7 +14,7 @@ import json
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +33,15 @@ Address = tuple[str, int]
 
 
 @contextlib.contextmanager
-def ours(target: Any, prefix: str = "/", root_path: str = "", *args: Any, **config: Any) -> Iterator[Address]:
-    """The address of a proxy that routes `prefix` to one replica of a function or class."""
+def ours(
+    target: Any,
+    prefix: str = "/",
+    root_path: str = "",
+    *args: Any,
+    routes: Sequence[dict[str, Any]] = (),
+    **config: Any,
+) -> Iterator[Address]:
+    """The address of a proxy that routes `prefix` to one replica of a function or class, or all of `routes`."""
     options = DeploymentConfig(**config)
     deployment = DeploymentSpec(
         app="default",
@@ -53,7 +60,10 @@ def ours(target: Any, prefix: str = "/", root_path: str = "", *args: Any, **conf
         proxy = Proxy(json.dumps(proxy_config(root_path)).encode())
         address = proxy.start()
         stack.callback(proxy.shutdown, 5.0)
-        assert proxy.publish(json.dumps(snapshot(prefix, options, replica.unix)).encode())
+        published = snapshot(prefix, options, replica.unix)
+        if routes:
+            published["routes"] = [{"app": "default", "deployment": "default#D", **route} for route in routes]
+        assert proxy.publish(json.dumps(published).encode())
         assert proxy.wait_linked(["r1"], 10.0) == []
         yield address
 

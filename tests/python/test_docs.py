@@ -39,6 +39,17 @@ def test_getting_started_runs_from_top_to_bottom(serve_instance: str) -> None:
     assert "/v1/openapi.json" in requests.get(f"{serve_instance}/v1/docs", timeout=10).text
 
 
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_the_older_example_of_the_migration_page_answers_as_todays_does(serve_instance: str) -> None:
+    from rayserve_fast import serve
+
+    run_python_blocks("docs/migration.md")
+    for path in ("greet", "greet-today"):
+        assert requests.get(f"{serve_instance}/{path}", timeout=10).text == "hello stranger"
+        assert requests.get(f"{serve_instance}/{path}?name=ada", timeout=10).text == "hello ada"
+    serve.connect()
+
+
 def test_links_between_the_documents_lead_somewhere() -> None:
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):

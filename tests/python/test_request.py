@@ -34,6 +34,7 @@ class PlainHead:
     chunks: tuple[bytes, ...] = (b"",)
     disconnected: bool = False
     request_id: str = "id"
+    params: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         self.pending = list(self.chunks)
@@ -49,6 +50,10 @@ class PlainHead:
     @property
     def root_path(self) -> str:
         return self.server_root + (self.route if self.route != "/" else "")
+
+    @property
+    def path_params(self) -> dict[str, Any]:
+        return dict(self.params)
 
     @property
     def headers(self) -> list[tuple[bytes, bytes]]:
@@ -75,7 +80,8 @@ class PlainHead:
 
 def uvicorn_scope(head: PlainHead) -> dict[str, Any]:
     """The scope of uvicorn behind Ray Serve's proxy, written down independently of the code under test."""
-    return {
+    params = {"path_params": dict(head.params)} if head.params else {}
+    return params | {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": head.http_version,
@@ -207,6 +213,7 @@ heads = st.builds(
     server=st.none() | st.sampled_from([("127.0.0.1", 80), ("::1", 8000), ("/run/socket", None)]),
     scheme=st.sampled_from(["http", "https"]),
     http_version=st.sampled_from(["1.0", "1.1", "2"]),
+    params=st.sampled_from([(), (("user_id", 123), ("number", 3.14))]),
     chunks=st.sampled_from(BODIES).map(lambda b: (b,)) | st.sampled_from(BODIES).map(lambda b: (b[:3], b[3:])),
 )
 
@@ -252,6 +259,7 @@ def test_inline_body_and_json_never_suspend() -> None:
 def test_usual_parts_do_not_build_the_scope() -> None:
     request = Request(PlainHead(query_string=b"a=1", chunks=(b"1",)))
     assert (request.method, request.query_params["a"], request.headers["host"]) == ("GET", "1", "example.org")
+    assert request.path_params == {}
     asyncio.run(request.json())
     assert "scope" not in request.__dict__
 

@@ -15,6 +15,9 @@ from rayserve_fast.controlplane.state import Application, Deployment
 from rayserve_fast.controlplane.traffic import Split, Traffic
 from rayserve_fast.controlplane.traffic_checks import is_route
 
+#: What keeps a client of an endpoint at one backend, unless its traffic says otherwise.
+SHARD_KEY = {"header": "x-serve-shard-key"}
+
 
 def build(version: tuple[int, int], apps: Mapping[str, Application], traffic: Traffic) -> bytes:
     """The snapshot as JSON bytes."""
@@ -62,7 +65,7 @@ def _split(split: Split, apps: Mapping[str, Application]) -> dict[str, Any]:
     here = {name: app for name, app in apps.items() if not app.deleting}
     return {
         "targets": [{**named(here[t]), "weight": w} for t, w in split.weights.items() if t in here],
-        "sticky": split.sticky,
+        "sticky": split.sticky or (None if is_route(split.name) else SHARD_KEY),
         "rules": [r for r in split.rules if r["target"] in here],
         "shadows": [{**named(here[t]), "share": s} for t, s in split.shadows.items() if t in here],
     }

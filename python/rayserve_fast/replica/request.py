@@ -45,6 +45,10 @@ class Head(Protocol):
         """``HTTPOptions.root_path`` and the route prefix."""
 
     @property
+    def path_params(self) -> dict[str, Any]:
+        """What the route's pattern found in the path; a new dict at each access."""
+
+    @property
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Names in lower case, in the order of arrival; a new list at each access."""
 
@@ -76,7 +80,7 @@ class Head(Protocol):
 
 def scope_of(head: Head) -> dict[str, Any]:
     """The ASGI scope of a request, with the keys and values of uvicorn's inside Ray Serve."""
-    return {
+    scope: dict[str, Any] = {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.4"},
         "http_version": head.http_version,
@@ -91,6 +95,9 @@ def scope_of(head: Head) -> dict[str, Any]:
         "headers": head.headers,
         "state": {},
     }
+    if params := head.path_params:
+        scope["path_params"] = params
+    return scope
 
 
 class _Lazy:
@@ -124,6 +131,8 @@ class Request(StarletteRequest):
     def scope(self) -> Scope:
         scope = scope_of(self._head)
         scope["headers"] = self.__dict__.get("_raw_headers", scope["headers"])  # shared with `headers`, as in Starlette
+        if self.__dict__.get("_path_params"):
+            scope["path_params"] = self._path_params
         return scope
 
     @property
@@ -148,6 +157,15 @@ class Request(StarletteRequest):
             scope = self.__dict__.get("scope")
             self._query_params = QueryParams(self._head.query_string if scope is None else scope["query_string"])
         return self._query_params
+
+    @property
+    def path_params(self) -> dict[str, Any]:
+        scope = self.__dict__.get("scope")
+        return self._path_params if scope is None else super().path_params
+
+    @_Lazy
+    def _path_params(self) -> dict[str, Any]:
+        return self._head.path_params
 
     @_Lazy
     def _receive(self) -> Receive:

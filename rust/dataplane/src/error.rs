@@ -19,6 +19,14 @@ pub enum Error {
         /// Decoded, with the root path in front.
         path: String,
     },
+    /// The route does not take the request's method.
+    #[error("method {method} is not among {allowed:?}")]
+    Method {
+        /// The request's.
+        method: String,
+        /// Those of the route.
+        allowed: Vec<String>,
+    },
     /// The deadline passed.
     #[error("request {request_id} timed out after {seconds:?} s")]
     Deadline {
@@ -107,6 +115,7 @@ impl Error {
         match self {
             Self::Malformed
             | Self::NotFound { .. }
+            | Self::Method { .. }
             | Self::BodyTooLarge { .. }
             | Self::Disconnected
             | Self::WebSocket => Blame::Client,
@@ -132,6 +141,7 @@ impl Error {
         match self {
             Self::Malformed => 400,
             Self::NotFound { .. } => 404,
+            Self::Method { .. } => 405,
             Self::Deadline { .. } => 408,
             Self::BodyTooLarge { .. } => 413,
             Self::Disconnected => 499,
@@ -147,6 +157,7 @@ impl Error {
         match self {
             Self::Malformed => "malformed",
             Self::NotFound { .. } => "not_found",
+            Self::Method { .. } => "method_not_allowed",
             Self::Deadline { .. } => "deadline",
             Self::BodyTooLarge { .. } => "body_too_large",
             Self::Disconnected => "disconnected",
@@ -168,6 +179,10 @@ impl Error {
             Self::Malformed => "Invalid HTTP request received.".into(),
             Self::NotFound { path } => {
                 format!("Path '{path}' not found. Ping http://.../-/routes for available routes.").into()
+            }
+            Self::Method { method, allowed } => {
+                let allowed = allowed.join("', '");
+                format!("Methods {method} not allowed. Available HTTP methods are ['{allowed}'].").into()
             }
             Self::Deadline { request_id, seconds } => {
                 format!("Request {request_id} timed out after {seconds:?}s.").into()
@@ -191,6 +206,14 @@ impl Error {
         match self {
             #[expect(clippy::cast_sign_loss, reason = "a negative or absurd number saturates")]
             Self::Backpressure { policy, .. } => policy.retry_after_s.map(|seconds| seconds.ceil() as u64),
+            _ => None,
+        }
+    }
+
+    /// The value of `Allow`.
+    pub fn allow(&self) -> Option<String> {
+        match self {
+            Self::Method { allowed, .. } => Some(allowed.join(", ")),
             _ => None,
         }
     }
@@ -223,7 +246,7 @@ mod tests {
         let deadline = Error::Deadline { request_id: "r".into(), seconds: 2.0 };
         let dropped = "Request dropped due to backpressure (num_queued_requests=7, max_queued_requests=5).";
         let ise = "Internal Server Error";
-        let table: [(Error, u16, &str, Blame, Retry, &str); 15] = [
+        let table: [(Error, u16, &str, Blame, Retry, &str); 16] = [
             (Error::Malformed, 400, "malformed", Client, Never, "Invalid HTTP request received."),
             (
                 Error::NotFound { path },
@@ -232,6 +255,14 @@ mod tests {
                 Client,
                 Never,
                 "Path '/a b' not found. Ping http://.../-/routes for available routes.",
+            ),
+            (
+                Error::Method { method: "PUT".into(), allowed: vec!["GET".into(), "POST".into()] },
+                405,
+                "method_not_allowed",
+                Client,
+                Never,
+                "Methods PUT not allowed. Available HTTP methods are ['GET', 'POST'].",
             ),
             (deadline, 408, "deadline", Service, Never, "Request r timed out after 2.0s."),
             (

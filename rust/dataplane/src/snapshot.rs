@@ -7,6 +7,8 @@ use std::{collections::BTreeMap, fs, io, path::Path};
 
 use serde::{Deserialize, Serialize};
 
+use crate::engine::pattern::{Pattern, PatternError};
+
 /// Compared as (epoch, n): a controller raises the epoch when it starts, so a restarted one is never refused.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default, Serialize, Deserialize)]
 pub struct Version(pub u64, pub u64);
@@ -39,6 +41,15 @@ pub struct Route {
     pub app: String,
     /// A key of [`Snapshot::deployments`]: the application's ingress.
     pub deployment: String,
+    /// Whether [`Route::prefix`] is a pattern for whole paths; see [`Pattern`].
+    #[serde(default)]
+    pub pattern: bool,
+    /// The HTTP methods that are let through; none given: all.
+    #[serde(default)]
+    pub methods: Option<Vec<String>>,
+    /// What the table of routes says instead of the application's name.
+    #[serde(default)]
+    pub label: Option<serde_json::Value>,
     /// A key of [`Snapshot::splits`], whose targets answer then; `deployment` leads nowhere.
     #[serde(default)]
     pub split: Option<String>,
@@ -237,6 +248,14 @@ pub enum SnapshotError {
         /// The missing deployment.
         deployment: String,
     },
+    /// A route's pattern has no meaning.
+    #[error("route {prefix:?} is no pattern")]
+    Pattern {
+        /// The route's prefix.
+        prefix: String,
+        /// Why.
+        source: PatternError,
+    },
     /// A split that contradicts itself, or that a route names and nobody knows.
     #[error("split {split:?}: {problem}")]
     Split {
@@ -254,6 +273,9 @@ impl Snapshot {
     /// See [`SnapshotError`].
     pub fn parse(json: &[u8]) -> Result<Self, SnapshotError> {
         let snapshot: Self = serde_json::from_slice(json)?;
+        for Route { prefix, .. } in snapshot.routes.iter().filter(|route| route.pattern) {
+            Pattern::parse(prefix).map_err(|source| SnapshotError::Pattern { prefix: prefix.clone(), source })?;
+        }
         for Route { prefix, deployment, split, .. } in &snapshot.routes {
             match split {
                 Some(split) if !snapshot.splits.contains_key(split) => {
@@ -314,7 +336,9 @@ mod tests {
     use super::*;
 
     const JSON: &str = r#"{"version": [1, 42],
-        "routes": [{"prefix": "/", "app": "default", "deployment": "default#Ingress"}],
+        "routes": [{"prefix": "/", "app": "default", "deployment": "default#Ingress"},
+                   {"prefix": "/{n:int}", "app": "default", "deployment": "default#Ingress", "pattern": true,
+                    "methods": ["GET"], "label": ["endpoint", ["GET"]]}],
         "deployments": {"default#Ingress": {
             "app": "default", "name": "Ingress", "max_ongoing_requests": 5, "max_queued_requests": -1,
             "backpressure": {"status_code": 429, "retry_after_s": 1.5}, "retry_idempotent": true, "unavailable": null,
@@ -338,6 +362,12 @@ mod tests {
     fn a_route_to_nowhere_is_refused() {
         let refused = Snapshot::parse(JSON.replace("\"default#Ingress\": {", "\"other\": {").as_bytes());
         assert!(matches!(refused, Err(SnapshotError::Dangling { .. })));
+    }
+
+    #[test]
+    fn a_pattern_without_a_meaning_is_refused() {
+        let refused = Snapshot::parse(JSON.replace("{n:int}", "{n:date}").as_bytes());
+        assert!(matches!(refused, Err(SnapshotError::Pattern { .. })));
     }
 
     #[test]

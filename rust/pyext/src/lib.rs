@@ -30,5 +30,6 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<http::request::RequestHead>()?;
     module.add_class::<http::request::CallHead>()?;
     module.add_function(wrap_pyfunction!(http::request::head_parts, module)?)?;
+    module.add_function(wrap_pyfunction!(http::request::check_pattern, module)?)?;
     Ok(())
 }

@@ -17,7 +17,7 @@ fuzz_target!(|data: &[u8]| {
                     let _ = callee.feed(&frame, b"token", "replica", 5, &mut BytesMut::new());
                     if let Ok(view) = RequestHeadView::parse(frame.payload.clone()) {
                         assert_eq!(view.headers().count(), view.header_count());
-                        let _ = (view.method(), view.path(), view.query(), view.body());
+                        let _ = (view.method(), view.path(), view.query(), view.params().count(), view.body());
                     }
                     if let Ok(view) = ResponseHeadView::parse(frame.payload.clone()) {
                         assert_eq!(view.headers().count(), view.header_count());

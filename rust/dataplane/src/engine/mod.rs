@@ -11,6 +11,7 @@ pub mod batch;
 mod bind;
 pub mod limit;
 mod members;
+pub mod pattern;
 mod pick;
 mod replica;
 mod reserve;

@@ -1,20 +1,34 @@
-//! Which application a path belongs to: the longest prefix on path segments.
+//! Which application a path belongs to: the longest prefix on path segments, or a pattern.
 //!
 //! `/x` matches `/x` and `/x/y`, not `/xy`; `/` matches every path. A look-up is one binary search a segment, whatever the
-//! number of routes, and allocates nothing.
+//! number of prefixes, and allocates nothing. A pattern matches the whole path; of all that match, the route wins whose
+//! literal head is longest, and on a tie the pattern, the earlier of two.
 
 use std::{borrow::Cow, cmp::Ordering};
 
-/// Prefixes and what they lead to.
+use super::pattern::Pattern;
+
+/// Prefixes and patterns, and what they lead to.
 #[derive(Debug)]
 pub struct RouteTable<T> {
     /// Sorted by prefix; `/` stands as the empty prefix.
     entries: Vec<(Vec<u8>, T)>,
+    /// Those with the longest head first.
+    patterns: Vec<(Pattern, T)>,
+}
+
+/// Where a path leads.
+#[derive(Debug)]
+pub struct Match<'t, T> {
+    /// What its route leads to.
+    pub to: &'t T,
+    /// What a pattern found in the path, as it travels; empty: nothing.
+    pub params: Vec<u8>,
 }
 
 impl<T> Default for RouteTable<T> {
     fn default() -> Self {
-        Self { entries: Vec::new() }
+        Self { entries: Vec::new(), patterns: Vec::new() }
     }
 }
 
@@ -26,11 +40,33 @@ impl<T> RouteTable<T> {
         entries.reverse();
         entries.sort_by(|(a, _), (b, _)| a.cmp(b));
         entries.dedup_by(|(a, _), (b, _)| a == b);
-        Self { entries }
+        Self { entries, patterns: Vec::new() }
     }
 
-    /// What the longest matching prefix leads to; `path` is percent-decoded.
-    pub fn find(&self, path: &[u8]) -> Option<&T> {
+    /// The table with these patterns besides, in the order in which they were registered.
+    #[must_use]
+    pub fn with_patterns(mut self, patterns: impl IntoIterator<Item = (Pattern, T)>) -> Self {
+        self.patterns.extend(patterns);
+        self.patterns.sort_by_key(|(pattern, _)| std::cmp::Reverse(pattern.head()));
+        self
+    }
+
+    /// What the route that wins leads to; `path` is percent-decoded.
+    pub fn find(&self, path: &[u8]) -> Option<Match<'_, T>> {
+        let prefix = self.longest(path);
+        for (pattern, to) in &self.patterns {
+            if prefix.is_some_and(|(len, _)| len > pattern.head()) {
+                break;
+            }
+            if let Some(params) = pattern.matches(path) {
+                return Some(Match { to, params });
+            }
+        }
+        prefix.map(|(_, to)| Match { to, params: Vec::new() })
+    }
+
+    /// The length of the longest matching prefix and what it leads to.
+    fn longest(&self, path: &[u8]) -> Option<(usize, &T)> {
         if path.first() != Some(&b'/') {
             return None;
         }
@@ -38,7 +74,7 @@ impl<T> RouteTable<T> {
         loop {
             let search = |(entry, _): &(Vec<u8>, T)| -> Ordering { entry.as_slice().cmp(prefix) };
             if let Ok(at) = self.entries.binary_search_by(search) {
-                return Some(&self.entries[at].1);
+                return Some((prefix.len(), &self.entries[at].1));
             }
             let cut = prefix.iter().rposition(|&byte| byte == b'/')?;
             prefix = &prefix[..cut];
@@ -77,7 +113,7 @@ mod tests {
     }
 
     fn find<'t>(table: &'t RouteTable<String>, path: &str) -> Option<&'t str> {
-        table.find(path.as_bytes()).map(String::as_str)
+        table.find(path.as_bytes()).map(|found| found.to.as_str())
     }
 
     #[test]
@@ -108,6 +144,29 @@ mod tests {
     }
 
     #[test]
+    fn of_prefixes_and_patterns_the_longest_literal_head_wins() {
+        let patterns = ["/{any}", "/api/{n:int}", "/api/{any}", "/api/v{n:int}", "/exact", "/api/x/{n:int}"];
+        let pattern = |text: &str| (Pattern::parse(text).expect("valid"), text.to_owned());
+        let table = table(&["/", "/api/x", "/exact"]).with_patterns(patterns.map(pattern));
+        for (path, route) in [
+            ("/", "/"),
+            ("/a", "/{any}"),
+            ("/a/b", "/"),
+            ("/api/1", "/api/{n:int}"),
+            ("/api/one", "/api/{any}"),
+            ("/api/v2", "/api/{any}"),
+            ("/api/x", "/api/x"),
+            ("/api/x/1", "/api/x/{n:int}"),
+            ("/api/x/one", "/api/x"),
+            ("/exact", "/exact"),
+            ("/exact/", "/exact"),
+        ] {
+            assert_eq!(find(&table, path), Some(route), "{path}");
+        }
+        assert!(table.find(b"/exact").is_some_and(|found| found.params.is_empty()));
+    }
+
+    #[test]
     fn only_whole_escapes_are_decoded() {
         for (raw, plain) in [("/a%20b", "/a b"), ("/%zz%4", "/%zz%4"), ("/%2Fx%2f", "//x/"), ("/%C3%A9", "/é")] {
             assert_eq!(&*decoded(raw.as_bytes()), plain.as_bytes(), "{raw}");
@@ -122,7 +181,7 @@ mod tests {
                 && (path == **prefix || path.starts_with(&format!("{prefix}/")));
             let expected = prefixes.iter().filter(matches).max_by_key(|prefix| prefix.len()).cloned();
             let table = RouteTable::new(prefixes.into_iter().map(|prefix| (prefix.clone(), prefix)));
-            prop_assert_eq!(table.find(path.as_bytes()).cloned(), expected);
+            prop_assert_eq!(table.find(path.as_bytes()).map(|found| found.to.clone()), expected);
         }
 
         #[test]

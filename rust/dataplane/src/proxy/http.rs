@@ -5,7 +5,7 @@ use std::{borrow::Cow, convert::Infallible, future::poll_fn, rc::Rc, time::Durat
 use bytes::Bytes;
 use http::{
     HeaderMap, HeaderName, HeaderValue, Request, Response, StatusCode,
-    header::{CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER},
+    header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER},
     request::Parts,
 };
 use hyper::body::Incoming;
@@ -149,13 +149,14 @@ async fn dispatch(
     let shard = &conn.shard;
     let config = &shard.shared.config;
     let path = decoded(parts.uri.path().as_bytes());
-    let Some(route) = shard.route(&path) else {
+    let Some((route, params)) = shard.route(&path) else {
         let path = format!("{}{}", config.root_path, String::from_utf8_lossy(&path));
         return Err(Error::NotFound { path });
     };
+    route.takes(parts.method.as_str())?;
     let body = Inbound::read(source, config.max_body_bytes).await?;
     let deadline = deadline.map(|(instant, _)| instant);
-    let mut call = Call { shard, conn, route, path: &path, parts, marks, deadline, watch: None };
+    let mut call = Call { shard, conn, route, params, path: &path, parts, marks, deadline, watch: None };
     let mut result = relay(&mut call, body).await;
     if let Some(watch) = call.watch.take() {
         watch.end(&mut result);
@@ -255,6 +256,9 @@ fn refusal(error: &Error, open: Open) -> Response<Body> {
     let headers = response.headers_mut();
     if error.typed() {
         headers.insert(CONTENT_TYPE, TEXT);
+    }
+    if let Some(allow) = error.allow().and_then(|methods| HeaderValue::try_from(methods).ok()) {
+        headers.insert(ALLOW, allow);
     }
     if let Some(seconds) = error.retry_after() {
         headers.insert(RETRY_AFTER, seconds.into());

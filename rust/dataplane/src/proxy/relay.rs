@@ -48,6 +48,8 @@ pub(super) struct Call<'c> {
     pub(super) shard: &'c Rc<Shard>,
     pub(super) conn: &'c Conn,
     pub(super) route: Rc<Route>,
+    /// What the route's pattern found in the path.
+    pub(super) params: Vec<u8>,
     /// What the route was found by.
     pub(super) path: &'c [u8],
     pub(super) parts: &'c Parts,
@@ -195,8 +197,10 @@ impl Call<'_> {
         loop {
             match came {
                 Err(error) if error.retry() == Retry::Reroute => match self.shard.route(self.path) {
-                    Some(route) if route.fork.is_some() => return Box::pin(self.choose(Some(route), body)).await,
-                    Some(route) if route.deployment != self.route.deployment => self.route = route,
+                    Some(found) if found.0.fork.is_some() => return Box::pin(self.choose(Some(found), body)).await,
+                    Some((route, params)) if route.deployment != self.route.deployment => {
+                        (self.route, self.params) = (route, params);
+                    }
                     _ => return Err(error),
                 },
                 came => return came,
@@ -249,6 +253,7 @@ impl Call<'_> {
             request_id: self.marks.id.as_bytes(),
             client: (self.conn.client.0.as_bytes(), self.conn.client.1),
             server: (self.conn.server.0.as_bytes(), self.conn.server.1),
+            params: &self.params,
         };
         let made = self.marks.made.then_some((&b"x-request-id"[..], self.marks.id.as_bytes()));
         let headers = self.parts.headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()));

@@ -27,7 +27,9 @@ use super::{
     vigil::Events,
 };
 use crate::{
-    engine::{Action, Admission, Affinity, DeploymentKey, Engine, Lease, Place, ReplicaKey, RouteTable},
+    engine::{
+        Action, Admission, Affinity, DeploymentKey, Engine, Lease, Place, ReplicaKey, RouteTable, pattern::Pattern,
+    },
     error::Error,
     metrics::Metrics,
     snapshot::{self, Snapshot},
@@ -44,11 +46,30 @@ pub(super) struct Route {
     /// `HTTPOptions.root_path` and the prefix.
     pub(super) root_path: Vec<u8>,
     pub(super) retry_idempotent: bool,
+    /// The HTTP methods that are let through, if not all.
+    pub(super) methods: Option<Vec<String>>,
     /// Several answer, each its share; `deployment` leads nowhere then.
     pub(super) fork: Option<Fork>,
     /// Counts the requests, where this is what a fork leads to.
     pub(super) meter: Option<Arc<TargetMeter>>,
 }
+
+impl Route {
+    /// Whether a request of that method is let through; who takes GET takes HEAD.
+    ///
+    /// # Errors
+    /// [`Error::Method`].
+    pub(super) fn takes(&self, method: &str) -> Result<(), Error> {
+        let Some(allowed) = &self.methods else { return Ok(()) };
+        if allowed.iter().any(|other| other == method || (method == "HEAD" && other == "GET")) {
+            return Ok(());
+        }
+        Err(Error::Method { method: method.to_owned(), allowed: allowed.clone() })
+    }
+}
+
+/// A route, and what its pattern found in the path.
+pub(super) type Found = (Rc<Route>, Vec<u8>);
 
 /// What comes of waiting for a replica.
 pub(super) enum Came {
@@ -135,15 +156,20 @@ impl Shard {
     pub(super) fn apply(self: &Rc<Self>, snapshot: &Snapshot) {
         let mut engine = self.engine.borrow_mut();
         engine.apply(snapshot);
-        let routes = snapshot.routes.iter().filter_map(|route| {
-            let resolved = self.resolve(&mut engine, snapshot, route)?;
-            Some((route.prefix.clone(), Rc::new(resolved)))
-        });
-        *self.routes.borrow_mut() = RouteTable::new(routes);
+        let (mut prefixes, mut patterns) = (Vec::new(), Vec::new());
+        for route in &snapshot.routes {
+            let Some(resolved) = self.resolve(&mut engine, snapshot, route) else { continue };
+            match Pattern::parse(&route.prefix) {
+                Ok(pattern) if route.pattern => patterns.push((pattern, Rc::new(resolved))),
+                _ => prefixes.push((route.prefix.clone(), Rc::new(resolved))),
+            }
+        }
+        *self.routes.borrow_mut() = RouteTable::new(prefixes).with_patterns(patterns);
         drop(engine);
+        let label = |route: &snapshot::Route| route.label.clone().unwrap_or_else(|| route.app.clone().into());
         self.tallies.borrow_mut().clear();
         let listing: serde_json::Map<_, _> =
-            snapshot.routes.iter().map(|route| (route.prefix.clone(), route.app.clone().into())).collect();
+            snapshot.routes.iter().map(|route| (route.prefix.clone(), label(route))).collect();
         *self.listing.borrow_mut() = Some(serde_json::Value::Object(listing).to_string().into());
         self.node_draining.set(snapshot.draining_nodes.contains(&self.shared.config.node_id));
         self.settle();
@@ -151,11 +177,13 @@ impl Shard {
 
     fn resolve(&self, engine: &mut Engine<usize>, snapshot: &Snapshot, route: &snapshot::Route) -> Option<Route> {
         let root_path = self.shared.config.root_path.as_bytes();
+        let mounted = if route.pattern { "" } else { route.prefix.trim_end_matches('/') };
         let mut resolved = Route {
             deployment: DeploymentKey::NONE,
             prefix: route.prefix.as_bytes().to_vec(),
-            root_path: [root_path, route.prefix.trim_end_matches('/').as_bytes()].concat(),
+            root_path: [root_path, mounted.as_bytes()].concat(),
             retry_idempotent: false,
+            methods: route.methods.clone(),
             fork: None,
             meter: None,
         };
@@ -169,8 +197,8 @@ impl Shard {
     }
 
     /// The route of a percent-decoded path.
-    pub(super) fn route(&self, path: &[u8]) -> Option<Rc<Route>> {
-        self.routes.borrow().find(path).map(Rc::clone)
+    pub(super) fn route(&self, path: &[u8]) -> Option<Found> {
+        self.routes.borrow().find(path).map(|found| (Rc::clone(found.to), found.params))
     }
 
     /// Carries out what the engine asks for; called after every event that the engine was told.

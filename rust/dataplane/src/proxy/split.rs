@@ -12,7 +12,7 @@ use super::{
     body::Inbound,
     relay::Call,
     shadow::{Shadow, copy},
-    shard::{Asked, Came, Route, Shard, Waiting},
+    shard::{Asked, Came, Found, Route, Shard, Waiting},
     stream::{Head, StreamRef},
 };
 use crate::{
@@ -48,6 +48,7 @@ impl Fork {
                 prefix: route.prefix.clone(),
                 root_path: route.root_path.clone(),
                 retry_idempotent: engine.config(deployment).is_some_and(|config| config.retry_idempotent),
+                methods: None, // the fork's own route has let the request through
                 fork: None,
                 meter: Some(shard.metrics.traffic.target(name, &target.name)),
             })
@@ -111,7 +112,8 @@ impl Call<'_> {
     /// What comes of the request at one of the targets of the route's split; copies are on their way then too.
     pub(super) async fn forked(&mut self, body: &Inbound) -> Result<Came, Error> {
         let route = Rc::clone(&self.route);
-        let came = self.choose(Some(Rc::clone(&route)), body).await?;
+        let found = (Rc::clone(&route), std::mem::take(&mut self.params));
+        let came = self.choose(Some(found), body).await?;
         for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
             copy(self, shadow, body);
         }
@@ -120,13 +122,14 @@ impl Call<'_> {
 
     /// As long as no target is ready this only waits; the request's deadline or its client ends that. `found` is the route
     /// if it has been looked up; one of an earlier snapshot is looked up again.
-    pub(super) async fn choose(&mut self, mut found: Option<Rc<Route>>, body: &Inbound) -> Result<Came, Error> {
+    pub(super) async fn choose(&mut self, mut found: Option<Found>, body: &Inbound) -> Result<Came, Error> {
         let shard = self.shard;
         loop {
             let turned = shard.readiness.notified();
-            let Some(route) = found.take().or_else(|| shard.route(self.path)) else {
+            let Some((route, params)) = found.take().or_else(|| shard.route(self.path)) else {
                 return Err(Error::Deleted("The route was deleted.".into()));
             };
+            self.params = params;
             let Some(fork) = &route.fork else {
                 (self.route, self.watch) = (route, None);
                 match self.admit(body).await {
@@ -204,7 +207,7 @@ impl Call<'_> {
 
     fn is_stranded(&self) -> bool {
         let fork = self.shard.route(self.path);
-        let Some(key) = fork.as_ref().and_then(|route| Some(route.fork.as_ref()?.key)) else { return false };
+        let Some(key) = fork.as_ref().and_then(|(route, _)| Some(route.fork.as_ref()?.key)) else { return false };
         self.shard.engine.borrow_mut().strands(key, self.route.deployment)
     }
 }

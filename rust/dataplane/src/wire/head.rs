@@ -5,9 +5,14 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::{Cursor, WireError};
+use super::{
+    Cursor, WireError,
+    params::{Params, params_at},
+};
 
 const FIXED: usize = 32;
+const HTTPS: u8 = 1;
+const PARAMS: u8 = 2;
 
 /// What the proxy knows of a request, ready to be written.
 #[derive(Debug, Clone, Copy)]
@@ -32,6 +37,8 @@ pub struct RequestHead<'a> {
     pub client: (&'a [u8], u16),
     /// The listener's address and port.
     pub server: (&'a [u8], u16),
+    /// What the route's pattern found in the path, as `params.rs` writes it; empty: nothing.
+    pub params: &'a [u8],
 }
 
 /// Appends a request head.
@@ -54,7 +61,7 @@ where
     out.reserve(FIXED + head.path.len() + head.query.len() + 1024);
     out.put_u8(head.method.len() as u8);
     out.put_u8(head.http_version);
-    out.put_u8(u8::from(head.https));
+    out.put_u8(if head.https { HTTPS } else { 0 } | if head.params.is_empty() { 0 } else { PARAMS });
     out.put_u8(0);
     out.put_u16_le(head.root_path.len() as u16);
     out.put_u16_le(head.route.len() as u16);
@@ -75,6 +82,10 @@ where
     let (count, len) = put_headers(out, headers);
     out[start + 18..start + 20].copy_from_slice(&count.to_le_bytes());
     out[start + 28..start + 32].copy_from_slice(&len.to_le_bytes());
+    if !head.params.is_empty() {
+        out.put_u32_le(head.params.len() as u32);
+        out.put_slice(head.params);
+    }
 }
 
 /// Appends a response head.
@@ -109,6 +120,8 @@ pub struct RequestHeadView {
     payload: Bytes,
     /// Ends of method, path, query, `root_path`, route, request id, client, server, headers.
     ends: [u32; 9],
+    /// Where the path parameters begin and end.
+    params: (u32, u32),
     /// 10, 11 or 20.
     pub http_version: u8,
     /// The client spoke TLS.
@@ -150,7 +163,9 @@ impl RequestHeadView {
             return Err(WireError::Malformed("request head"));
         }
         check_headers(&payload[ends[7] as usize..end as usize], header_count)?;
-        Ok(Self { payload, ends, http_version, https: flags & 1 == 1, client_port, server_port, header_count })
+        let params = if flags & PARAMS == 0 { (end, end) } else { params_at(&payload, end)? };
+        let https = flags & HTTPS != 0;
+        Ok(Self { payload, ends, params, http_version, https, client_port, server_port, header_count })
     }
 
     fn part(&self, index: usize) -> &[u8] {
@@ -213,9 +228,14 @@ impl RequestHeadView {
         &self.payload[..self.payload.len() - self.body().len()]
     }
 
+    /// What the route's pattern found in the path, in its order.
+    pub fn params(&self) -> Params<'_> {
+        Params { bytes: &self.payload[self.params.0 as usize..self.params.1 as usize] }
+    }
+
     /// What follows the head: the whole body if the frame had FIN.
     pub fn body(&self) -> Bytes {
-        self.payload.slice(self.ends[8] as usize..)
+        self.payload.slice(self.params.1 as usize..)
     }
 }
 
@@ -301,6 +321,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::wire::params::{Kind, Param, put_param};
 
     fn some_bytes(max: usize) -> impl Strategy<Value = Vec<u8>> {
         prop::collection::vec(any::<u8>(), 0..max)
@@ -308,6 +329,11 @@ mod tests {
 
     fn some_headers() -> impl Strategy<Value = Vec<(Vec<u8>, Vec<u8>)>> {
         prop::collection::vec((some_bytes(20), some_bytes(40)), 0..12)
+    }
+
+    fn some_params() -> impl Strategy<Value = Vec<(Kind, Vec<u8>, Vec<u8>)>> {
+        let kind = prop::sample::select(vec![Kind::Text, Kind::Int, Kind::Float, Kind::Uuid]);
+        prop::collection::vec((kind, some_bytes(20), some_bytes(40)), 0..4)
     }
 
     fn pairs(headers: &[(Vec<u8>, Vec<u8>)]) -> impl Iterator<Item = (&[u8], &[u8])> + Clone {
@@ -320,11 +346,17 @@ mod tests {
             texts in prop::collection::vec(some_bytes(30), 8),
             (client_port, server_port, https) in any::<(u16, u16, bool)>(),
             headers in some_headers(),
+            params in some_params(),
             body in some_bytes(50),
         ) {
+            let mut encoded = Vec::new();
+            for (kind, name, value) in &params {
+                put_param(&mut encoded, Param { kind: *kind, name, value });
+            }
             let head = RequestHead {
                 method: &texts[0], http_version: 11, https, path: &texts[1], query: &texts[2], root_path: &texts[3],
                 route: &texts[4], request_id: &texts[5], client: (&texts[6], client_port), server: (&texts[7], server_port),
+                params: &encoded,
             };
             let mut out = BytesMut::new();
             put_request_head(&mut out, &head, pairs(&headers));
@@ -341,6 +373,8 @@ mod tests {
             prop_assert_eq!((view.https, view.http_version), (https, 11));
             prop_assert_eq!(view.header_count(), headers.len());
             prop_assert!(view.headers().eq(pairs(&headers)));
+            let found = view.params().map(|param| (param.kind, param.name.to_vec(), param.value.to_vec()));
+            prop_assert_eq!(found.collect::<Vec<_>>(), params);
             prop_assert_eq!(&view.body()[..], &body[..]);
         }
 
@@ -359,6 +393,8 @@ mod tests {
         fn arbitrary_bytes_never_panic(bytes in some_bytes(200)) {
             if let Ok(view) = RequestHeadView::parse(Bytes::from(bytes.clone())) {
                 prop_assert_eq!(view.headers().count(), view.header_count());
+                let ends = view.params().map(|param| param.value.as_ptr_range().end).last();
+                prop_assert!(ends.is_none_or(|end| end == view.body().as_ptr()));
             }
             if let Ok(view) = ResponseHeadView::parse(Bytes::from(bytes)) {
                 prop_assert_eq!(view.headers().count(), view.header_count());

@@ -9,6 +9,7 @@ pub mod frame;
 pub mod head;
 pub mod hello;
 pub mod models;
+pub mod params;
 pub mod payload;
 pub mod spool;
 

@@ -125,6 +125,9 @@ pub(super) fn scope<'py>(head: &Bound<'py, RequestHead>) -> PyResult<Bound<'py, 
     scope.set_item(intern!(py, "query_string"), head.query_string(py))?;
     scope.set_item(intern!(py, "headers"), head.headers(py)?)?;
     scope.set_item(intern!(py, "state"), PyDict::new(py))?;
+    if head.view.params().next().is_some() {
+        scope.set_item(intern!(py, "path_params"), head.path_params(py)?)?;
+    }
     Ok(scope)
 }
 

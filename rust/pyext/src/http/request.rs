@@ -10,8 +10,11 @@ use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict, PyList, PyString, PyTuple};
+use pyo3::sync::PyOnceLock;
+use pyo3::types::{PyBytes, PyDict, PyFloat, PyInt, PyList, PyString, PyTuple, PyType};
+use rayserve_dataplane::engine::pattern::Pattern;
 use rayserve_dataplane::wire::head::{MODEL_HEADER, is_named};
+use rayserve_dataplane::wire::params::{Kind, Param};
 use rayserve_dataplane::wire::{CallView, RequestHeadView};
 
 use super::{asgi, receive};
@@ -103,6 +106,16 @@ impl RequestHead {
     /// The first header of that lower-case name.
     fn header<'py>(&self, py: Python<'py>, name: &[u8]) -> Option<Bound<'py, PyBytes>> {
         self.view.headers().find(|(key, _)| *key == name).map(|(_, value)| PyBytes::new(py, value))
+    }
+
+    /// What the route's pattern found in the path, converted as it says; mostly nothing.
+    #[getter]
+    pub(super) fn path_params<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let found = PyDict::new(py);
+        for param in self.view.params() {
+            found.set_item(text(py, param.name), converted(py, param)?)?;
+        }
+        Ok(found)
     }
 
     fn scope<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
@@ -314,6 +327,24 @@ fn version<'py>(py: Python<'py>, view: &RequestHeadView) -> &'py Bound<'py, PySt
 
 fn scheme<'py>(py: Python<'py>, view: &RequestHeadView) -> &'py Bound<'py, PyString> {
     if view.https { intern!(py, "https") } else { intern!(py, "http") }
+}
+
+/// See `_core.pyi`.
+#[pyfunction]
+pub(crate) fn check_pattern(pattern: &str) -> PyResult<()> {
+    Pattern::parse(pattern).map(drop).map_err(|error| PyValueError::new_err(error.to_string()))
+}
+
+/// A path parameter as the type that its pattern names.
+fn converted<'py>(py: Python<'py>, param: Param<'_>) -> PyResult<Bound<'py, PyAny>> {
+    static UUID: PyOnceLock<Py<PyType>> = PyOnceLock::new();
+    let value = PyString::new(py, &String::from_utf8_lossy(param.value));
+    match param.kind {
+        Kind::Text => Ok(value.into_any()),
+        Kind::Int => py.get_type::<PyInt>().call1((value,)),
+        Kind::Float => py.get_type::<PyFloat>().call1((value,)),
+        Kind::Uuid => UUID.import(py, "uuid", "UUID")?.call1((value,)),
+    }
 }
 
 fn address<'py>(py: Python<'py>, (host, port): (&[u8], u16)) -> Option<(Bound<'py, PyString>, u16)> {

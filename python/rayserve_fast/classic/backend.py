@@ -1,0 +1,323 @@
+"""What a replica of a backend runs: the user's function or object, behind what turns requests into its arguments.
+
+A backend is an application of one deployment, whose class is one of these. An HTTP request arrives as today's
+`Request`, a call by a handle of an endpoint as one `HandleRequest`, and with `@serve.accept_batch` either as a list. A
+call by one of today's handles passes its arguments through. Which method is called: the handle's, or the one that the
+header X-SERVE-CALL-METHOD names.
+
+What is called is sync or async as the user's method is, so that sync code gets a thread and async code the loop. Where
+a header asks for a method of the other kind, it goes to the other place.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, TypeAlias
+
+from ray import ObjectRef
+
+from rayserve_fast.classic.requests import MULTIPART, FlaskRequest, HandleRequest
+from rayserve_fast.classic.session import FLASK
+from rayserve_fast.context import _batch_size, _RequestContext, _serve_request_context
+from rayserve_fast.exceptions import RayServeException
+from rayserve_fast.replica.calls import is_async
+from rayserve_fast.replica.request import Request
+
+#: Over HTTP: the method to call.
+CALL_METHOD = b"x-serve-call-method"
+#: What is asked for by name but is no handler: the replica's hooks.
+_HOOKS = {"check_health", "reconfigure", "record_autoscaling_stats", "record_routing_stats", "record_replica_metadata"}
+
+Arrived: TypeAlias = Request | HandleRequest
+Arguments: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+class Backend:
+    """One replica's object.
+
+    Args:
+        func_or_class: the user's.
+        init_args: of the class's constructor.
+        requests: which requests it gets, `session.FLASK` or `session.STARLETTE`.
+    """
+
+    def __init__(self, func_or_class: Callable[..., Any], init_args: tuple[Any, ...], requests: str) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._is_function = inspect.isfunction(func_or_class)
+        self._user: Any = func_or_class if self._is_function else func_or_class(*init_args)
+        self._flask = requests == FLASK
+        self._methods: dict[str, Method] = {}
+
+    def __del__(self) -> None:
+        """Lets go of the user's object, whose own `__del__` Python then calls: once, when the replica stops."""
+        self._methods, self._user = {}, None
+
+    def __dir__(self) -> list[str]:
+        return dir(self._user)
+
+    def __getattr__(self, name: str) -> Any:
+        """A method of the user's object: as it is if it is a hook, else as what handles call."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        found = getattr(self._user, name)
+        if name in _HOOKS or not callable(found):
+            return found
+        return partial(self._run_async if is_async(found) else self._run_sync, name)
+
+    def _run_sync(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """On a thread of the pool."""
+        arrived = _arrived(args, kwargs)
+        if arrived is None:
+            return self._method(name).call(*args, **kwargs)
+        if not isinstance(arrived, list):
+            method = self._method(_named(arrived) or name)
+            given, named = self._prepared_now(arrived, method)
+            return self._now(method.call(*given, **named))
+        results = _entered(arrived)
+        for called, places in _by_method(arrived, name).items():
+            method = self._method(called)
+            prepared = [self._prepared_now(arrived[place], method) for place in places]
+            _put(results, places, self._now(method.call_batch(prepared)))
+        return results
+
+    async def _run_async(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        """On the user's loop."""
+        arrived = _arrived(args, kwargs)
+        if arrived is None:
+            return await _later(self._method(name), args, kwargs)
+        if not isinstance(arrived, list):
+            method = self._method(_named(arrived) or name)
+            given, named = await self._prepare(arrived, method)
+            return await _later(method, given, named)
+        results = _entered(arrived)
+        for called, places in _by_method(arrived, name).items():
+            method = self._method(called)
+            prepared = [await self._prepare(arrived[place], method) for place in places]
+            if method.is_async:
+                _put(results, places, await method.call_batch(prepared))
+            else:
+                _put(results, places, await asyncio.to_thread(method.call_batch, prepared))
+        return results
+
+    def _method(self, name: str) -> Method:
+        if self._is_function:
+            name = "__call__"  # whatever name was sent: there is one
+        if name not in self._methods:
+            self._methods[name] = Method(self._user if self._is_function else self._public(name))
+        return self._methods[name]
+
+    def _public(self, name: str) -> Callable[..., Any]:
+        if name == "__call__" or not (name.startswith("_") or name in _HOOKS):
+            found = getattr(self._user, name, None)
+            if callable(found):
+                return found  # type: ignore[no-any-return]
+        public = [attr for attr in dir(self._user) if not attr.startswith("_") and callable(getattr(self._user, attr))]
+        raise RayServeException(f"The backend has no method '{name}' to call. Available methods: {public}.")
+
+    def _prepared_now(self, arrived: Arrived, method: Method) -> Arguments:
+        """`_prepare` on a thread: by itself if everything has arrived, else on the loop."""
+        preparing = self._prepare(arrived, method)
+        return _finished(preparing) if _is_here(arrived) else self._now(preparing)  # type: ignore[no-any-return]
+
+    async def _prepare(self, arrived: Arrived, method: Method) -> Arguments:
+        """The arguments for one request."""
+        if isinstance(arrived, HandleRequest):
+            await _resolve(arrived)
+            return method.called(arrived, FlaskRequest.of_call(arrived)) if self._flask else method.given(arrived)
+        if not (self._flask and method.takes_request):
+            return method.given(arrived)
+        body = await arrived.body()
+        form = await arrived.form() if arrived.headers.get("content-type", "").startswith(MULTIPART) else None
+        return method.given(FlaskRequest(arrived, body, form.multi_items() if form else ()))
+
+    def _now(self, result: Any) -> Any:
+        """On a thread: what something async comes to, in the context of the request that the thread serves."""
+        if not inspect.isawaitable(result):
+            return result
+        return asyncio.run_coroutine_threadsafe(_awaited(result), self._loop).result()
+
+
+class SyncBackend(Backend):
+    """One whose `__call__` is sync."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._run_sync("__call__", *args, **kwargs)
+
+
+class AsyncBackend(Backend):
+    """One whose `__call__` is async."""
+
+    async def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._run_async("__call__", *args, **kwargs)
+
+
+class Method:
+    """How one method of the user's is called.
+
+    Args:
+        call: the bound method, or the function.
+    """
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call = call
+        self.is_async = is_async(call)
+        self.takes_batch = accepts_batch(call)
+        self._signature = inspect.signature(call)
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        kinds = [parameter.kind for parameter in self._signature.parameters.values()]
+        self.takes_request = any(kind in positional or kind is inspect.Parameter.VAR_POSITIONAL for kind in kinds)
+
+    def given(self, request: Any) -> Arguments:
+        """The request, if there is a parameter for it."""
+        return ((request,) if self.takes_request else ()), {}
+
+    def called(self, call: HandleRequest, request: FlaskRequest) -> Arguments:
+        """The keyword arguments of a call, and the request where they leave a parameter for it."""
+        kwargs = call.query_params
+        for arguments in (((request,), kwargs), ((), kwargs), ((request,), {})):
+            try:
+                self._signature.bind(*arguments[0], **arguments[1])
+            except TypeError:
+                continue
+            return arguments
+        return (), kwargs  # the call itself says best what is wrong
+
+    def call_batch(self, prepared: list[Arguments]) -> Any:
+        """The results of a batch, or what gives them when awaited; one by one if the method takes no batch.
+
+        Raises:
+            RayServeException: the result is no list of the batch's length.
+        """
+        if not self.takes_batch:
+            results = [self.call(*args, **kwargs) for args, kwargs in prepared]
+            return _all(results) if self.is_async else results
+        size, names = len(prepared), set(prepared[0][1])
+        if any(set(kwargs) != names for _, kwargs in prepared):
+            raise RayServeException("The calls of one batch must have the same keyword arguments.")
+        args = [list(column) for column in zip(*(args for args, _ in prepared), strict=True)]
+        kwargs = {name: [kwargs[name] for _, kwargs in prepared] for name in names}
+        if self.is_async:
+            return self._checked_later(size, args, kwargs)
+        token = _batch_size.set(size)
+        try:
+            return checked(self.call(*args, **kwargs), size)
+        finally:
+            _batch_size.reset(token)
+
+    async def _checked_later(self, size: int, args: list[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        token = _batch_size.set(size)
+        try:
+            return checked(await self.call(*args, **kwargs), size)
+        finally:
+            _batch_size.reset(token)
+
+
+def accepts_batch(function: Callable[..., Any]) -> bool:
+    """Whether `@serve.accept_batch` stands over a function, a method, or the `__call__` of a class."""
+    call = function.__call__ if inspect.isclass(function) else function
+    return bool(getattr(call, "_serve_accept_batch", False))
+
+
+def checked(result: Any, size: int) -> list[Any]:
+    """The results of a batch, one for each request.
+
+    Raises:
+        RayServeException: it is not that.
+    """
+    if isinstance(result, (str, bytes, Mapping, set, frozenset)) or not hasattr(result, "__iter__"):
+        raise RayServeException(
+            f"A handler that accepts batches must return a list of results, one for each request; this one returned a "
+            f"{type(result).__name__} for {size}."
+        )
+    results = list(result)
+    if len(results) != size:
+        raise RayServeException(
+            f"Worker doesn't preserve batch size. The input has length {size} but the returned list has length "
+            f"{len(results)}. Please return a list of results with length equal to the batch size."
+        )
+    return results
+
+
+def _arrived(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arrived | list[Arrived] | None:
+    """The request, or the batch of them, that this is a call with; None for the arguments of one of today's handles."""
+    if len(args) != 1 or kwargs:
+        return None
+    first = args[0][0] if type(args[0]) is list and args[0] else args[0]
+    return args[0] if type(first) in (Request, HandleRequest) else None
+
+
+def _entered(batch: list[Arrived]) -> list[Any]:
+    """Room for the results of a batch, whose requests have no context in common but how they came."""
+    _serve_request_context.set(_RequestContext(is_http_request=type(batch[0]) is Request))
+    return [None] * len(batch)
+
+
+def _by_method(batch: list[Arrived], name: str) -> dict[str, list[int]]:
+    """The places in the batch of the requests to each method."""
+    found: dict[str, list[int]] = {}
+    for place, arrived in enumerate(batch):
+        found.setdefault(_named(arrived) or name, []).append(place)
+    return found
+
+
+def _put(results: list[Any], places: list[int], some: Iterable[Any]) -> None:
+    for place, result in zip(places, some, strict=True):
+        results[place] = result
+
+
+def _named(arrived: Arrived) -> str | None:
+    """The method that the client names."""
+    if isinstance(arrived, HandleRequest):
+        return None
+    value = _header(arrived, CALL_METHOD)
+    return None if value is None else value.decode("latin-1")
+
+
+def _is_here(arrived: Arrived) -> bool:
+    """Whether nothing of a request has to be waited for."""
+    if isinstance(arrived, HandleRequest):
+        return not any(type(value) is ObjectRef for value in (arrived.data, *arrived.query_params.values()))
+    multipart = (_header(arrived, b"content-type") or b"").startswith(MULTIPART.encode())
+    return arrived._head.body is not None and not multipart
+
+
+def _header(request: Request, name: bytes) -> bytes | None:
+    """Without the cost of all headers as Starlette has them."""
+    head: Any = request._head
+    value: bytes | None = head.header(name)
+    return value
+
+
+def _finished(coroutine: Any) -> Any:
+    """The result of a coroutine that has nothing to wait for."""
+    try:
+        coroutine.send(None)
+    except StopIteration as end:
+        return end.value
+    raise AssertionError("a request that has arrived is prepared without waiting")
+
+
+async def _resolve(call: HandleRequest) -> None:
+    """Put values in the place of the references among what a handle was called with."""
+    if type(call.data) is ObjectRef:
+        call.data = await call.data
+    for name, value in call.query_params.items():
+        if type(value) is ObjectRef:
+            call.query_params[name] = await value
+
+
+async def _awaited(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+async def _all(results: list[Awaitable[Any]]) -> list[Any]:
+    return await asyncio.gather(*results)
+
+
+async def _later(method: Method, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    if method.is_async:
+        return await method.call(*args, **kwargs)
+    return await asyncio.to_thread(method.call, *args, **kwargs)

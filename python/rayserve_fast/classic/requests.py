@@ -1,0 +1,268 @@
+"""The requests that backends get: Flask-shaped ones, and those that stand for calls by handles.
+
+`FlaskRequest` has the parts of `flask.Request` that model-serving code reads, as plain values: there is no Flask here,
+and nothing to await. `HandleRequest` is what a handle of an endpoint sends; a backend of the Client API is given it
+as it is, as it answers to the names of Starlette's request.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl, quote
+
+from starlette.datastructures import Headers
+
+from rayserve_fast.replica.request import loads
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
+
+T = TypeVar("T")
+
+_PATH_SAFE = "/:@!$&'()*+,;=~"
+_URLENCODED = "application/x-www-form-urlencoded"
+MULTIPART = "multipart/form-data"
+
+
+class MultiDict(dict[str, Any]):
+    """Several values under one key, of which the first is the dict's, as werkzeug's.
+
+    >>> found = MultiDict([("n", "1"), ("n", "2")])
+    >>> found["n"], found.get("n", type=int), found.getlist("n"), found.get("m", 0)
+    ('1', 1, ['1', '2'], 0)
+    """
+
+    def __init__(self, pairs: Iterable[tuple[str, Any]] = ()) -> None:
+        self._lists: dict[str, list[Any]] = {}
+        for key, value in pairs:
+            self._lists.setdefault(key, []).append(value)
+        super().__init__((key, values[0]) for key, values in self._lists.items())
+
+    def get(self, key: str, default: Any = None, type: Callable[[Any], T] | None = None) -> Any:
+        """The first value, through `type` if given; `default` if there is none or `type` refuses it."""
+        if key not in self:
+            return default
+        try:
+            return self[key] if type is None else type(self[key])
+        except (ValueError, TypeError):
+            return default
+
+    def getlist(self, key: str) -> list[Any]:
+        """All values of a key."""
+        return list(self._lists.get(key, ()))
+
+    def to_dict(self, flat: bool = True) -> dict[str, Any]:
+        """A plain dict, of first values or of lists of all."""
+        return dict(self) if flat else {key: list(values) for key, values in self._lists.items()}
+
+
+@dataclass
+class HandleRequest:
+    """A call by a handle, as `handle.remote(data, **query_params)` made it.
+
+    >>> request = HandleRequest({"x": 1}, {"verbose": True})
+    >>> request.data, request.query_params, request.method
+    ({'x': 1}, {'verbose': True}, 'GET')
+    """
+
+    data: Any = None
+    query_params: dict[str, Any] = field(default_factory=dict)
+    method: str = "GET"
+    given_headers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def headers(self) -> Headers:
+        """The handle's `http_headers`; names in any case."""
+        return Headers(self.given_headers)
+
+    @property
+    def path_params(self) -> dict[str, Any]:
+        """None: a handle has no path."""
+        return {}
+
+    async def body(self) -> Any:
+        """`data` as it was given."""
+        return self.data
+
+    async def json(self) -> Any:
+        """`data`, parsed if it is text."""
+        return parsed(self.data)
+
+    async def form(self) -> Any:
+        """`data` as it was given."""
+        return self.data
+
+
+def parsed(data: Any) -> Any:
+    """The value of JSON text; any other value is itself."""
+    return loads(data.encode() if isinstance(data, str) else data) if isinstance(data, (str, bytes)) else data
+
+
+class FlaskRequest:
+    """A request with the names of `flask.Request`, whose values are there.
+
+    Each value is made when it is first asked for: most handlers read one or two of them.
+
+    Args:
+        request: what came over HTTP.
+        body: all of its body.
+        fields: of a multipart form: names with text, or with files.
+    """
+
+    def __init__(self, request: Request, body: bytes, fields: Iterable[tuple[str, Any]] = ()) -> None:
+        self._request = request
+        self._body: Any = body
+        self._fields = fields
+
+    @classmethod
+    def of_call(cls, call: HandleRequest) -> FlaskRequest:
+        """What a handle sent: `data` and `json` are its value, `args` its keyword arguments, as they are."""
+        made = cls.__new__(cls)
+        made._body = call.data
+        form = call.data.items() if isinstance(call.data, dict) else ()
+        made.__dict__.update(
+            method=call.method,
+            path="",
+            query_string=b"",
+            headers=call.headers,
+            remote_addr=None,
+            base_url="",
+            view_args={},
+            cookies={},
+            args=MultiDict(call.query_params.items()),
+            form=MultiDict(form),
+            files=MultiDict(),
+            data=call.data,
+        )
+        return made
+
+    @cached_property
+    def method(self) -> str:
+        """As `GET`."""
+        return self._request.method
+
+    @cached_property
+    def headers(self) -> Mapping[str, str]:
+        """Names in any case."""
+        return self._request.headers
+
+    @cached_property
+    def path(self) -> str:
+        """Percent-decoded, without the query."""
+        return str(self._request.scope["path"])
+
+    @cached_property
+    def query_string(self) -> bytes:
+        """As sent."""
+        return bytes(self._request.scope["query_string"])
+
+    @cached_property
+    def remote_addr(self) -> str | None:
+        """The client's address."""
+        return self._request.client.host if self._request.client else None
+
+    @cached_property
+    def base_url(self) -> str:
+        """The whole URL without the query."""
+        url = self._request.url
+        return f"{url.scheme}://{url.netloc}{quote(self.path, safe=_PATH_SAFE)}"
+
+    @cached_property
+    def view_args(self) -> Mapping[str, Any]:
+        """What the route's pattern found in the path."""
+        return self._request.path_params
+
+    @cached_property
+    def cookies(self) -> Mapping[str, str]:
+        """By name."""
+        return self._request.cookies
+
+    @property
+    def _is_http(self) -> bool:
+        return "_request" in self.__dict__
+
+    @property
+    def content_type(self) -> str | None:
+        """The header, with its parameters."""
+        return self.headers.get("content-type")
+
+    @property
+    def mimetype(self) -> str:
+        """The type alone, in lower case."""
+        return (self.content_type or "").partition(";")[0].strip().lower()
+
+    @property
+    def host(self) -> str:
+        """The header."""
+        return self.headers.get("host", "")
+
+    @property
+    def full_path(self) -> str:
+        """With the query, and a question mark in any case."""
+        return f"{self.path}?{self.query_string.decode()}"
+
+    @property
+    def url(self) -> str:
+        """With the query."""
+        return f"{self.base_url}?{self.query_string.decode()}" if self.query_string else self.base_url
+
+    @cached_property
+    def args(self) -> MultiDict:
+        """The query's parameters."""
+        return MultiDict(parse_qsl(self.query_string.decode(), keep_blank_values=True))
+
+    @cached_property
+    def form(self) -> MultiDict:
+        """The fields of a form that are text."""
+        if self.mimetype == _URLENCODED:
+            return MultiDict(parse_qsl(self._body.decode(), keep_blank_values=True))
+        return MultiDict((key, value) for key, value in self._fields if isinstance(value, str))
+
+    @cached_property
+    def files(self) -> MultiDict:
+        """The files of a form: `.filename`, `.content_type` and `.file` to read from."""
+        return MultiDict((key, value) for key, value in self._fields if not isinstance(value, str))
+
+    @cached_property
+    def values(self) -> MultiDict:
+        """Query and form together; the query's come first."""
+        pairs = [(key, value) for source in (self.args, self.form) for key in source for value in source.getlist(key)]
+        return MultiDict(pairs)
+
+    @cached_property
+    def data(self) -> Any:
+        """The body; of a form nothing, as that has been read into `form`."""
+        return b"" if self.mimetype in (_URLENCODED, MULTIPART) else self._body
+
+    def get_data(self, cache: bool = True, as_text: bool = False) -> Any:
+        """The body in any case."""
+        return self._body.decode() if as_text else self._body
+
+    @property
+    def is_json(self) -> bool:
+        """Whether the content type is JSON's."""
+        return self.mimetype == "application/json" or (
+            self.mimetype.startswith("application/") and self.mimetype.endswith("+json")
+        )
+
+    @cached_property
+    def json(self) -> Any:
+        """The value of a JSON body; None if the content type is another. From a handle: of the data, whatever it is.
+
+        Raises:
+            ValueError: the body is no JSON.
+        """
+        return parsed(self._body) if self.is_json or not self._is_http else None
+
+    def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
+        """`json`; with `force` whatever the content type, with `silent` None instead of an error."""
+        try:
+            return parsed(self._body) if force else self.json
+        except json.JSONDecodeError:
+            if silent:
+                return None
+            raise

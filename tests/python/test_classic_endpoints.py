@@ -1,0 +1,434 @@
+"""Endpoints, backends and the Client API on a running Serve: checks, texts of errors, and what acts."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import requests
+from deployed import wait_for
+
+from rayserve_fast import serve
+from rayserve_fast.exceptions import RayServeException
+
+pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+
+Url = str
+
+
+@pytest.fixture
+def flask(serve_instance: Url) -> Iterator[Url]:
+    """Serve for a process that called `serve.init`."""
+    serve.init()
+    yield serve_instance
+    serve.connect()
+
+
+@pytest.fixture
+def client(serve_instance: Url) -> Any:
+    return serve.connect()
+
+
+def text(answer: str) -> Callable[..., str]:
+    def handler(request: Any) -> str:
+        return answer
+
+    return handler
+
+
+def test_an_endpoint_without_traffic_answers_503_and_names_itself(flask: Url) -> None:
+    serve.create_endpoint("lonely", "/lonely")
+    answer = requests.get(f"{flask}/lonely", timeout=10)
+    assert (answer.status_code, "lonely" in answer.text) == (503, True)
+
+
+def test_a_route_is_matched_exactly_and_by_its_methods(flask: Url) -> None:
+    serve.create_backend("exact", text("exact"))
+    serve.create_endpoint("exact", "/exact", methods=["get", "post"])
+    serve.link("exact", "exact")
+    assert serve.list_endpoints()["exact"]["methods"] == ["GET", "POST"]
+    assert requests.post(f"{flask}/exact", timeout=10).text == "exact"
+    assert requests.get(f"{flask}/exact/below", timeout=10).status_code == 404
+    answer = requests.put(f"{flask}/exact", timeout=10)
+    assert (answer.status_code, answer.headers["allow"]) == (405, "GET, POST")
+    assert answer.text == "Methods PUT not allowed. Available HTTP methods are ['GET', 'POST']."
+    assert requests.get(f"{flask}/-/routes", timeout=10).json() == {"/exact": ["exact", ["GET", "POST"]]}
+
+
+def test_routes_of_applications_and_endpoints_live_side_by_side(flask: Url) -> None:
+    serve.run(serve.deployment(name="App")(text("app")).bind(), name="app", route_prefix="/")
+    serve.create_backend("side", text("endpoint"))
+    serve.create_endpoint("side", "/side", backend="side")
+    assert requests.get(f"{flask}/side", timeout=10).text == "endpoint"
+    assert requests.get(f"{flask}/side/below", timeout=10).text == "app"
+    assert requests.get(f"{flask}/-/routes", timeout=10).json() == {"/": "app", "/side": ["side", ["GET"]]}
+    with pytest.raises(RayServeException, match='used by application "app"'):
+        serve.create_endpoint("root", "/")
+
+
+def test_wrong_endpoints_are_refused(flask: Url) -> None:
+    serve.create_endpoint("taken", "/taken")
+    for wrong, error, match in [
+        (("taken",), ValueError, "already registered"),
+        (("other", "/taken"), ValueError, "Route '/taken' is already registered to endpoint 'taken'"),
+        (("other", "relative"), TypeError, "route"),
+        (("other", 5), TypeError, "route"),
+        (("other", "/x", "GET"), TypeError, "methods"),
+        (("other", "/x", [1]), TypeError, "methods"),
+        (("other", "/{a:date}"), ValueError, 'unknown path convertor "date"'),
+        (("other", "/{a}/{a}"), ValueError, '"a" stands twice'),
+        ((5,), TypeError, "endpoint_name"),
+    ]:
+        with pytest.raises(error, match=match):
+            serve.create_endpoint(*wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="backend 'nobody' that is not registered"):
+        serve.create_endpoint("other", backend="nobody")
+    with pytest.raises(ValueError, match="nothing"):
+        serve.delete_endpoint("nothing")
+    with pytest.raises(KeyError, match="Endpoint 'nothing' does not exist"):
+        serve.get_handle("nothing")
+    assert list(serve.list_endpoints()) == ["taken"]
+
+
+def test_wrong_backends_are_refused_and_leave_nothing(flask: Url) -> None:
+    serve.create_backend("taken", text("x"))
+    serve.run(serve.deployment(name="App")(text("app")).bind(), name="app", route_prefix=None)
+    for make, error, match in [
+        (lambda: serve.create_backend("taken", text("y")), ValueError, "Backend 'taken' is already registered"),
+        (lambda: serve.create_backend("app", text("y")), RayServeException, 'The name "app" is held by an application'),
+        (lambda: serve.create_backend("new", 5), TypeError, "Backend must be a function or class, it is <class 'int'>"),
+        (lambda: serve.create_backend("new", "module"), TypeError, "Backend must be a function or class"),
+        (lambda: serve.create_backend(5, text("y")), TypeError, "backend_tag"),
+        (lambda: serve.create_backend("new", text("y"), config=[1]), TypeError, "config must be a dictionary."),
+        (lambda: serve.create_backend("new", text("y"), config={"replicas": 1}), ValueError, "replicas"),
+        (lambda: serve.create_backend("new", text("y"), config={"num_replicas": 0}), ValueError, "num_replicas"),
+        (lambda: serve.create_backend("new", text("y"), config={"max_batch_size": 2}), ValueError, "accept_batch"),
+        (lambda: serve.update_backend_config("new", {}), ValueError, "Backend new is not registered."),
+        (lambda: serve.update_backend_config("app", {}), ValueError, "Backend app is not registered."),
+        (lambda: serve.get_backend_config("new"), ValueError, "Backend new is not registered."),
+        (lambda: serve.delete_backend("new"), ValueError, "Backend new is not registered."),
+        (lambda: serve.delete_backend("app"), ValueError, "Backend app is not registered."),
+    ]:
+        with pytest.raises(error, match=match):
+            make()
+    assert list(serve.list_backends()) == ["taken"]
+
+
+def test_a_backend_that_cannot_start_says_why_and_frees_its_tag(flask: Url) -> None:
+    class Broken:
+        def __init__(self) -> None:
+            raise OSError("no model here")
+
+    with pytest.raises(RuntimeError, match="no model here"):
+        serve.create_backend("broken", Broken)
+    assert serve.list_backends() == {}
+    serve.create_backend("broken", text("whole"))
+
+
+def test_the_oldest_order_of_arguments_works(flask: Url) -> None:
+    class Greeter:
+        def __init__(self, greeting: str) -> None:
+            self.greeting = greeting
+
+        def __call__(self, flask_request: Any) -> str:
+            return f"{self.greeting} {flask_request.args['name']}"
+
+    serve.create_backend(Greeter, "greeter:v0", "hi", backend_config={"num_replicas": 1})  # type: ignore[arg-type]
+    serve.create_endpoint("greeter", "/greeter")
+    serve.split("greeter", {"greeter:v0": 1})
+    assert requests.get(f"{flask}/greeter?name=ada", timeout=10).text == "hi ada"
+
+
+def test_a_decorated_function_has_endpoint_and_backend(flask: Url) -> None:
+    @serve.route("/square")
+    def square(flask_request: Any) -> int:
+        return int(flask_request.args["n"]) ** 2
+
+    assert requests.get(f"{flask}/square?n=7", timeout=10).json() == 49
+    assert serve.list_endpoints()["square"]["traffic"] == {"square:v0": 1.0}
+
+
+def test_wrong_traffic_is_refused_and_the_old_stays(flask: Url) -> None:
+    serve.create_backend("a", text("a"))
+    serve.create_endpoint("e", "/e", backend="a")
+    for traffic, error, match in [
+        ({"a": -0.5, "b": 1.5}, ValueError, "weight of -0.5 to backend 'a'. Weights cannot be negative."),
+        ({"a": 0.5}, ValueError, "must sum to 1, currently they sum to 0.5"),
+        ({"b": 1.0}, ValueError, "Attempted to assign traffic to a backend 'b' that is not registered."),
+        ([("a", 1.0)], TypeError, "dictionary"),
+    ]:
+        with pytest.raises(error, match=match):
+            serve.set_traffic("e", traffic)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="endpoint 'nobody' that is not registered"):
+        serve.set_traffic("nobody", {"a": 1.0})
+    assert requests.get(f"{flask}/e", timeout=10).text == "a"
+
+
+def test_a_client_with_a_shard_key_stays_at_one_backend(flask: Url) -> None:
+    for tag in ("left", "right"):
+        serve.create_backend(tag, text(tag))
+    serve.create_endpoint("sides", "/sides")
+    serve.set_traffic("sides", {"left": 0.5, "right": 0.5})
+
+    def ask(key: str) -> str:
+        return requests.get(f"{flask}/sides", headers={"X-SERVE-SHARD-KEY": key}, timeout=10).text
+
+    sides = {key: {ask(key) for _ in range(4)} for key in map(str, range(12))}
+    assert all(len(seen) == 1 for seen in sides.values())
+    assert set.union(*sides.values()) == {"left", "right"}
+
+
+def test_shadow_traffic_reaches_the_backend_and_nobody_else(flask: Url, tmp_path: Path) -> None:
+    log = tmp_path / "shadowed"
+
+    def shadow(flask_request: Any) -> str:
+        with log.open("a") as out:
+            out.write(flask_request.args["n"])
+        return "shadow"
+
+    serve.create_backend("main", text("main"))
+    serve.create_backend("shadow", shadow)
+    serve.create_endpoint("e", "/e", backend="main")
+    serve.shadow_traffic("e", "shadow", 1.0)
+    assert serve.list_endpoints()["e"]["shadows"] == {"shadow": 1.0}
+    assert {requests.get(f"{flask}/e?n={n}", timeout=10).text for n in range(5)} == {"main"}
+    wait_for(lambda: log.exists() and sorted(log.read_text()) == list("01234"))
+    with pytest.raises(ValueError, match="Backend 'shadow' is used by endpoint 'e'"):
+        serve.delete_backend("shadow")
+    with pytest.raises(TypeError):
+        serve.shadow_traffic("e", "shadow", 1.5)
+    serve.shadow_traffic("e", "shadow", 0)
+    serve.delete_backend("shadow")
+
+
+def test_a_configuration_changes_without_new_processes(flask: Url) -> None:
+    class Configured:
+        def __init__(self) -> None:
+            self.config = None
+
+        def reconfigure(self, config: Any) -> None:
+            self.config = config
+
+        def __call__(self, flask_request: Any) -> Any:
+            return [os.getpid(), self.config]
+
+    serve.create_backend("c", Configured, config={"user_config": {"v": 1}, "max_concurrent_queries": 7})
+    serve.create_endpoint("c", "/c", backend="c")
+    pid, config = requests.get(f"{flask}/c", timeout=10).json()
+    assert config == {"v": 1}
+    serve.update_backend_config("c", {"user_config": {"v": 2}})
+    assert requests.get(f"{flask}/c", timeout=10).json() == [pid, {"v": 2}]
+    found = serve.get_backend_config("c")
+    assert (found.user_config, found.max_concurrent_queries, found.num_replicas) == ({"v": 2}, 7, 1)
+    serve.update_backend_config("c", {"num_replicas": 2})
+    wait_for(lambda: len({requests.get(f"{flask}/c", timeout=10).json()[0] for _ in range(20)}) == 2)
+    assert serve.list_backends()["c"] == {"accepts_batches": False, "num_replicas": 2, "max_batch_size": None}
+    with pytest.raises(TypeError, match="config must be a dictionary"):
+        serve.update_backend_config("c", 5)  # type: ignore[arg-type]
+
+
+def test_a_forced_delete_does_not_wait_for_requests(flask: Url) -> None:
+    def slow(flask_request: Any) -> None:
+        time.sleep(60)
+
+    serve.create_backend("slow", slow)
+    serve.create_endpoint("slow", "/slow", backend="slow")
+    with pytest.raises(requests.Timeout):
+        requests.get(f"{flask}/slow", timeout=0.5)
+    serve.delete_endpoint("slow")
+    began = time.monotonic()
+    serve.delete_backend("slow", force=True)
+    assert time.monotonic() - began < 10
+    assert serve.list_backends() == {}
+
+
+def test_a_backend_knows_its_tags(flask: Url) -> None:
+    def tags() -> list[str]:
+        return [serve.get_current_backend_tag(), serve.get_current_replica_tag()]
+
+    serve.create_backend("tagged", tags)
+    serve.create_endpoint("tagged", "/tagged", backend="tagged")
+    backend, replica = requests.get(f"{flask}/tagged", timeout=10).json()
+    assert backend == "tagged"
+    assert len(replica) == 8
+    for ask in (serve.get_current_backend_tag, serve.get_current_replica_tag):
+        with pytest.raises(RayServeException, match="within a Ray Serve backend"):
+            ask()
+
+
+def test_what_the_proxies_counted_is_told(flask: Url) -> None:
+    serve.create_backend("counted", text("x"))
+    serve.create_endpoint("counted", "/counted", backend="counted")
+    for _ in range(3):
+        requests.get(f"{flask}/counted", timeout=10)
+    (found,) = [row["value"] for row in serve.stat() if row["info"]["name"] == "requests"]
+    assert found == 3
+
+
+def test_handles_call_backends_by_keyword_after_init(flask: Url) -> None:
+    class Adder:
+        def __call__(self, flask_request: Any, x: int = 0) -> Any:
+            return [serve.context.web, x]
+
+        def other(self, flask_request: Any) -> Any:
+            return [flask_request.method, flask_request.headers["a"], flask_request.args["x"], flask_request.data]
+
+    serve.create_backend("adder", Adder)
+    serve.create_endpoint("adder", "/adder", backend="adder")
+    handle = serve.get_handle("adder")
+    ref = handle.remote(x=5)
+    assert isinstance(ref, ray.ObjectRef)
+    assert ray.get(ref) == [False, 5]
+    assert requests.get(f"{flask}/adder", timeout=10).json() == [True, 0]
+    put = handle.options(method_name="other", http_method="PUT", http_headers={"A": "b"})
+    assert ray.get(put.remote([1], x=6)) == ["PUT", "b", 6, [1]]
+    assert ray.get(handle.remote(x=ray.put(7))) == [False, 7]
+    with pytest.raises(TypeError, match="at most one positional argument"):
+        handle.remote(1, 2)
+
+
+def test_handles_reach_endpoints_without_a_route_and_split_their_calls(client: Any) -> None:
+    for tag in ("left", "right"):
+        client.create_backend(tag, text(tag))
+    client.create_endpoint("both", backend="left")
+    client.set_traffic("both", {"left": 0.5, "right": 0.5})
+    handle = client.get_handle("both")
+    answers = ray.get([handle.remote() for _ in range(10)])
+    assert (answers.count("left"), answers.count("right")) == (5, 5)
+    kept = handle.options(shard_key="user")
+    assert len(set(ray.get([kept.remote() for _ in range(6)]))) == 1
+    copy = pickle.loads(pickle.dumps(handle))
+    assert ray.get(copy.remote()) in ("left", "right")
+    with pytest.raises(KeyError, match="Endpoint 'nothing' does not exist"):
+        client.get_handle("nothing")
+
+
+def test_the_client_api_makes_starlette_backends_also_after_init(flask: Url) -> None:
+    async def kind(request: Any) -> Any:
+        return [type(request).__module__, request.query_params.get("a"), (await request.body()).decode()]
+
+    client = serve.connect()
+    serve.init()
+    client.create_backend("kind", kind)
+    client.create_endpoint("kind", backend="kind", route="/kind", methods=["POST"])
+    answer = requests.post(f"{flask}/kind?a=1", data="body", timeout=10)
+    assert answer.json() == ["rayserve_fast.replica.request", "1", "body"]
+
+
+def test_the_client_api_says_what_is_wrong(client: Any) -> None:
+    with pytest.raises(TypeError, match="backend must be specified when creating an endpoint"):
+        client.create_endpoint("e", route="/e")
+    with pytest.raises(TypeError, match="config must be a BackendConfig or a dictionary"):
+        client.create_backend("b", text("b"), config=5)
+    with pytest.raises(RayServeException, match="cannot be serialized"):
+        pickle.dumps(client)
+    client.create_backend("b", text("b"), config=serve.BackendConfig(max_concurrent_queries=3))
+    assert client.list_backends()["b"].max_concurrent_queries == 3
+    client.create_endpoint("e", backend="b", route="/e")
+    assert client.list_endpoints() == {"e": {"route": "/e", "methods": ["GET"], "traffic": {"b": 1.0}, "shadows": {}}}
+    client.delete_endpoint("e")
+    client.delete_backend("b")
+    assert (client.list_endpoints(), client.list_backends()) == ({}, {})
+
+
+def test_a_backend_can_connect_and_call_another(client: Any, serve_instance: Url) -> None:
+    def doubled(request: Any) -> int:
+        return 2 * int(request.data)
+
+    async def caller(request: Any) -> Any:
+        handle = serve.connect().get_handle("doubled", sync=False)
+        return await (await handle.remote(request.query_params["n"]))
+
+    client.create_backend("doubled", doubled)
+    client.create_endpoint("doubled", backend="doubled")
+    client.create_backend("caller", caller)
+    client.create_endpoint("caller", backend="caller", route="/caller")
+    assert requests.get(f"{serve_instance}/caller?n=21", timeout=20).json() == 42
+
+
+def test_older_spellings_are_silent_unless_asked(flask: Url) -> None:
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        serve.list_backends()
+    assert [(w.category, w.filename) for w in seen] == [(PendingDeprecationWarning, __file__)]
+
+
+BEFORE = """
+import ray
+from rayserve_fast import serve
+from rayserve_fast.exceptions import RayServeException
+
+ray.init(address="local", num_cpus=4, include_dashboard=False)
+for call in (
+    lambda: serve.create_endpoint("e"),
+    lambda: serve.create_backend("b", lambda: None),
+    serve.list_endpoints,
+    serve.list_backends,
+    lambda: serve.get_handle("e"),
+    lambda: serve.link("e", "b"),
+    lambda: serve.get_backend_config("b"),
+    serve.connect,
+):
+    try:
+        call()
+    except RayServeException as error:
+        assert "serve." in str(error), error
+    else:
+        raise AssertionError("Serve is not running")
+"""
+
+INIT = """
+import ray
+import requests
+from rayserve_fast import serve
+
+options = {"address": "local", "num_cpus": 3, "include_dashboard": False}
+serve.init(blocking=True, http_port={port}, ray_init_kwargs=options)
+assert ray.cluster_resources()["CPU"] == 3
+assert requests.get("http://127.0.0.1:{port}/-/routes").text == "{}"
+serve.init()
+try:
+    serve.init(http_hots="x")
+except TypeError as error:
+    assert "http_hots" in str(error)
+else:
+    raise AssertionError("no version had that argument")
+serve.create_backend("b", lambda request: request.args["a"])
+serve.create_endpoint("e", "/e", backend="b")
+assert requests.get("http://127.0.0.1:{port}/e?a=1").text == "1"
+print("the end")
+"""
+
+CLIENTS = """
+# Only an explicit detached=False ties the instance to the client.
+serve.start(http_options={"port": {port}})
+assert serve.connect() is not None
+serve.shutdown()
+import requests
+client = serve.start(detached=False, http_options={"port": {port}})
+serve.start(detached=False)  # did not start it
+assert requests.get("http://127.0.0.1:{port}/-/routes").status_code == 200
+del client
+try:
+    serve.connect()
+except RayServeException as error:
+    assert "no instance running" in str(error)
+else:
+    raise AssertionError("it outlived its client")
+tied = serve.start(detached=False, http_options={"port": {port}})
+print("the end")
+"""
+
+
+@pytest.mark.parametrize("source", [INIT, BEFORE + CLIENTS], ids=["init", "clients"])
+def test_serve_begins_and_ends_as_the_older_apis_say(source: str, run_script, free_port: int) -> None:
+    ran = run_script(source.replace("{port}", str(free_port)), timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.endswith("the end\n")

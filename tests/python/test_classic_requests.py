@@ -1,0 +1,276 @@
+"""What backends are given, and what they make of it: without Ray, over a proxy and a replica in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import requests
+from http_pair import ours
+
+from rayserve_fast import serve
+from rayserve_fast.classic.backend import AsyncBackend, Backend, Method, SyncBackend
+from rayserve_fast.classic.requests import FlaskRequest, HandleRequest
+from rayserve_fast.classic.session import FLASK, STARLETTE
+from rayserve_fast.exceptions import RayServeException
+
+
+@contextlib.contextmanager
+def backend(user: Callable[..., Any], requests: str, *args: Any, kind: type[Backend] = SyncBackend) -> Iterator[str]:
+    with ours(kind, "/", "", user, args, requests) as (host, port):
+        yield f"http://{host}:{port}"
+
+
+def flask_parts(flask_request: Any) -> dict[str, Any]:
+    r = flask_request
+    return {
+        "method": r.method,
+        "path": r.path,
+        "full_path": r.full_path,
+        "args": r.args,
+        "lists": r.args.to_dict(flat=False),
+        "number": r.args.get("n", 0, type=int),
+        "form": r.form,
+        "values": r.values,
+        "files": {name: [file.filename, file.file.read().decode()] for name, file in r.files.items()},
+        "data": r.data.decode(),
+        "raw": r.get_data(as_text=True),
+        "json": r.json,
+        "forced": r.get_json(force=True, silent=True),
+        "header": r.headers.get("X-One"),
+        "cookies": r.cookies,
+        "mimetype": r.mimetype,
+        "url": r.url,
+        "remote": r.remote_addr,
+        "web": serve.context.web,
+        "batch_size": serve.context.batch_size,
+    }
+
+
+async def flask_parts_async(flask_request: Any) -> dict[str, Any]:
+    await asyncio.sleep(0)
+    return flask_parts(flask_request)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"), [(flask_parts, SyncBackend), (flask_parts_async, AsyncBackend)], ids=["sync", "async"]
+)
+def test_a_flask_shaped_request_has_plain_values(function: Any, kind: type[Backend]) -> None:
+    with backend(function, FLASK, kind=kind) as url:
+        got = requests.get(f"{url}/a%20b?n=1&n=2&empty=", headers={"x-one": "1"}, cookies={"c": "2"}).json()
+        assert got["method"] == "GET"
+        assert (got["path"], got["full_path"]) == ("/a b", "/a b?n=1&n=2&empty=")
+        assert (got["args"], got["lists"]) == ({"n": "1", "empty": ""}, {"n": ["1", "2"], "empty": [""]})
+        assert (got["number"], got["header"], got["cookies"]) == (1, "1", {"c": "2"})
+        assert (got["json"], got["data"], got["form"]) == (None, "", {})
+        assert (got["remote"], got["url"]) == ("127.0.0.1", f"{url}/a%20b?n=1&n=2&empty=")
+        assert (got["web"], got["batch_size"]) == (True, None)
+
+        got = requests.post(url, json={"x": [1]}).json()
+        assert (got["json"], got["forced"], got["data"]) == ({"x": [1]}, {"x": [1]}, '{"x": [1]}')
+
+        got = requests.post(url, data='{"x": 1}').json()
+        assert (got["json"], got["forced"], got["mimetype"]) == (None, {"x": 1}, "")
+
+        got = requests.post(f"{url}?a=q", data={"a": "f", "b": "2 é"}).json()
+        assert (got["form"], got["values"]) == ({"a": "f", "b": "2 é"}, {"a": "q", "b": "2 é"})
+        assert (got["data"], got["raw"]) == ("", "a=f&b=2+%C3%A9")
+
+        got = requests.post(url, data={"t": "v"}, files={"f": ("n.txt", b"hello")}).json()
+        assert (got["form"], got["files"]) == ({"t": "v"}, {"f": ["n.txt", "hello"]})
+
+        large = "x" * 1_000_000
+        assert requests.post(url, data=large).json()["data"] == large
+
+
+def test_a_json_body_that_cannot_be_read_is_an_error_unless_silent() -> None:
+    request = FlaskRequest.of_call(HandleRequest("{", {}))
+    assert request.get_json(force=True, silent=True) is None
+    with pytest.raises(ValueError, match="property name"):
+        request.get_json(force=True)
+
+
+def test_the_client_apis_backends_get_starlettes_request() -> None:
+    async def echo(request: Any) -> Any:
+        return [await request.json(), request.query_params["a"]]
+
+    with backend(echo, STARLETTE, kind=AsyncBackend) as url:
+        assert requests.post(f"{url}?a=1", json=[2]).json() == [[2], "1"]
+
+
+def test_handlers_without_a_parameter_are_called_without_the_request() -> None:
+    def plain() -> str:
+        return "plain"
+
+    for flavour in (FLASK, STARLETTE):
+        with backend(plain, flavour) as url:
+            assert requests.get(url).text == "plain"
+
+
+class Several:
+    def __init__(self, greeting: str) -> None:
+        self.greeting = greeting
+
+    def __call__(self, request: Any) -> str:
+        return f"{self.greeting} call"
+
+    def other(self, request: Any) -> str:
+        return f"{self.greeting} other"
+
+    async def later(self, request: Any) -> str:
+        await asyncio.sleep(0)
+        return f"{self.greeting} later {serve.context.web}"
+
+    def _hidden(self, request: Any) -> str:
+        return "hidden"
+
+
+class SeveralAsync(Several):
+    async def __call__(self, request: Any) -> str:  # type: ignore[override]
+        return f"{self.greeting} call"
+
+
+@pytest.mark.parametrize(
+    ("user", "kind"), [(Several, SyncBackend), (SeveralAsync, AsyncBackend)], ids=["sync", "async"]
+)
+@pytest.mark.parametrize("flavour", [FLASK, STARLETTE])
+def test_a_header_picks_the_method_whether_it_is_sync_or_async(user: Any, kind: type[Backend], flavour: str) -> None:
+    with backend(user, flavour, "hi", kind=kind) as url:
+
+        def call(method: str) -> requests.Response:
+            return requests.get(url, headers={"X-SERVE-CALL-METHOD": method})
+
+        assert requests.get(url).text == "hi call"
+        assert call("other").text == "hi other"
+        assert call("later").text == "hi later True"
+        for unknown in ("_hidden", "__init__", "nothing", "greeting"):
+            assert call(unknown).status_code == 500
+
+
+def test_an_error_is_a_500() -> None:
+    def fails(request: Any) -> None:
+        raise KeyError("x")
+
+    with backend(fails, FLASK) as url:
+        answer = requests.get(url)
+        assert (answer.status_code, answer.text) == (500, "Internal Server Error")
+
+
+def run_on_loop(user: Callable[..., Any], flavour: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """What an async backend makes of a call, inside a loop."""
+
+    async def call() -> Any:
+        made = AsyncBackend(user, (), flavour)
+        return await made._run_async(name, *args, **kwargs)
+
+    return asyncio.run(call())
+
+
+def test_flask_backends_get_the_keyword_arguments_of_a_call() -> None:
+    async def both(flask_request: Any, x: int = 0) -> Any:
+        return [flask_request.data, flask_request.args.to_dict(), x, serve.context.web]
+
+    async def kwargs_only(x: int) -> Any:
+        return x
+
+    async def keyword(*, x: int) -> Any:
+        return x
+
+    async def request_only(flask_request: Any) -> Any:
+        return [flask_request.args["x"], flask_request.json, flask_request.method, flask_request.headers.get("A")]
+
+    call = HandleRequest("data", {"x": 5})
+    assert run_on_loop(both, FLASK, "__call__", call) == ["data", {"x": 5}, 5, False]
+    assert run_on_loop(kwargs_only, FLASK, "__call__", call) == 5
+    call = HandleRequest({"k": 1}, {"x": 5}, "PUT", {"a": "b"})
+    assert run_on_loop(request_only, FLASK, "__call__", call) == [5, {"k": 1}, "PUT", "b"]
+    with pytest.raises(TypeError, match="unexpected keyword"):
+        run_on_loop(keyword, FLASK, "__call__", HandleRequest(None, {"y": 1}))
+
+
+def test_starlette_backends_get_a_request_of_a_call() -> None:
+    async def echo(request: Any) -> Any:
+        return [request.data, await request.json(), await request.body(), request.query_params, request.method]
+
+    call = HandleRequest({"k": 1}, {"x": 5}, "POST")
+    assert run_on_loop(echo, STARLETTE, "__call__", call) == [{"k": 1}, {"k": 1}, {"k": 1}, {"x": 5}, "POST"]
+
+
+def test_todays_handles_pass_their_arguments_through() -> None:
+    async def add(a: int, b: int = 0) -> int:
+        return a + b
+
+    assert run_on_loop(add, FLASK, "__call__", 1, b=2) == 3
+
+
+@serve.accept_batch
+def sizes(flask_requests: list[Any]) -> list[Any]:
+    return [[request.data, serve.context.batch_size] for request in flask_requests]
+
+
+@serve.accept_batch
+def sums(flask_requests: list[Any], x: list[int]) -> list[int]:
+    return [len(flask_requests) * value for value in x]
+
+
+def test_a_batch_is_one_call_with_lists() -> None:
+    batch = [HandleRequest(n, {}) for n in range(3)]
+    assert run_on_loop(sizes, FLASK, "__call__", batch) == [[0, 3], [1, 3], [2, 3]]
+    assert serve.context.batch_size is None
+    assert run_on_loop(sums, FLASK, "__call__", [HandleRequest(None, {"x": n}) for n in range(3)]) == [0, 3, 6]
+
+
+def test_requests_of_a_batch_go_to_their_methods_and_come_back_in_order() -> None:
+    class Batched:
+        @serve.accept_batch
+        async def __call__(self, requests: list[Any]) -> list[Any]:
+            return [[request.data, serve.context.batch_size] for request in requests]
+
+        async def single(self, request: Any) -> Any:
+            return [request.data, serve.context.batch_size]
+
+    batch = [HandleRequest(n, {}) for n in range(2)]
+    assert run_on_loop(Batched, STARLETTE, "__call__", batch) == [[0, 2], [1, 2]]
+    assert run_on_loop(Batched, STARLETTE, "single", batch) == [[0, None], [1, None]]
+
+
+@pytest.mark.parametrize(
+    ("result", "text"),
+    [
+        ([1], "input has length 2 but the returned list has length 1"),
+        ({1, 2}, "must return a list"),
+        ({"a": 1, "b": 2}, "must return a list"),
+        ("ab", "must return a list"),
+        (5, "must return a list"),
+    ],
+)
+def test_a_batch_must_come_back_as_a_list_of_its_length(result: Any, text: str) -> None:
+    @serve.accept_batch
+    def wrong(requests: list[Any]) -> Any:
+        return result
+
+    with pytest.raises(RayServeException, match=text):
+        Method(wrong).call_batch([((1,), {}), ((2,), {})])
+
+
+def test_a_users_object_is_let_go_of_once() -> None:
+    deleted = []
+
+    class Leaving:
+        def __call__(self) -> str:
+            return "here"
+
+        def __del__(self) -> None:
+            deleted.append(time.monotonic())
+
+    async def life() -> None:
+        made = SyncBackend(Leaving, (), FLASK)
+        assert made._run_sync("__call__", HandleRequest()) == "here"
+        made.__del__()
+
+    asyncio.run(life())
+    assert len(deleted) == 1
