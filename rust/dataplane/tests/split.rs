@@ -56,6 +56,20 @@ fn shares_are_exact_within_one_request_and_stay_so_when_weights_change() {
 }
 
 #[test]
+fn they_are_exact_over_all_shards_of_a_proxy_together() {
+    let weights = [("a", 0.9), ("b", 0.07), ("c", 0.03)];
+    let it = Split::with(json!({"shards": 3}), &["a", "b", "c"], &split(&weights));
+    let mut sums = HashMap::new();
+    // Each connection is one shard's, whichever.
+    for _ in 0..25 {
+        for (name, count) in counts(&mut it.served.client(), 5) {
+            *sums.entry(name).or_default() += count;
+        }
+        assert_shares(&sums, &weights);
+    }
+}
+
+#[test]
 fn a_snapshot_with_the_same_weights_does_not_begin_anew() {
     let weights = [("a", 0.7), ("b", 0.2), ("c", 0.1)];
     let it = Split::start(&["a", "b", "c"], &split(&weights));

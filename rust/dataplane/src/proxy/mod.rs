@@ -47,7 +47,7 @@ pub use self::{
 };
 use self::{choose::Choices, shard::Shard};
 use crate::{
-    engine::{Assigned, Candidate},
+    engine::{Assigned, Candidate, Schedules},
     metrics::Metrics,
     snapshot::{self, Snapshot, SnapshotError},
     traffic::SplitTotals,
@@ -74,6 +74,8 @@ struct Shared {
     choices: Choices,
     /// Replicas with which the handshake has failed.
     distrusted: Mutex<HashSet<String>>,
+    /// Of splits, in which the shards take turns.
+    schedules: Schedules,
     /// One a shard.
     metrics: Mutex<Vec<Arc<Metrics>>>,
 }
@@ -162,6 +164,7 @@ impl Proxy {
             link_changed: Condvar::new(),
             choices: Choices::new(),
             distrusted: Mutex::default(),
+            schedules: Schedules::default(),
             metrics: Mutex::default(),
         };
         let kept = shared.config.snapshot_path.as_ref().and_then(|path| std::fs::read(path).ok());

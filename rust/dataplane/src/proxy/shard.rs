@@ -75,11 +75,12 @@ impl Shard {
     pub(super) fn new(shared: Arc<Shared>, metrics: Arc<Metrics>) -> Rc<Self> {
         let mut seed = [0; 8];
         getrandom::fill(&mut seed).expect("the operating system has random bytes");
+        let engine = RefCell::new(Engine::sharing(shared.schedules.clone()));
         Rc::new(Self {
             shared,
             metrics,
             index: Cell::new(0),
-            engine: RefCell::default(),
+            engine,
             routes: RefCell::default(),
             readiness: Notify::new(),
             lanes: RefCell::default(),

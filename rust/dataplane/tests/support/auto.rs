@@ -75,7 +75,11 @@ pub struct Split {
 
 impl Split {
     pub fn start(names: &[&'static str], split: &Value) -> Self {
-        let served = Served::empty(json!({}));
+        Self::with(json!({}), names, split)
+    }
+
+    pub fn with(changes: Value, names: &[&'static str], split: &Value) -> Self {
+        let served = Served::empty(changes);
         let autos = names.iter().map(|&name| (name, Auto::start(served.dir.path(), name, 100))).collect();
         let it = Self { served, autos };
         it.publish(split);
