@@ -250,7 +250,7 @@ mod tests {
     proptest! {
         #[test]
         fn counts_are_within_one_of_their_shares(weights in weights()) {
-            prop_assert!(error(&mut fresh(&weights), &weights, 3000) < 1.0);
+            prop_assert!(error(&mut fresh(&weights), &weights, 1000) < 1.0);
         }
 
         #[test]

@@ -49,7 +49,8 @@ pub(super) struct Call<'c> {
     pub(super) parts: &'c Parts,
     pub(super) marks: &'c Marks,
     pub(super) deadline: Option<Instant>,
-    /// Counts it, if its route has several targets.
+    /// Counts it, if its route has several targets; one whose route has got them while it waited is a request there, but its
+    /// outcome is not known.
     pub(super) watch: Option<Watch>,
 }
 
@@ -57,15 +58,19 @@ pub(super) struct Call<'c> {
 ///
 /// # Errors
 /// See [`Error`]; nothing has been sent to the client then.
-pub(super) async fn relay(call: &mut Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
+pub(super) async fn relay(call: &mut Call<'_>, body: Inbound) -> Result<(StreamRef, Head), Error> {
+    let first = call.shard.admit(call.route.deployment, call.marks.affinity, || call.describe()).await;
+    let lease = call.leased(first).await?;
+    carry(call, lease, body).await
+}
+
+/// The same for a request that has its first lease.
+pub(super) async fn carry(
+    call: &mut Call<'_>,
+    mut lease: Lease,
+    mut body: Inbound,
+) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
-    let mut lease = if call.route.fork.is_some() {
-        // In boxes of their own: what waits for targets must not make every request's future larger.
-        Box::pin(call.forked(&body)).await?
-    } else {
-        let first = call.shard.admit(call.route.deployment, call.marks.affinity, || call.describe()).await;
-        call.leased(first).await?
-    };
     loop {
         let place = lease.place;
         let Some(stream) = call.send(lease, &body) else {

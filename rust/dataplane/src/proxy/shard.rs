@@ -197,6 +197,7 @@ impl Shard {
     }
 
     /// A lease for a new request, or its place in the queue.
+    #[inline]
     pub(super) fn ask(self: &Rc<Self>, deployment: DeploymentKey, affinity: Affinity) -> Result<Asked, Error> {
         let mut waiting = None;
         let admission =

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{
     body::Inbound,
-    relay::Call,
+    relay::{Call, carry},
     shadow::{Shadow, copy},
     shard::{Asked, Route, Shard, Waiting},
     stream::{Head, StreamRef},
@@ -107,18 +107,29 @@ impl Drop for Watch {
     }
 }
 
-impl Call<'_> {
-    /// A lease at one of the targets of the route's split, as soon as there is one; copies are on their way then too.
-    pub(super) async fn forked(&mut self, body: &Inbound) -> Result<Lease, Error> {
-        let route = Rc::clone(&self.route);
-        let lease = self.choose(Some(Rc::clone(&route))).await?;
-        for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
-            copy(self, shadow, body);
+/// What `relay` is for other routes: sends the request to one of the targets, counts it there, and copies it for shadows.
+///
+/// # Errors
+/// See [`Error`]; nothing has been sent to the client then.
+pub(super) async fn relay_to_targets(mut call: Call<'_>, body: Inbound) -> Result<(StreamRef, Head), Error> {
+    let route = Rc::clone(&call.route);
+    let mut result = match call.choose(Some(Rc::clone(&route))).await {
+        Ok(lease) => {
+            for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
+                copy(&call, shadow, &body);
+            }
+            carry(&mut call, lease, body).await
         }
-        Ok(lease)
+        Err(error) => Err(error),
+    };
+    if let Some(watch) = call.watch.take() {
+        watch.end(&mut result);
     }
+    result
+}
 
-    /// As long as no target is ready this only waits; the request's deadline or its client ends that. `found` is the route
+impl Call<'_> {
+    /// A lease at one of the targets. As long as none is ready this only waits; the request's deadline or its client ends that. `found` is the route
     /// if it has been looked up; one of an earlier snapshot is looked up again.
     pub(super) async fn choose(&mut self, mut found: Option<Rc<Route>>) -> Result<Lease, Error> {
         let shard = self.shard;
