@@ -55,7 +55,8 @@ pub(super) struct Call<'c> {
     pub(super) parts: &'c Parts,
     pub(super) marks: &'c Marks,
     pub(super) deadline: Option<Instant>,
-    /// Counts it, if its route has several targets.
+    /// Counts it, if its route has several targets; one whose route has got them while it waited is a request there, but its
+    /// outcome is not known.
     pub(super) watch: Option<Watch>,
 }
 
@@ -63,15 +64,15 @@ pub(super) struct Call<'c> {
 ///
 /// # Errors
 /// See [`Error`]; nothing has been sent to the client then.
-pub(super) async fn relay(call: &mut Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
+pub(super) async fn relay(call: &mut Call<'_>, body: Inbound) -> Result<(StreamRef, Head), Error> {
+    let first = call.admit(&body).await;
+    let came = call.settled(first, &body).await?;
+    carry(call, came, body).await
+}
+
+/// The same for a request that has waited for its first replica.
+pub(super) async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
-    let mut came = if call.route.fork.is_some() {
-        // In boxes of their own: what waits for targets must not make every request's future larger.
-        Box::pin(call.forked(&body)).await?
-    } else {
-        let first = call.admit(&body).await;
-        call.settled(first, &body).await?
-    };
     loop {
         let (stream, place) = match came {
             Came::Lease(lease) => {

@@ -131,11 +131,12 @@ impl Shard {
     pub(super) fn new(shared: Arc<Shared>, metrics: Arc<Metrics>) -> Rc<Self> {
         let mut seed = [0; 8];
         getrandom::fill(&mut seed).expect("the operating system has random bytes");
+        let engine = RefCell::new(Engine::sharing(shared.schedules.clone()));
         Rc::new(Self {
             shared,
             metrics,
             index: Cell::new(0),
-            engine: RefCell::default(),
+            engine,
             routes: RefCell::default(),
             readiness: Notify::new(),
             lanes: RefCell::default(),
@@ -272,6 +273,7 @@ impl Shard {
     }
 
     /// A lease for a new request, or its place in the queue.
+    #[inline]
     pub(super) fn ask(self: &Rc<Self>, deployment: DeploymentKey, affinity: Affinity) -> Result<Asked, Error> {
         let mut waiting = None;
         let admission =

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{
     body::Inbound,
-    relay::Call,
+    relay::{Call, carry},
     shadow::{Shadow, copy},
     shard::{Asked, Came, Found, Route, Shard, Waiting},
     stream::{Head, StreamRef},
@@ -108,20 +108,31 @@ impl Drop for Watch {
     }
 }
 
-impl Call<'_> {
-    /// What comes of the request at one of the targets of the route's split; copies are on their way then too.
-    pub(super) async fn forked(&mut self, body: &Inbound) -> Result<Came, Error> {
-        let route = Rc::clone(&self.route);
-        let found = (Rc::clone(&route), std::mem::take(&mut self.params));
-        let came = self.choose(Some(found), body).await?;
-        for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
-            copy(self, shadow, body);
+/// What `relay` is for other routes: sends the request to one of the targets, counts it there, and copies it for shadows.
+///
+/// # Errors
+/// See [`Error`]; nothing has been sent to the client then.
+pub(super) async fn relay_to_targets(mut call: Call<'_>, body: Inbound) -> Result<(StreamRef, Head), Error> {
+    let route = Rc::clone(&call.route);
+    let found = (Rc::clone(&route), std::mem::take(&mut call.params));
+    let mut result = match call.choose(Some(found), &body).await {
+        Ok(came) => {
+            for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
+                copy(&call, shadow, &body);
+            }
+            carry(&mut call, came, body).await
         }
-        Ok(came)
+        Err(error) => Err(error),
+    };
+    if let Some(watch) = call.watch.take() {
+        watch.end(&mut result);
     }
+    result
+}
 
-    /// As long as no target is ready this only waits; the request's deadline or its client ends that. `found` is the route
-    /// if it has been looked up; one of an earlier snapshot is looked up again.
+impl Call<'_> {
+    /// What comes of waiting for one of the targets. As long as none is ready this only waits; the request's deadline or its
+    /// client ends that. `found` is the route if it has been looked up; one of an earlier snapshot is looked up again.
     pub(super) async fn choose(&mut self, mut found: Option<Found>, body: &Inbound) -> Result<Came, Error> {
         let shard = self.shard;
         loop {
