@@ -69,8 +69,12 @@ fn a_batch_waits_its_window_for_others_and_no_longer() {
     let batch = replicas[0].batch();
     assert!(began.elapsed().as_secs_f64() >= 0.2);
     assert_eq!(paths(&batch), ["/0", "/1"]);
-    batch.iter().for_each(|got| replicas[0].answer(got, ""));
-    clients.iter_mut().for_each(|client| assert_eq!(client.response().status, 200));
+    for got in &batch {
+        replicas[0].answer(got, "");
+    }
+    for client in &mut clients {
+        assert_eq!(client.response().status, 200);
+    }
     let began = std::time::Instant::now();
     let _clients = waiting(&served, 3);
     assert_eq!(replicas[0].batch().len(), 3);
@@ -126,8 +130,12 @@ fn a_refused_batch_goes_again_with_one_credit() {
     assert!(replica.expect(Kind::Batch).header.has(flag::GRANTED));
     assert!(batch.iter().all(|got| got.header.has(flag::BATCHED) && !got.header.has(flag::GRANTED)));
     assert_eq!(paths(&batch), ["/0", "/1"]);
-    batch.iter().for_each(|got| replica.answer(got, ""));
-    clients.iter_mut().for_each(|client| assert_eq!(client.response().status, 200));
+    for got in &batch {
+        replica.answer(got, "");
+    }
+    for client in &mut clients {
+        assert_eq!(client.response().status, 200);
+    }
     replica.is_quiet();
 }
 
@@ -146,8 +154,12 @@ fn a_returned_batch_goes_elsewhere() {
     }
     let batch = other.batch();
     assert_eq!(paths(&batch), ["/0", "/1"]);
-    batch.iter().for_each(|got| other.answer(got, "moved"));
-    clients.iter_mut().for_each(|client| assert_eq!(client.response().text(), "moved"));
+    for got in &batch {
+        other.answer(got, "moved");
+    }
+    for client in &mut clients {
+        assert_eq!(client.response().text(), "moved");
+    }
 }
 
 #[test]
@@ -182,7 +194,9 @@ fn a_long_body_follows_its_batch() {
     upload.chunk(b"two");
     upload.send("0\r\n\r\n");
     assert_eq!(replica.body(&batch[1]), b"onetwo");
-    batch.iter().for_each(|got| replica.answer(got, "done"));
+    for got in &batch {
+        replica.answer(got, "done");
+    }
     assert_eq!((clients[0].response().text(), upload.response().text()), ("done".into(), "done".into()));
 }
 
@@ -198,8 +212,12 @@ fn those_who_wait_when_their_deployment_begins_to_batch_go_in_one() {
     let mut batches = Vec::new();
     while batches.len() < 2 {
         let batch = replicas[0].batch();
-        batch.iter().for_each(|got| replicas[0].answer(got, "in a batch"));
+        for got in &batch {
+            replicas[0].answer(got, "in a batch");
+        }
         batches.extend(batch);
     }
-    clients.iter_mut().for_each(|client| assert_eq!(client.response().text(), "in a batch"));
+    for client in &mut clients {
+        assert_eq!(client.response().text(), "in a batch");
+    }
 }
