@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayserve_fast import (
+        batching as batching,
         config as config,
         context as context,
         exceptions as exceptions,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         status as status,
     )
     from rayserve_fast.application import RunTarget as RunTarget
+    from rayserve_fast.batching import batch as batch
     from rayserve_fast.config import ControllerOptions as ControllerOptions, HTTPOptions as HTTPOptions
     from rayserve_fast.context import get_replica_context as get_replica_context
     from rayserve_fast.deployment import (
@@ -65,6 +67,7 @@ _HOME = {
     "HTTPOptions": "config",
     "RunTarget": "application",
     "TracingConfig": "schema",
+    "batch": "batching",
     "delete": "api",
     "deployment": "deployment",
     "get_app_handle": "api",
@@ -82,7 +85,7 @@ _HOME = {
 }
 
 # Modules that are there without having been imported, as those of `ray.serve` are: `serve.config.AutoscalingConfig`.
-_MODULES = {"config", "context", "exceptions", "gang", "handle", "schema"}
+_MODULES = {"batching", "config", "context", "exceptions", "gang", "handle", "schema"}
 
 __all__ = list(_HOME)
 

@@ -9,6 +9,8 @@ from rayserve_fast import (
     __version__ as __version__,
     _run as _run,
     _run_many as _run_many,
+    batch as batch,
+    batching as batching,
     config as config,
     context as context,
     delete as delete,
