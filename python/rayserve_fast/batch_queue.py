@@ -54,7 +54,7 @@ class BatchQueue:
             options.max_batch_size,
             options.batch_wait_timeout_s,
             options.max_concurrent_batches,
-            function.func.__name__,
+            function.name,
         )
         self.put = self.batcher.put
         self.load = self.batcher.load
@@ -75,7 +75,7 @@ class BatchQueue:
             logger.warning(
                 "Batches of '%s' cannot become full: the replica runs at most max_ongoing_requests=%d requests at once, "
                 "and max_batch_size=%d times max_concurrent_batches=%d is %d. Set max_ongoing_requests to at least that.",
-                self.function.func.__name__,
+                self.function.name,
                 limit,
                 options.max_batch_size,
                 options.max_concurrent_batches,

@@ -123,6 +123,8 @@ def _decorate(func: Callable[..., Any], options: Options) -> Callable[..., Any]:
         def batched(*args: Any, **kwargs: Any) -> AsyncGenerator[Any, None]:
             return _items(_Claim(put(args, kwargs)))
 
+        batched._gives_async_generator = True  # which it cannot be itself, as it queues before it is read
+
     else:
 
         @functools.wraps(func)
@@ -159,7 +161,8 @@ class BatchedFunction:
         self.func = func
         self.options = options
         self.is_generator = inspect.isasyncgenfunction(func)
-        self.metrics = BatchMetrics(func.__name__)
+        self.name = getattr(func, "__name__", repr(func))  # a partial has none
+        self.metrics = BatchMetrics(self.name)
         self._queues: dict[AbstractEventLoop, BatchQueue] = {}
         parameters = list(inspect.signature(func).parameters.values())
         self._signatures = [inspect.Signature(parameters), inspect.Signature(parameters[1:])]
@@ -196,7 +199,7 @@ class BatchedFunction:
             given = [(call.args, call.kwargs) for call in bound]
             if len({(len(args), frozenset(kwargs)) for args, kwargs in given}) > 1:
                 raise TypeError(
-                    f"All calls of '{self.func.__name__}' must give the same parameters, because they are batched: "
+                    f"All calls of '{self.name}' must give the same parameters, because they are batched: "
                     "give a value also where the default would do, or to none of them."
                 )
         columns = [list(column) for column in zip(*(args for args, _ in given), strict=True)]
@@ -237,7 +240,7 @@ class BatchedFunction:
         for task, _ in self._running():
             task.print_stack(file=text)
         waiting = sum(queue.load()[0] for queue in list(self._queues.values()))
-        text.write(f"{len(self._running())} batches of {self.func.__name__} run, {waiting} items wait.\n")
+        text.write(f"{len(self._running())} batches of {self.name} run, {waiting} items wait.\n")
         return text.getvalue()
 
     def _get_metrics(self) -> dict[str, Any]:
@@ -259,12 +262,12 @@ class BatchedFunction:
         """Whether this is a method of the first argument, by what its class has under the function's name: 1 or 0."""
         kind = first if isinstance(first, type) else type(first)
         for base in kind.__mro__:
-            found = base.__dict__.get(self.func.__name__)
+            found = base.__dict__.get(self.name)
             if isinstance(found, classmethod):
                 found = found.__func__
             while found is not None and found is not self.func:
                 found = getattr(found, "__wrapped__", None)
-            if found is not None and not isinstance(base.__dict__[self.func.__name__], staticmethod):
+            if found is not None and not isinstance(base.__dict__[self.name], staticmethod):
                 if kind is not first:
                     self._owner = kind
                 return 1
