@@ -1,8 +1,8 @@
 """How the batches of one function run on one event loop; which items they hold has been decided.
 
-A batch is one asyncio task, of the user's own coroutine: nothing is wrapped around it, and there is no task for an item.
-It makes its first step at once, and its results go to the callers in the callback that ends it. Calls for different
-models (`serve.multiplexed`) are batches of their own that share the slot and run side by side.
+A batch is one asyncio task, of the user's own coroutine: nothing is wrapped around it, and an item has no task. It makes
+its first step at once, and its results go to the callers in the callback that ends it. Calls for different models
+(`serve.multiplexed`) are batches of their own that share the slot and run side by side.
 
 Batches run in a copy of the context of the call that made the queue, without its request: a batch has many. Their
 contexts are in `context._serve_batch_request_context`.
@@ -73,8 +73,8 @@ class BatchQueue:
         wanted = options.max_batch_size * options.max_concurrent_batches
         if self._replica is not None and (limit := self._replica._deployment_config.max_ongoing_requests) < wanted:
             logger.warning(
-                "Batches of '%s' cannot become full: the replica runs at most max_ongoing_requests=%d requests at once, "
-                "and max_batch_size=%d times max_concurrent_batches=%d is %d. Set max_ongoing_requests to at least that.",
+                "Batches of '%s' cannot become full: the replica runs at most max_ongoing_requests=%d requests, "
+                "but max_batch_size=%d times max_concurrent_batches=%d is %d. Let it be at least as many.",
                 self.function.name,
                 limit,
                 options.max_batch_size,

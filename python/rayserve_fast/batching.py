@@ -5,7 +5,7 @@ its own result. What waits, and when it goes, is `rust/pyext/src/batcher/` over 
 batching; how a batch runs is `batch_queue.py`. There is one queue for each decorated function and event loop, made at
 the first call and shared by all instances of a class.
 
-Unlike Ray Serve's, a batch is not put together while earlier ones occupy all `max_concurrent_batches`: it is when a slot
+Unlike Ray Serve's, a batch is not put together while earlier ones occupy all `max_concurrent_batches`, but when a slot
 is free, of everything that waits by then. Works in a replica, in local testing mode, and in any other asyncio loop.
 """
 
@@ -71,11 +71,11 @@ def batch(
             a batch too large begins the next one.
 
     Raises:
-        TypeError: `_func` is neither an async function nor an async generator function, or an option is of the wrong type.
+        TypeError: `_func` is neither an async function nor an async generator function, or an option has a wrong type.
         ValueError: `max_batch_size` is below 1, or `batch_wait_timeout_s` below 0.
 
-    A call raises what the function has raised, the same exception for all callers of the batch; `RayServeException` if it
-    has returned more or fewer results than there were items; `RuntimeError` if an item alone is too large.
+    A call raises what the function has raised, the same exception for all callers of the batch; `RayServeException` if
+    it has returned more or fewer results than there were items; `RuntimeError` if an item alone is too large.
 
     >>> import asyncio
     >>> @batch(max_batch_size=3, batch_wait_timeout_s=0.1)
@@ -135,7 +135,7 @@ def _decorate(func: Callable[..., Any], options: Options) -> Callable[..., Any]:
 
     for name in _METHODS:
         setattr(batched, name, getattr(function, name))
-    return batched
+    return batched  # type: ignore[no-any-return]
 
 
 #: Of `BatchedFunction`, what the decorated function has as attributes; the names are Ray Serve's.
@@ -167,7 +167,7 @@ class BatchedFunction:
         parameters = list(inspect.signature(func).parameters.values())
         self._signatures = [inspect.Signature(parameters), inspect.Signature(parameters[1:])]
         self._counts = [_positional(parameters), _positional(parameters[1:])]
-        # Types of first arguments that were looked at last: one whose method this is, one that has nothing to do with it.
+        # Types of first arguments that were looked at last: one whose method this is, one that it does not belong to.
         self._owner: type | None = None
         self._stranger: type | None = None
 
@@ -300,7 +300,7 @@ class RuntimeSummaryStatistics:
 
 
 class _Claim:
-    """What a caller's generator holds of its ticket: when it goes, whether it was begun or not, the ticket is given up."""
+    """What a caller's generator holds of its ticket: when it goes, begun or not, the ticket is given up."""
 
     def __init__(self, ticket: Ticket) -> None:
         self.ticket = ticket

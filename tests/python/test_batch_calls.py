@@ -51,7 +51,7 @@ def test_each_parameter_is_a_list_of_its_own(run: Any) -> None:
 
 def test_calls_that_give_other_parameters_cannot_share_a_batch(run: Any) -> None:
     @serve.batch(max_batch_size=2)
-    async def function(items: list[int], flag: list[bool] = None) -> list[int]:  # type: ignore[assignment]
+    async def function(items: list[int], flag: list[bool] | None = None) -> list[int]:
         return items
 
     errors = run(gather(function(1), function(2, True)))
@@ -158,7 +158,7 @@ def test_the_decorated_function_looks_like_the_one_it_is_made_of() -> None:
 @pytest.mark.parametrize("decorate", [serve.batch, serve.batch(max_batch_size=2)])
 @pytest.mark.parametrize("function", [lambda items: items, print, 3])
 def test_only_async_functions_can_be_decorated(decorate: Any, function: Any) -> None:
-    with pytest.raises(TypeError, match="@serve.batch"):
+    with pytest.raises(TypeError, match=r"@serve\.batch"):
         decorate(function)
 
 

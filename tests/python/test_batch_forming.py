@@ -288,7 +288,9 @@ def test_a_measure_need_not_be_a_sum() -> None:
         return max(map(len, texts)) * len(texts)
 
     async def main() -> None:
-        recorder = Recorder(max_batch_size=12, batch_wait_timeout_s=0.01, batch_size_fn=padded, max_concurrent_batches=9)
+        recorder = Recorder(
+            max_batch_size=12, batch_wait_timeout_s=0.01, batch_size_fn=padded, max_concurrent_batches=9
+        )
         recorder.begin("aaa", "bbb", "c", "dddd", "e", "ffffffffffff")
         await recorder.until(3)
         assert recorder.batches == [["aaa", "bbb", "c"], ["dddd", "e"], ["ffffffffffff"]]

@@ -84,7 +84,9 @@ def test_an_error_comes_after_the_items_and_to_all_who_still_take_part() -> None
     asyncio.run(main())
 
 
-@pytest.mark.parametrize(("yielded", "error"), [([1], RayServeException), ([1, 2, 3], RayServeException), (7, TypeError)])
+@pytest.mark.parametrize(
+    ("yielded", "error"), [([1], RayServeException), ([1, 2, 3], RayServeException), (7, TypeError)]
+)
 def test_a_yield_of_the_wrong_length_ends_the_generator(yielded: Any, error: type[Exception]) -> None:
     closed: list[bool] = []
 

@@ -30,6 +30,11 @@ def test_readme_example_answers_as_shown(serve_instance: str) -> None:
     assert requests.get(serve_instance, params={"name": "Corey"}, timeout=10).text == '{"message":"Hello Corey"}'
 
 
+def test_batching_runs_from_top_to_bottom(serve_instance: str) -> None:
+    run_python_blocks("docs/batching.md")
+    assert requests.post(serve_instance, json=21, timeout=10).json() == 42
+
+
 def test_getting_started_runs_from_top_to_bottom(serve_instance: str) -> None:
     run_python_blocks("docs/getting-started.md")
     assert requests.get(serve_instance, params={"name": "Corey"}, timeout=10).text == '{"message":"Hello Corey"}'
