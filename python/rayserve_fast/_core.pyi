@@ -61,6 +61,7 @@ class Batcher:
     def __new__(
         cls,
         event_loop: AbstractEventLoop,
+        check: Callable[[tuple[Any, ...], dict[str, Any]], int],
         run: Callable[[list[Ticket], list[Any] | None, list[Any], bool, float, float], None],
         weigh: Callable[[list[Any]], float] | None,
         max_size: int,
@@ -68,7 +69,9 @@ class Batcher:
         concurrent: int,
         name: str,
     ) -> Batcher: ...
-    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None, context: object, skip: int) -> Ticket: ...
+    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], context: object) -> Ticket:
+        """Queue a call, unless `check` raises; it tells how many arguments are the object of a method, none or one."""
+
     def turn(self) -> None: ...
     def due(self) -> None: ...
     def wake(self) -> None: ...

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import math
 from asyncio import AbstractEventLoop, Task, get_running_loop
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterable
 from dataclasses import dataclass, replace
@@ -166,10 +165,6 @@ class BatchedFunction:
         self._queues: dict[AbstractEventLoop, BatchQueue] = {}
         parameters = list(inspect.signature(func).parameters.values())
         self._signatures = [inspect.Signature(parameters), inspect.Signature(parameters[1:])]
-        self._counts = [_positional(parameters), _positional(parameters[1:])]
-        # Types of first arguments that were looked at last: one whose method this is, one that it does not belong to.
-        self._owner: type | None = None
-        self._stranger: type | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return BatchedFunction, (self.func, self.options)
@@ -177,18 +172,13 @@ class BatchedFunction:
     def put(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ticket:
         """Queue a call; TypeError if the function does not take these arguments."""
         queue = self._queues.get(get_running_loop()) or self._open()
-        skip = 0
-        if args:
-            first = type(args[0])
-            if first is self._owner:
-                skip = 1
-            elif first is not self._stranger:
-                skip = self._look_at(args[0])
-        least, most = self._counts[skip]
-        if kwargs or not least <= len(args) - skip <= most:
-            self._signatures[skip].bind(*args[skip:], **kwargs)
-            return queue.put(args, kwargs, _serve_request_context.get(), skip)
-        return queue.put(args, None, _serve_request_context.get(), skip)
+        return queue.put(args, kwargs, _serve_request_context.get())
+
+    def check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """How many of the arguments are the object that this is a method of; TypeError if the others do not fit."""
+        skip = int(bool(args) and self._is_method_of(args[0]))
+        self._signatures[skip].bind(*args[skip:], **kwargs)
+        return skip
 
     def columns(self, tickets: list[Ticket]) -> tuple[list[list[Any]], dict[str, list[Any]]]:
         """The arguments of a batch: of each parameter, the list of what the calls have given it."""
@@ -258,22 +248,19 @@ class BatchedFunction:
         self.metrics.publish(self)
         return queue
 
-    def _look_at(self, first: Any) -> int:
-        """Whether this is a method of the first argument, by what its class has under the function's name: 1 or 0."""
-        kind = first if isinstance(first, type) else type(first)
-        for base in kind.__mro__:
+    def _is_method_of(self, first: Any) -> bool:
+        """Whether its class, or it as a class, has this function under its name; perhaps below other decorators."""
+        for base in (first if isinstance(first, type) else type(first)).__mro__:
             found = base.__dict__.get(self.name)
+            if isinstance(found, staticmethod):
+                continue
             if isinstance(found, classmethod):
                 found = found.__func__
             while found is not None and found is not self.func:
                 found = getattr(found, "__wrapped__", None)
-            if found is not None and not isinstance(base.__dict__[self.name], staticmethod):
-                if kind is not first:
-                    self._owner = kind
-                return 1
-        if kind is not first:
-            self._stranger = kind
-        return 0
+            if found is not None:
+                return True
+        return False
 
 
 @dataclass(frozen=True)
@@ -318,17 +305,6 @@ async def _items(claim: _Claim) -> AsyncGenerator[Any, None]:
         except StopAsyncIteration:
             return
         yield item
-
-
-def _positional(parameters: list[inspect.Parameter]) -> tuple[float, float]:
-    """Between which numbers of positional arguments a call without others is complete."""
-    kinds = [parameter.kind for parameter in parameters]
-    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (*plain, inspect.Parameter.KEYWORD_ONLY)]
-    if any(parameter.kind is inspect.Parameter.KEYWORD_ONLY for parameter in needed):
-        return math.inf, 0  # none: such a call lacks a keyword
-    most = math.inf if inspect.Parameter.VAR_POSITIONAL in kinds else sum(kind in plain for kind in kinds)
-    return len(needed), most
 
 
 def _checked_size(size: Any) -> int:

@@ -20,7 +20,7 @@ use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyList, PyTuple};
+use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 use rayserve_dataplane::engine::batch::{Verdict, Window};
 
 use self::queue::{Queue, Taken};
@@ -36,6 +36,10 @@ const TIMER: Duration = Duration::from_millis(1);
 #[pyclass(frozen, module = "rayserve_fast._core")]
 pub(crate) struct Batcher {
     event_loop: Py<PyAny>,
+    /// Looks at the arguments of a call: refuses them, or tells how many of them are the object of a method.
+    check: Py<PyAny>,
+    /// What it has told of the last call: type of the first argument, number of arguments, how many are the object.
+    shape: Mutex<Option<(Py<PyType>, usize, usize)>>,
     /// Runs a batch; it ends with `release`.
     run: Py<PyAny>,
     /// The user's measure of a list of items.
@@ -52,6 +56,7 @@ impl Batcher {
     #[expect(clippy::too_many_arguments, reason = "made in one place")]
     fn new(
         event_loop: &Bound<'_, PyAny>,
+        check: Py<PyAny>,
         run: Py<PyAny>,
         weigh: Option<Py<PyAny>>,
         max_size: usize,
@@ -61,6 +66,8 @@ impl Batcher {
     ) -> PyResult<Self> {
         Ok(Self {
             event_loop: event_loop.clone().unbind(),
+            check,
+            shape: Mutex::default(),
             run,
             weigh,
             stepper: Stepper::new(event_loop.py(), event_loop, name)?,
@@ -69,16 +76,18 @@ impl Batcher {
         })
     }
 
-    /// Queues one call of the function; the first `skip` of `args` is the object that it is a method of.
+    /// Queues one call of the function, or raises what `check` raises.
     fn put<'py>(
         slf: &Bound<'py, Self>,
-        args: Py<PyTuple>,
-        kwargs: Option<Py<PyDict>>,
+        args: Bound<'py, PyTuple>,
+        kwargs: Bound<'py, PyDict>,
         context: Py<PyAny>,
-        skip: usize,
     ) -> PyResult<Bound<'py, Ticket>> {
         let (py, this) = (slf.py(), slf.get());
-        let ticket = Bound::new(py, Ticket::new(slf.clone().unbind(), args, kwargs, context, skip))?;
+        let skip = this.checked(&args, &kwargs)?;
+        let kwargs = (!kwargs.is_empty()).then(|| kwargs.unbind());
+        let ticket = Ticket::new(slf.clone().unbind(), args.unbind(), kwargs, context, skip);
+        let ticket = Bound::new(py, ticket)?;
         let ask = lock(&this.queue).push(ticket.clone().unbind(), this.weigh.is_some());
         if ask {
             this.soon(slf, intern!(py, "turn"))?;
@@ -126,11 +135,7 @@ impl Batcher {
     }
 
     /// Gives each caller its result, in order.
-    fn finish(
-        slf: &Bound<'_, Self>,
-        tickets: Vec<Bound<'_, Ticket>>,
-        results: Vec<Bound<'_, PyAny>>,
-    ) -> PyResult<()> {
+    fn finish(slf: &Bound<'_, Self>, tickets: Vec<Bound<'_, Ticket>>, results: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
         let this = slf.get();
         for (ticket, result) in tickets.iter().zip(results) {
             this.resolved(ticket, ticket.get().give(result.unbind()));
@@ -172,12 +177,32 @@ impl Batcher {
     #[expect(clippy::needless_pass_by_value, reason = "the signature of the protocol")]
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.event_loop)?;
+        visit.call(&self.check)?;
         visit.call(&self.run)?;
         visit.call(&self.weigh)
     }
 }
 
 impl Batcher {
+    /// How many of `args` are the object of a method. A call without keywords that looks like the last one is as good.
+    fn checked(&self, args: &Bound<'_, PyTuple>, kwargs: &Bound<'_, PyDict>) -> PyResult<usize> {
+        let first = args.get_borrowed_item(0).ok().filter(|_| kwargs.is_empty());
+        if let (Some(first), Some((kind, count, skip))) = (&first, &*lock(&self.shape))
+            && first.get_type().is(kind)
+            && args.len() == *count
+        {
+            return Ok(*skip);
+        }
+        let skip = self.check.bind(args.py()).call1((args, kwargs))?.extract()?;
+        // What a class is told depends on the class, not on its type.
+        if let Some(first) = first.filter(|first| !first.is_instance_of::<PyType>()) {
+            let shape = Some((first.get_type().unbind(), args.len(), skip));
+            let before = std::mem::replace(&mut *lock(&self.shape), shape);
+            drop(before);
+        }
+        Ok(skip)
+    }
+
     fn decide(&self, slf: &Bound<'_, Self>, timer: Duration) -> PyResult<()> {
         loop {
             if let Some(weigh) = &self.weigh {
@@ -235,7 +260,7 @@ impl Batcher {
         Ok(())
     }
 
-    fn soon(&self, slf: &Bound<'_, Self>, method: &Bound<'_, pyo3::types::PyString>) -> PyResult<()> {
+    fn soon(&self, slf: &Bound<'_, Self>, method: &Bound<'_, PyString>) -> PyResult<()> {
         let py = slf.py();
         self.event_loop.call_method1(py, intern!(py, "call_soon"), (slf.getattr(method)?,)).map(drop)
     }

@@ -62,7 +62,6 @@ fn measure_of(py: Python<'_>, measure: &Bound<'_, PyAny>, tickets: &[Py<super::T
         items.append(ticket.get().item(py))?;
     }
     let size = measure.call1((items,))?;
-    size.extract().map_err(|_| {
-        PyTypeError::new_err(format!("batch_size_fn must return a number, got {}", size.get_type()))
-    })
+    size.extract()
+        .map_err(|_| PyTypeError::new_err(format!("batch_size_fn must return a number, got {}", size.get_type())))
 }
