@@ -358,3 +358,55 @@ def test_a_partial_is_a_function() -> None:
         return [factor * item for item in items]
 
     assert asyncio.run(gather(*map(serve.batch(partial(scaled, 3)), (1, 2)))) == [3, 6]
+
+
+@pytest.mark.parametrize("suspends", [False, True])
+def test_a_caller_that_leaves_the_loop_takes_nobody_along(suspends: bool) -> None:
+    """`SystemExit` of one caller ends `run_until_complete`, as anywhere; batch, slot and the other callers go on."""
+    exits = iter([True])
+
+    @serve.batch(max_batch_size=3)
+    async def function(items: list[int]) -> list[int]:
+        if suspends:
+            await asyncio.sleep(0)
+        return items
+
+    async def caller(item: int) -> int:
+        result = await function(item)
+        if item == 1 and next(exits, False):
+            raise SystemExit
+        return result
+
+    loop = asyncio.new_event_loop()
+    first = [loop.create_task(caller(item)) for item in range(3)]
+    with pytest.raises(SystemExit):
+        loop.run_until_complete(asyncio.wait(first))
+    loop.run_until_complete(asyncio.wait(first))
+    assert isinstance(first[1].exception(), SystemExit)
+    assert (first[0].result(), first[2].result()) == (0, 2)
+    for _ in range(3):  # the slot is free, and there is still only one
+        assert loop.run_until_complete(gather(*map(caller, range(3)))) == [0, 1, 2]
+    loop.close()
+
+
+@pytest.mark.parametrize("error", [SystemExit, asyncio.CancelledError, KeyboardInterrupt])
+def test_whatever_a_batch_raises_its_callers_hear_of_it(error: type[BaseException]) -> None:
+    raises = iter([True])
+
+    @serve.batch(max_batch_size=2)
+    async def function(items: list[int]) -> list[int]:
+        if next(raises, False):
+            raise error
+        return items
+
+    async def caller(item: int) -> str:
+        try:
+            return str(await function(item))
+        except BaseException as raised:
+            return type(raised).__name__
+
+    async def main() -> None:
+        assert await gather(caller(1), caller(2)) == [error.__name__] * 2
+        assert await gather(caller(1), caller(2)) == ["1", "2"]
+
+    asyncio.run(main())

@@ -229,3 +229,21 @@ def test_what_batches_were_like_can_be_read_in_the_replica(run: Any) -> None:
         metrics["serve_batches_processed"] == 1 and metrics["serve_batch_utilization_percent"]["sum"] == 100
         for metrics in json.loads(handle.read.remote().result(timeout_s=30))
     )
+
+
+def test_a_batch_may_call_other_deployments(run: Any) -> None:
+    @serve.deployment(max_ongoing_requests=50)
+    async def square(number: int) -> int:
+        return number * number
+
+    @serve.deployment(max_ongoing_requests=50)
+    class Caller:
+        def __init__(self, square: Any) -> None:
+            self.square = square
+
+        @serve.batch(max_batch_size=3, batch_wait_timeout_s=2)
+        async def squares(self, numbers: list[int]) -> list[int]:
+            return list(await asyncio.gather(*map(self.square.remote, numbers)))
+
+    handle = run(Caller.bind(square.bind()))
+    assert together(*map(handle.squares.remote, range(6))) == [0, 1, 4, 9, 16, 25]

@@ -13,6 +13,7 @@ mod weigh;
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use pyo3::exceptions::PyRuntimeError;
@@ -48,6 +49,10 @@ pub(crate) struct Batcher {
     queue: Mutex<Queue>,
     /// Those whose callers are to be stepped.
     woken: Mutex<VecDeque<Py<Ticket>>>,
+    /// The loop is going to call `wake`.
+    waking: AtomicBool,
+    /// What a caller has raised out of its task: `SystemExit` or `KeyboardInterrupt`.
+    raised: Mutex<Option<PyErr>>,
 }
 
 #[pymethods]
@@ -73,6 +78,8 @@ impl Batcher {
             stepper: Stepper::new(event_loop.py(), event_loop, name)?,
             queue: Mutex::new(Queue::new(window(max_size, wait_s), concurrent)),
             woken: Mutex::default(),
+            waking: AtomicBool::new(false),
+            raised: Mutex::default(),
         })
     }
 
@@ -169,9 +176,14 @@ impl Batcher {
         this.step(slf)
     }
 
-    /// Steps the callers that have something to take; called by the loop.
+    /// Steps the callers that have something to take; called by the loop, out of which it raises what they raise.
     fn wake(slf: &Bound<'_, Self>) -> PyResult<()> {
-        slf.get().step_all(slf, false)
+        let this = slf.get();
+        this.waking.store(false, Ordering::Relaxed);
+        let soon = is_in_task(slf.py())?;
+        this.step_all(slf, soon)?;
+        let raised = lock(&this.raised).take();
+        raised.map_or(Ok(()), Err)
     }
 
     #[expect(clippy::needless_pass_by_value, reason = "the signature of the protocol")]
@@ -276,23 +288,31 @@ impl Batcher {
         if lock(&self.woken).is_empty() {
             return Ok(());
         }
-        if is_in_task(slf.py())? { self.soon(slf, intern!(slf.py(), "wake")) } else { self.step_all(slf, true) }
+        if is_in_task(slf.py())? { self.wake_soon(slf) } else { self.step_all(slf, false) }
     }
 
-    /// Goes on in another turn when the first answers are due.
-    fn step_all(&self, slf: &Bound<'_, Self>, outside: bool) -> PyResult<()> {
+    /// Goes on in another turn when the first answers are due. `soon`: leaves each step to the loop.
+    fn step_all(&self, slf: &Bound<'_, Self>, soon: bool) -> PyResult<()> {
         let py = slf.py();
-        let soon = !outside && is_in_task(py)?;
-        let (began, mut outcome) = (Instant::now(), Ok(()));
+        let began = Instant::now();
         loop {
             let ticket = lock(&self.woken).pop_front();
-            let Some(ticket) = ticket else { return outcome };
+            let Some(ticket) = ticket else { return Ok(()) };
             let ticket = ticket.bind(py);
-            outcome = outcome.and(ticket.get().wake(ticket, self.event_loop.bind(py), soon));
+            if let Err(error) = ticket.get().wake(ticket, self.event_loop.bind(py), soon) {
+                // It is no fault of the batch that is being handed out, nor of the other callers.
+                let before = lock(&self.raised).replace(error);
+                drop(before);
+                self.wake_soon(slf)?;
+            }
             if began.elapsed() >= STALE && !lock(&self.woken).is_empty() {
-                return outcome.and(self.soon(slf, intern!(py, "wake")));
+                return self.wake_soon(slf);
             }
         }
+    }
+
+    fn wake_soon(&self, slf: &Bound<'_, Self>) -> PyResult<()> {
+        if self.waking.swap(true, Ordering::Relaxed) { Ok(()) } else { self.soon(slf, intern!(slf.py(), "wake")) }
     }
 
     /// A queued call whose caller has left.

@@ -87,7 +87,7 @@ impl Queue {
 
     /// Whether the loop is to be asked for a turn.
     pub(super) fn release(&mut self) -> bool {
-        self.running -= 1;
+        self.running = self.running.saturating_sub(1);
         if self.asked || self.len() == 0 {
             return false;
         }

@@ -46,6 +46,8 @@ struct Inner {
     given: Option<(Py<PyTuple>, Option<Py<PyDict>>)>,
     values: VecDeque<Py<PyAny>>,
     end: Option<End>,
+    /// It is among those whose callers are to be stepped.
+    woken: bool,
     /// Set while a task takes it over, by the protocol.
     blocking: bool,
     callbacks: Vec<(Py<PyAny>, Option<Py<PyAny>>)>,
@@ -57,6 +59,11 @@ type End = Option<(Py<PyAny>, Py<PyAny>)>;
 impl Inner {
     fn is_ready(&self) -> bool {
         self.cancelled || self.end.is_some() || !self.values.is_empty()
+    }
+
+    /// Whether somebody waits who has not been told; then that is done.
+    fn is_to_be_woken(&mut self) -> bool {
+        !self.callbacks.is_empty() && !std::mem::replace(&mut self.woken, true)
     }
 }
 
@@ -74,6 +81,7 @@ impl Ticket {
             given: Some((args, kwargs)),
             values: VecDeque::new(),
             end: None,
+            woken: false,
             blocking: false,
             callbacks: Vec::new(),
         };
@@ -94,7 +102,7 @@ impl Ticket {
         queued
     }
 
-    /// Whether somebody is to be woken.
+    /// Whether somebody is to be woken now.
     pub(super) fn give(&self, value: Py<PyAny>) -> bool {
         let mut inner = lock(&self.inner);
         if inner.stage == Stage::Left || inner.end.is_some() {
@@ -103,10 +111,10 @@ impl Ticket {
             return false;
         }
         inner.values.push_back(value);
-        !inner.callbacks.is_empty()
+        inner.is_to_be_woken()
     }
 
-    /// Whether somebody is to be woken.
+    /// Whether somebody is to be woken now.
     pub(super) fn end(&self, end: End) -> bool {
         let mut inner = lock(&self.inner);
         if inner.stage == Stage::Left || inner.end.is_some() {
@@ -115,13 +123,17 @@ impl Ticket {
             return false;
         }
         inner.end = Some(end);
-        !inner.callbacks.is_empty()
+        inner.is_to_be_woken()
     }
 
     /// Steps whoever waits: at once, or soon if no task can be entered here.
     pub(super) fn wake(&self, this: &Bound<'_, Self>, event_loop: &Bound<'_, PyAny>, soon: bool) -> PyResult<()> {
         let py = this.py();
-        let callbacks = std::mem::take(&mut lock(&self.inner).callbacks);
+        let callbacks = {
+            let mut inner = lock(&self.inner);
+            inner.woken = false;
+            std::mem::take(&mut inner.callbacks)
+        };
         let mut outcome = Ok(());
         for (callback, context) in callbacks {
             let called = match context {
