@@ -16,7 +16,6 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use pyo3::exceptions::PyRuntimeError;
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -142,19 +141,21 @@ impl Batcher {
     }
 
     /// Gives each caller its result, in order.
-    fn finish(slf: &Bound<'_, Self>, tickets: Vec<Bound<'_, Ticket>>, results: Vec<Bound<'_, PyAny>>) -> PyResult<()> {
+    fn finish(slf: &Bound<'_, Self>, tickets: &Bound<'_, PyList>, results: &Bound<'_, PyList>) -> PyResult<()> {
         let this = slf.get();
         for (ticket, result) in tickets.iter().zip(results) {
+            let ticket = ticket.cast::<Ticket>()?;
             this.resolved(ticket, ticket.get().give(result.unbind()));
         }
         this.step(slf)
     }
 
     /// Raises the error at each caller, after what has been given.
-    fn fail(slf: &Bound<'_, Self>, tickets: Vec<Bound<'_, Ticket>>, error: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn fail(slf: &Bound<'_, Self>, tickets: &Bound<'_, PyList>, error: &Bound<'_, PyAny>) -> PyResult<()> {
         let this = slf.get();
         let traceback = error.getattr(intern!(slf.py(), "__traceback__"))?;
-        for ticket in &tickets {
+        for ticket in tickets {
+            let ticket = ticket.cast::<Ticket>()?;
             let end = (error.clone().unbind(), traceback.clone().unbind());
             this.resolved(ticket, ticket.get().end(Some(end)));
         }
@@ -164,12 +165,13 @@ impl Batcher {
     /// The next item of a stream for each caller; `ended` is for one that gets none, neither now nor later.
     fn give(
         slf: &Bound<'_, Self>,
-        tickets: Vec<Bound<'_, Ticket>>,
-        items: Vec<Bound<'_, PyAny>>,
+        tickets: &Bound<'_, PyList>,
+        items: &Bound<'_, PyList>,
         ended: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         let this = slf.get();
         for (ticket, item) in tickets.iter().zip(items) {
+            let ticket = ticket.cast::<Ticket>()?;
             let waits = if item.is(ended) { ticket.get().end(None) } else { ticket.get().give(item.unbind()) };
             this.resolved(ticket, waits);
         }
@@ -186,7 +188,6 @@ impl Batcher {
         raised.map_or(Ok(()), Err)
     }
 
-    #[expect(clippy::needless_pass_by_value, reason = "the signature of the protocol")]
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.event_loop)?;
         visit.call(&self.check)?;
@@ -225,7 +226,7 @@ impl Batcher {
             let (verdict, taken) = lock(&self.queue).decide(now, self.weigh.is_some(), &mut gone);
             drop(gone);
             if let Some(taken) = taken {
-                self.begin(slf, taken);
+                self.begin(slf, taken)?;
                 if lock(&self.queue).asked() {
                     return Ok(()); // it has ended already
                 }
@@ -238,19 +239,14 @@ impl Batcher {
     }
 
     /// Hands a batch to Python. One that cannot even begin fails as if its function had raised.
-    fn begin(&self, slf: &Bound<'_, Self>, taken: Taken) {
+    fn begin(&self, slf: &Bound<'_, Self>, taken: Taken) -> PyResult<()> {
         let py = slf.py();
-        let tickets: Vec<_> = taken.tickets.into_iter().map(|ticket| ticket.into_bound(py)).collect();
-        let begun = contents(py, &tickets).and_then(|(items, contexts, mixed)| {
-            let tickets = PyList::new(py, &tickets)?;
-            self.run.bind(py).call1((tickets, items, contexts, mixed, taken.size, taken.waited.as_secs_f64()))
+        let (size, waited) = (taken.size, taken.waited.as_secs_f64());
+        let tickets = PyList::new(py, taken.tickets)?;
+        let begun = contents(&tickets).and_then(|(items, contexts, mixed)| {
+            self.run.bind(py).call1((&tickets, items, contexts, mixed, size, waited)).map(drop)
         });
-        if let Err(error) = begun {
-            let failed = Self::fail(slf, tickets, error.value(py)).and(Self::release(slf));
-            if let Err(error) = failed {
-                error.write_unraisable(py, Some(slf));
-            }
-        }
+        begun.or_else(|error| Self::fail(slf, &tickets, error.value(py)).and(Self::release(slf)))
     }
 
     fn arm(&self, slf: &Bound<'_, Self>, due: Instant, delay: Duration) -> PyResult<()> {
@@ -326,13 +322,14 @@ impl Batcher {
 /// whether these are for different models.
 type Contents<'py> = (Option<Bound<'py, PyList>>, Bound<'py, PyList>, bool);
 
-fn contents<'py>(py: Python<'py>, tickets: &[Bound<'py, Ticket>]) -> PyResult<Contents<'py>> {
+fn contents<'py>(tickets: &Bound<'py, PyList>) -> PyResult<Contents<'py>> {
+    let py = tickets.py();
     let (items, contexts) = (PyList::empty(py), PyList::empty(py));
     let (mut mixed, mut single) = (false, true);
-    let first = tickets.first().ok_or_else(|| PyRuntimeError::new_err("a batch of nothing"))?;
+    let first = tickets.get_item(0)?.cast_into::<Ticket>()?;
     let model = model_of(first.get().context.bind(py))?;
     for ticket in tickets {
-        let ticket = ticket.get();
+        let ticket = ticket.cast::<Ticket>()?.get();
         let context = ticket.context.bind(py);
         mixed = mixed || model_of(context)? != model;
         contexts.append(context)?;
@@ -360,6 +357,11 @@ fn model_of<'a>(context: &'a Bound<'_, PyAny>) -> PyResult<Cow<'a, [u8]>> {
 
 fn window(max_size: usize, wait_s: f64) -> Window {
     Window { max_size: max_size.max(1), wait: Duration::try_from_secs_f64(wait_s).unwrap_or(Duration::MAX) }
+}
+
+/// A size among those of the user's measure.
+fn size_of(count: usize) -> f64 {
+    f64::from(u32::try_from(count).unwrap_or(u32::MAX))
 }
 
 /// Whether a task runs on this thread now.

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use pyo3::prelude::*;
 use rayserve_dataplane::engine::batch::{Front, Verdict, Window};
 
+use super::size_of;
 use super::ticket::Ticket;
 
 pub(super) struct Queue {
@@ -172,7 +173,7 @@ impl Queue {
         let verdict = self.window.decide(front, self.has_slot(), now);
         let Verdict::Take(count, _) = verdict else { return (verdict, None) };
         let waited = oldest.map_or(Duration::ZERO, |oldest| now.saturating_duration_since(oldest));
-        let size = if weighs { self.weighed.size } else { count as f64 };
+        let size = if weighs { self.weighed.size } else { size_of(count) };
         let mut tickets = Vec::with_capacity(count);
         while tickets.len() < count {
             let Some(ticket) = self.waiting.pop_front() else { break };

@@ -7,8 +7,8 @@ use pyo3::exceptions::{PyRuntimeError, PyTypeError};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 
-use super::Batcher;
 use super::queue::Weighed;
+use super::{Batcher, Ticket, size_of};
 use crate::worker::link::lock;
 
 const TOO_LARGE: &str = "Size of item is greater than max_batch_size. Please increase the max_batch_size or check the \
@@ -28,7 +28,7 @@ impl Batcher {
                 if tickets.len() <= fits {
                     return Ok(());
                 }
-                (tickets, fits, queue.changes, queue.window.max_size as f64)
+                (tickets, fits, queue.changes, size_of(queue.window.max_size))
             };
             let measured = measure_of(slf.py(), measure, &tickets);
             drop(tickets);
@@ -51,12 +51,12 @@ impl Batcher {
                 }
             };
             let (error, Some(ticket)) = refused else { continue };
-            Self::fail(slf, vec![ticket.into_bound(slf.py())], error.value(slf.py()))?;
+            Self::fail(slf, &PyList::new(slf.py(), [ticket])?, error.value(slf.py()))?;
         }
     }
 }
 
-fn measure_of(py: Python<'_>, measure: &Bound<'_, PyAny>, tickets: &[Py<super::Ticket>]) -> PyResult<f64> {
+fn measure_of(py: Python<'_>, measure: &Bound<'_, PyAny>, tickets: &[Py<Ticket>]) -> PyResult<f64> {
     let items = PyList::empty(py);
     for ticket in tickets {
         items.append(ticket.get().item(py))?;
