@@ -1,7 +1,7 @@
 """How the batches of one function run on one event loop; which items they hold has been decided.
 
-A batch is one asyncio task, of the user's own coroutine, with nothing wrapped around it; an item has no task. It makes its
-first step at once, and its results go to the callers in the callback that ends it. Calls for different models
+A batch is one asyncio task, of the user's own coroutine, with nothing wrapped around it; an item has no task. It makes
+its first step at once, and its results go to the callers in the callback that ends it. Calls for different models
 (`serve.multiplexed`) are batches of their own that share the slot and run side by side.
 
 Batches run in a copy of the context of the call that made the queue, without its request: a batch has many. Their

@@ -298,6 +298,28 @@ def test_a_measure_need_not_be_a_sum() -> None:
     asyncio.run(main())
 
 
+def test_the_queue_stays_short_where_small_batches_could_not_keep_up() -> None:
+    """20 ms and 0.5 ms an item, 200 a second: batches of what came in 10 ms do 120 of them, and leave 160 after 2 s."""
+    waiting: list[int] = []
+
+    @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.01)
+    async def model(items: list[int]) -> list[int]:
+        await asyncio.sleep(0.02 + 0.0005 * len(items))
+        return items
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        began, tasks = loop.time(), []
+        for at in range(400):
+            await asyncio.sleep(max(0, began + at / 200 - loop.time()))
+            tasks.append(loop.create_task(model(at)))
+            waiting.append(model._get_metrics()["serve_batch_queue_length"])  # type: ignore[attr-defined]
+        assert await asyncio.gather(*tasks) == list(range(400))
+
+    uvloop.run(main())
+    assert max(waiting) <= 64, "two full batches, for the pauses of a busy machine; eight is usual"
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     steps=st.lists(

@@ -231,6 +231,26 @@ def test_what_batches_were_like_can_be_read_in_the_replica(run: Any) -> None:
     )
 
 
+def test_the_collector_leaves_alone_what_was_there_before_the_constructor(serve_instance: str) -> None:
+    """It would stop all the requests of a batch for as long as it looks through Ray's modules."""
+
+    @serve.deployment
+    class Collected:
+        def __init__(self) -> None:
+            import gc
+
+            self.mine: list[Any] = [[] for _ in range(1000)]
+            gc.collect()
+            self.counts = gc.get_freeze_count(), len(gc.get_objects())
+
+        def __call__(self) -> tuple[int, int]:
+            return self.counts
+
+    frozen, seen = serve.run(Collected.bind()).remote().result(timeout_s=30)
+    assert frozen > 10_000
+    assert 1000 <= seen < frozen
+
+
 def test_a_batch_may_call_other_deployments(run: Any) -> None:
     @serve.deployment(max_ongoing_requests=50)
     async def square(number: int) -> int:

@@ -65,10 +65,12 @@ class ReplicaRuntime:
 
     Args:
         spec: the deployment, and the addresses and secrets of the replica.
+        loaded: called when the user's code is loaded, before its constructor runs.
     """
 
-    def __init__(self, spec: ReplicaSpec) -> None:
+    def __init__(self, spec: ReplicaSpec, loaded: Callable[[], object] = lambda: None) -> None:
         self._spec = spec
+        self._loaded = loaded
         self._config = spec.deployment.config
         self._loop = UserLoop(f"serve-{spec.deployment.name}")
         self._pool = SyncPool(f"serve-{spec.deployment.name}-sync")
@@ -139,6 +141,7 @@ class ReplicaRuntime:
 
     def _construct(self) -> Servable:
         definition: Definition = cloudpickle.loads(self._spec.deployment.definition)
+        self._loaded()
         context = ReplicaContext(
             replica_id=self._spec.id,
             servable_object=None,
