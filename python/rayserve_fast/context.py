@@ -84,8 +84,14 @@ _serve_request_context: contextvars.ContextVar[_RequestContext | None] = context
     "serve_request_context", default=None
 )
 
-#: In a call of a deployment with `max_batch_size`: how many requests it serves, the length of its lists. See `__getattr__`.
+#: In a call of a deployment with `max_batch_size`: how many requests it serves, the length of its lists; see
+#: `__getattr__`.
 _batch_size: contextvars.ContextVar[int | None] = contextvars.ContextVar("batch_size", default=None)
+
+# Of the requests of the batch that runs (`serve.batch`); it has no request of its own.
+_serve_batch_request_context: contextvars.ContextVar[list[_RequestContext | None]] = contextvars.ContextVar(
+    "serve_batch_request_context"
+)
 
 # One replica per process: this names it. Set once, before the user's constructor runs.
 _replica_context: ReplicaContext | None = None

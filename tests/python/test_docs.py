@@ -129,6 +129,7 @@ def test_batching_runs_from_top_to_bottom(serve_instance: str) -> None:
     run_python_blocks("docs/batching.md")
     answer = requests.post(f"{serve_instance}/lengths", json={"text": "four"}, timeout=10)
     assert answer.json() == {"length": 4}
+    assert requests.post(serve_instance, json=21, timeout=10).json() == 42
 
 
 @pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")

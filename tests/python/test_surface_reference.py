@@ -50,7 +50,6 @@ LEFT_OUT = {
 }
 # Names of `ray.serve` whose features have issues of their own.
 LATER = {
-    "batch",
     "get_deployment_actor",
     "get_deployment_actor_context",
     "get_trace_context",

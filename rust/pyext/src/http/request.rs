@@ -193,10 +193,19 @@ impl RequestHead {
 }
 
 impl RequestHead {
+    /// The model id as it came; empty if there is none.
+    pub(crate) fn model(&self) -> &[u8] {
+        self.value_of(MODEL_HEADER)
+    }
+
     /// The last header of that name, or nothing: the proxy has chosen the replica by the same one.
     fn named<'py>(&self, py: Python<'py>, key: &[u8]) -> Bound<'py, PyString> {
+        text(py, self.value_of(key))
+    }
+
+    fn value_of(&self, key: &[u8]) -> &[u8] {
         let value = self.view.headers().filter(|(name, _)| is_named(name, key)).last();
-        text(py, value.map_or(b"", |(_, value)| value))
+        value.map_or(b"", |(_, value)| value)
     }
 }
 
@@ -344,6 +353,13 @@ fn converted<'py>(py: Python<'py>, param: Param<'_>) -> PyResult<Bound<'py, PyAn
         Kind::Int => py.get_type::<PyInt>().call1((value,)),
         Kind::Float => py.get_type::<PyFloat>().call1((value,)),
         Kind::Uuid => UUID.import(py, "uuid", "UUID")?.call1((value,)),
+    }
+}
+
+impl CallHead {
+    /// The model id; empty if there is none.
+    pub(crate) fn model(&self) -> &str {
+        self.view.head().multiplexed_model_id
     }
 }
 
