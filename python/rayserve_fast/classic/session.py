@@ -1,4 +1,4 @@
-"""`serve.init`, and what the older functions have in common: whom they ask, and how they say that they are older.
+"""`serve.init`, and what the functions of endpoints and backends have in common: whom they ask.
 
 Which request the backends of this process get depends on how it came to Serve: Flask's after `serve.init`, Starlette's
 after `serve.start` or `serve.connect`. That is remembered together with the controller it was said of, so that it does
@@ -7,12 +7,12 @@ not outlive `serve.shutdown`.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import ray
 
+from rayserve_fast.classic.spelling import warn_older
 from rayserve_fast.controlplane import client
 from rayserve_fast.controlplane.options import NAMESPACE
 from rayserve_fast.exceptions import RayServeException
@@ -64,7 +64,7 @@ def init(
 
     if unknown := set(older) - _OLDER:
         raise TypeError(f"serve.init() got unexpected keyword arguments {sorted(unknown)}")
-    warn_older("serve.init", "serve.start")
+    warn_older("`serve.init`", "`serve.start`")
     if older.get("ray_init_kwargs") and not ray.is_initialized():
         ray.init(**{"namespace": NAMESPACE, **older["ray_init_kwargs"]})
     location = None if older.get("start_server", True) else "Disabled"
@@ -107,11 +107,6 @@ def require() -> Any:
 def ask(method: str, *args: Any) -> Any:
     """Call a method of the controller; raises what that raises, and as `require` does."""
     return client.answer(getattr(require(), method).remote(*args))
-
-
-def warn_older(what: str, instead: str) -> None:
-    """Say that something has an heir, to those who turn `PendingDeprecationWarning` on."""
-    warnings.warn(f"`{what}` is an older API; see `{instead}`.", PendingDeprecationWarning, stacklevel=3)
 
 
 def plain_config(config: Any, kind: type, text: str) -> dict[str, Any]:
