@@ -16,7 +16,7 @@ use super::{
     router::Router,
 };
 
-/// What the key of a split begins with; no application's name holds a colon before its `#` in the same way.
+/// What the key of a split begins with. A deployment's holds a `#`, which the name of a split does not.
 const PREFIX: &str = "split:";
 
 /// Where a call of a split goes.
