@@ -37,7 +37,7 @@ pub struct Tally {
 }
 
 impl Tally {
-    /// One batch was bound.
+    /// One batch was sent; one that is refused and sent again counts again.
     pub fn add(&self, size: usize, wait: Duration, reason: Reason) {
         match reason {
             Reason::Full => self.full.up(),
