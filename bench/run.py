@@ -23,7 +23,7 @@ from pathlib import Path
 
 from bench import envs, load, peers, procs
 from bench.apps import SLEEP_S
-from bench.works import DRIVER, EVERYONE, GROUPS, HANDLES, INSIDE, SERVES, Work
+from bench.works import BATCHERS, DRIVER, EVERYONE, GROUPS, HANDLES, INSIDE, SERVES, STEADY, Work
 
 Load = Callable[[int, float], dict]  # connections or callers, seconds
 
@@ -78,7 +78,8 @@ def run(chosen: list[peers.Peer], works: list[Work], settings: Settings, pythons
 
 def suited(works: list[Work], peer: peers.Peer) -> list[Work]:
     """The works that make sense for `peer`, those of one application next to each other."""
-    suiting = {EVERYONE, peer.name} | ({SERVES} if peer.kind == "serve" else set())
+    kinds = {"serve": {EVERYONE, SERVES, BATCHERS}, "mosec": {BATCHERS}}
+    suiting = {peer.name} | kinds.get(peer.kind, {EVERYONE})
     return [work for work in works if work.peers in suiting]
 
 
@@ -112,6 +113,8 @@ def load_of(running: peers.Visit, work: Work) -> Load:
     url, body = running.endpoint(work), body_file(work)
     if work.by == INSIDE:
         return partial(load.inside, url)
+    if work.by == STEADY:
+        return lambda _, seconds: load.steady(url, work.rate, seconds, work.body, work.content_type)
     return lambda connections, seconds: load.wrk(url, connections, seconds, body, work.content_type)
 
 

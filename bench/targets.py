@@ -10,7 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-US, DEFAULT, BEST, UVICORN, FRONTED = "rayserve-fast", "ray-serve", "ray-serve-best", "uvicorn", "haproxy-granian"
+from bench.traffic import FULL_S, MODEL_WINDOW_S, SHARE
+
+US, DEFAULT, BEST, UVICORN = "rayserve-fast", "ray-serve", "ray-serve-best", "uvicorn"
+FRONTED, MOSEC = "haproxy-granian", "mosec"
 Cell = Callable[[str, str, int], dict[str, Any]]  # (peer, work, connections) -> medians; KeyError when not measured
 
 
@@ -67,6 +70,16 @@ def switches(cell: Cell, _: object) -> float:
     return per_request["proxy"] + per_request["replica"]
 
 
+def steady_tail(cell: Cell, _: object) -> float:
+    """p99 of the batched model over a window and the time of two full batches."""
+    return cell(US, "model", 1)["p99_us"] / 1e6 / (MODEL_WINDOW_S + 2 * FULL_S)
+
+
+def with_copies(cell: Cell, _: object) -> float:
+    """Requests and copies per second together, over the requests without a shadow."""
+    return (1 + SHARE) * cell(US, "shadow_10", 64)["rps"] / cell(US, "split_1", 64)["rps"]
+
+
 def deploy_time(name: str) -> Callable[[object, Callable[[str], float]], float]:
     return lambda _, scalar: scalar(f"{US}:{name}")
 
@@ -120,6 +133,19 @@ TARGETS = (
     Target("FastAPI, call with 10 KB, 64 connections", "at least 8x the best mode", 8, rate("fastapi_call", 64, BEST)),
     Target("SSE through two deployments, 64 connections", "at least 10x the best mode", 10, rate("events", 64, BEST)),
     Target("a chain of five deployments, 64 concurrent", "at least 20x the best mode", 20, rate("chain", 64, BEST)),
+    Target("JSON through `@serve.batch`, 64 connections", "at least 2x Mosec", 2, rate("batch", 64, MOSEC)),
+    Target(
+        "JSON, batched in the router, 64 connections", "at least 2x Mosec", 2, rate("router_batch", 64, MOSEC, "batch")
+    ),
+    Target("a batched model at 80 %, p99", "at most 2x (window + 2 full batches)", 2, steady_tail, True),
+    Target("a split with one target", "at least 0.95x no split", 0.95, rate("split_1", 64, US, "plain")),
+    Target(
+        "a split over 5 targets", "at least 0.95x 5 replicas, no split", 0.95, rate("split_5", 64, US, "replicas_5")
+    ),
+    Target("10 % shadowed, requests and copies", "at least 0.95x one target", 0.95, with_copies),
+    Target("classic endpoint", "at least 0.9x the modern one", 0.9, rate("endpoint", 64, US, "plain")),
+    Target("classic endpoint, typed path", "at least 0.9x the modern one", 0.9, rate("typed", 64, US, "plain")),
+    Target("DAGDriver with one step", "at least 0.8x an ingress with a handle", 0.8, rate("dag", 64, US, "one_call")),
     Target("first `serve.run` of a no-op on a running Ray", "at most 2.5 s", 2.5, deploy_time("first_deploy_s"), True),
     Target("a further `serve.run`", "at most 1 s", 1.0, deploy_time("next_deploy_s"), True),
 )

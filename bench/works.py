@@ -3,7 +3,7 @@
 The works are data; `run.py` measures them, `report.py` prints them and `targets.py` compares them. Every answer is
 checked against `answer` before its cell is measured, so a fast wrong peer does not win. The works of a group share a
 visit. Those by wrk are HTTP requests; those by `INSIDE` are calls that a deployment makes, those by `DRIVER` are calls
-that a script makes, and their `connections` are callers at once.
+that a script makes, and their `connections` are callers at once. Those by `STEADY` are HTTP requests at `rate`.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from typing import Any
 
 from bench.apps import CHUNK, CHUNKS, ONE_MIB
 from bench.calls import EVENT, TEXT_LENGTH
+from bench.traffic import FULL_S, LARGEST
 
-EVERYONE, SERVES, OURS, BEST = "everyone", "serves", "rayserve-fast", "ray-serve-best"  # which peers a work is for
-HTTP, HANDLES = "http", "handles"  # groups
-WRK, INSIDE, DRIVER = "wrk", "inside", "driver"  # who makes the load
+# Which peers a work is for: all ASGI servers and serves; those with Ray Serve's API; those and Mosec; one of them.
+EVERYONE, SERVES, BATCHERS, OURS, BEST = "everyone", "serves", "batchers", "rayserve-fast", "ray-serve-best"
+HTTP, HANDLES, TRAFFIC = "http", "handles", "traffic"  # groups
+WRK, INSIDE, DRIVER, STEADY = "wrk", "inside", "driver", "steady"  # who makes the load
 RECORD = json.dumps({"user": 42, "name": "Ada", "scores": [0.5, 0.25, 1.0], "active": True}, separators=(",", ":"))
 
 
@@ -39,11 +41,12 @@ class Work:
     by: str = WRK
     unit: str = "request"  # what is counted
     stretch: int = 1  # so many times the usual seconds, where a request can take as long as a cell
+    rate: float = 0.0  # requests per second, for those by STEADY
 
     @property
     def source(self) -> str:
         """What the requests come from, so many at once."""
-        return "connection" if self.by == WRK else "caller"
+        return "caller" if self.by in (INSIDE, DRIVER) else "connection"
 
 
 def calls(name: str, title: str, app: str, path: str, connections: tuple[int, ...], **more: Any) -> Work:
@@ -52,10 +55,17 @@ def calls(name: str, title: str, app: str, path: str, connections: tuple[int, ..
     return Work(name, title, app, path=path, connections=connections, **about)
 
 
+def ours(name: str, title: str, **more: Any) -> Work:
+    """A no-op by HTTP that only this project serves."""
+    about: dict[str, Any] = {"connections": (64,), "peers": OURS, "group": TRAFFIC} | more
+    return Work(name, title, name, **about)
+
+
+POSTED: dict[str, Any] = {"answer": RECORD.encode(), "body": RECORD.encode(), "content_type": "application/json"}
 WORKS = (
     Work("async_noop", "async no-op", "async_noop"),
     Work("sync_noop", "sync no-op", "sync_noop"),
-    Work("json_echo", "JSON echo", "json_echo", RECORD.encode(), body=RECORD.encode(), content_type="application/json"),
+    Work("json_echo", "JSON echo", "json_echo", **POSTED),
     Work("fastapi", "FastAPI route", "fastapi", b'{"item":7,"q":"abc"}', path="/items/7?q=abc"),
     Work("body_10k", "10 KB body, echoed", "body_echo", b"b" * 10_000, body=b"b" * 10_000),
     Work("upload_1m", "1 MiB body up", "upload", b"%d" % ONE_MIB, body=b"u" * ONE_MIB),
@@ -91,8 +101,31 @@ WORKS = (
         peers=SERVES,
         group=HANDLES,
     ),
+    Work("batch", "JSON through `@serve.batch`", "batch", connections=(64,), peers=BATCHERS, group=TRAFFIC, **POSTED),
+    ours("router_batch", "JSON, batched in the router", **POSTED),
+    Work(
+        "model",
+        "a batched model, open loop at 80 %",
+        "model",
+        connections=(1,),
+        peers=SERVES,
+        group=TRAFFIC,
+        by=STEADY,
+        rate=0.8 * LARGEST / FULL_S,
+        stretch=3,
+        **POSTED,
+    ),
+    ours("split_1", "a split with one target"),
+    ours("split_5", "a split over 5 targets"),
+    ours("replicas_5", "5 replicas, no split"),
+    ours("shadow_10", "one target, 10 % shadowed"),
+    ours("plain", "no split"),
+    ours("endpoint", "classic endpoint"),
+    ours("typed", "classic endpoint, typed path", path="/123/3.14"),
+    ours("dag", "DAGDriver with one step"),
+    ours("one_call", "ingress that calls one handle"),
 )
-GROUPS = (HTTP, HANDLES)
+GROUPS = (HTTP, HANDLES, TRAFFIC)
 BY_NAME = {work.name: work for work in WORKS}
 
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from bench import load, plot, procs, profiler, report, targets, works
 
-PEERS = ("rayserve-fast", "ray-serve", "ray-serve-best", "uvicorn", "granian", "haproxy-granian")
+PEERS = ("rayserve-fast", "ray-serve", "ray-serve-best", "uvicorn", "granian", "haproxy-granian", "mosec")
 
 
 def sample(peer: str, work: str, connections: int, rps: float, **changes: Any) -> dict[str, Any]:
