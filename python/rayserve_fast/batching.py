@@ -241,8 +241,9 @@ class BatchedFunction:
         return [running for queue in list(self._queues.values()) for running in list(queue.running.values())]
 
     def _open(self) -> BatchQueue:
-        for loop in [loop for loop in self._queues if loop.is_closed()]:
-            del self._queues[loop]
+        for other in list(self._queues):  # other threads may open one of their own
+            if other.is_closed():
+                self._queues.pop(other, None)
         loop = get_running_loop()
         queue = self._queues[loop] = BatchQueue(self, loop)
         self.metrics.publish(self)
