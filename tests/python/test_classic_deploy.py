@@ -153,6 +153,29 @@ def test_what_was_deployed_is_redeployed_by_name(serve_instance: str) -> None:
     assert state("Greeter")[:2] == ("Good night", 1)
 
 
+@serve.deployment
+class Composed:
+    """As deployments called each other then: by name, in the constructor."""
+
+    def __init__(self) -> None:
+        self.waiting = serve.get_deployment("Greeter").get_handle()
+        self.awaiting = serve.get_deployment("Greeter").get_handle(sync=False)
+
+    async def __call__(self, _request: Any = None) -> str:
+        ref = await self.awaiting.remote()
+        return f"awaited {await ref}"
+
+    def blocking(self) -> str:
+        return f"got {ray.get(self.waiting.remote())}"
+
+
+def test_deployments_call_each_other_by_name(serve_instance: str) -> None:
+    Greeter.deploy()
+    Composed.deploy()
+    assert text(f"{serve_instance}/Composed") == "awaited Hello world"
+    assert ray.get(Composed.get_handle().blocking.remote(), timeout=60) == "got Hello world"
+
+
 FIRST_DRIVER = """
 import sys, ray
 from rayserve_fast import serve
@@ -161,7 +184,8 @@ ray.init(address="local", num_cpus=4, include_dashboard=False)
 serve.start(http_options={"port": 0})
 only_here.Model.deploy(only_here.Weights(2))
 import subprocess
-second = subprocess.run([sys.executable, "-c", sys.argv[1]], cwd="/", capture_output=True, text=True)
+address = ray.get_runtime_context().gcs_address
+second = subprocess.run([sys.executable, "-c", sys.argv[1], address], cwd="/", capture_output=True, text=True)
 print(second.stdout, second.stderr)
 assert ray.get(only_here.Model.get_handle().remote(3)) == 6
 """
@@ -176,9 +200,10 @@ class Model:
     def replicas(self): return serve.get_replica_context()._deployment_config.num_replicas
 """
 SECOND_DRIVER = """
+import sys
 import ray
 from rayserve_fast import serve
-ray.init(address="auto")
+ray.init(address=sys.argv[1])
 print(serve.list_deployments())
 model = serve.get_deployment("Model")
 model.options(num_replicas=2).deploy()

@@ -204,6 +204,11 @@ def test_a_request_that_was_sent_on_is_a_request() -> None:
     assert not asyncio.run(request.is_disconnected())
 
 
+def test_a_damaged_head_is_an_error() -> None:
+    with pytest.raises(ValueError, match="malformed request head"):
+        _ = rebuild(b"no head", b"").method
+
+
 def test_a_request_whose_body_is_not_there_cannot_be_sent() -> None:
     from rayserve_fast.replica.request import Request as Ours
 

@@ -128,17 +128,17 @@ class Bridge:
 
     async def call(
         self, callee: Callee, texts: Texts, encoded: Any, buffers: Sequence[Any], refs: Sequence[Any]
-    ) -> Answer:
+    ) -> Sealed:
         """Make a call whose arguments are encoded; what it raises is raised here."""
         packed = answers.Packed(bytes(encoded), [memoryview(buffer) for buffer in buffers], refs=refs)
         return await _made(callee, texts, packed)
 
-    async def call_with_values(self, callee: Callee, texts: Texts, /, *args: Any, **kwargs: Any) -> Answer:
+    async def call_with_values(self, callee: Callee, texts: Texts, /, *args: Any, **kwargs: Any) -> Sealed:
         """Make a call for which Ray has resolved the references among the arguments."""
         return await _made(callee, texts, answers.pack(args, kwargs))
 
 
-async def _made(callee: Callee, texts: Texts, packed: answers.Packed) -> Answer:
+async def _made(callee: Callee, texts: Texts, packed: answers.Packed) -> Sealed:
     from rayserve_fast.handle import DeploymentHandle
     from rayserve_fast.response import DeploymentResponse
 
@@ -155,14 +155,14 @@ async def _made(callee: Callee, texts: Texts, packed: answers.Packed) -> Answer:
         raise
     outcome = begun.outcome()
     if outcome[0] == "value":
-        return Answer(*outcome[1:])
+        return Sealed(*outcome[1:])
     handle = DeploymentHandle(deployment, app)
     handle._options = replace(handle._options, method_name=method)
     DeploymentResponse(handle, texts[1], owner, begun)._read(*outcome)
     raise AssertionError("an outcome that is no value is an error")
 
 
-class Answer:
+class Sealed:
     """An encoded value. Pickling it gives what whoever unpickles it decodes: the value itself."""
 
     def __init__(self, encoded: Any, buffers: Sequence[Any] = ()) -> None:
