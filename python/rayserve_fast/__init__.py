@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayserve_fast import (
+        batching as batching,
         config as config,
         context as context,
         exceptions as exceptions,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         status as status,
     )
     from rayserve_fast.application import RunTarget as RunTarget
+    from rayserve_fast.batching import batch as batch
     from rayserve_fast.classic.backends import (
         accept_batch as accept_batch,
         create_backend as create_backend,
@@ -114,6 +116,7 @@ _HOME = {
     "connect": "classic.client",
     "create_backend": "classic.backends",
     "create_endpoint": "classic.endpoints",
+    "batch": "batching",
     "delete": "api",
     "delete_backend": "classic.backends",
     "delete_endpoint": "classic.endpoints",
@@ -153,7 +156,7 @@ _HOME = {
 }
 
 # Modules that are there without having been imported, as those of `ray.serve` are: `serve.config.AutoscalingConfig`.
-_MODULES = {"config", "context", "exceptions", "gang", "handle", "schema", "traffic"}
+_MODULES = {"batching", "config", "context", "exceptions", "gang", "handle", "schema", "traffic"}
 
 __all__ = list(_HOME)
 

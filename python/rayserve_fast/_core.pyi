@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from asyncio import AbstractEventLoop
-from collections.abc import Awaitable, Callable, Sequence
+from asyncio import AbstractEventLoop, Task
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
 from contextvars import Context
 from typing import Any, Protocol, TypeAlias, final
 
 __all__ = [
+    "Batcher",
     "Call",
     "CallHead",
     "Chooser",
@@ -16,9 +17,11 @@ __all__ = [
     "Proxy",
     "RequestHead",
     "Reservation",
+    "Ticket",
     "Worker",
     "__version__",
     "check_pattern",
+    "head_parts",
 ]
 
 __version__: str
@@ -69,6 +72,65 @@ class Proxy:
     def candidates(
         self, number: int
     ) -> tuple[list[tuple[str, str, str | None, bool, bool, int, int, list[str]]], str | None] | None: ...
+
+@final
+class Batcher:
+    """What waits for a function of `serve.batch` on one event loop; see `batch_queue`. On its thread, except `resize`.
+
+    `run` is called with the tickets of a batch, their only arguments (None if some have more), the contexts of their
+    requests, whether these are for different models, the batch's size, and the seconds that the oldest has waited.
+    """
+
+    def __new__(
+        cls,
+        event_loop: AbstractEventLoop,
+        check: Callable[[tuple[Any, ...], dict[str, Any]], int],
+        run: Callable[[list[Ticket], list[Any] | None, list[Any], bool, float, float], None],
+        weigh: Callable[[list[Any]], float] | None,
+        max_size: int,
+        wait_s: float,
+        concurrent: int,
+        name: str,
+    ) -> Batcher: ...
+    def put(self, args: tuple[Any, ...], kwargs: dict[str, Any], context: object) -> Ticket:
+        """Queue a call, unless `check` raises; it tells how many arguments are the object of a method, none or one."""
+
+    def turn(self) -> None: ...
+    def due(self) -> None: ...
+    def wake(self) -> None: ...
+    def release(self) -> None: ...
+    def resize(self, max_size: int, wait_s: float) -> None: ...
+    def load(self) -> tuple[int, int]:
+        """Items that wait, batches that run."""
+
+    def start(self, coroutine: Coroutine[Any, Any, Any]) -> Task[Any]: ...
+    def finish(self, tickets: list[Ticket], results: list[Any]) -> None: ...
+    def fail(self, tickets: list[Ticket], error: BaseException) -> None: ...
+    def give(self, tickets: list[Ticket], items: list[Any], ended: object) -> None:
+        """An item for each, or its end where `ended` stands."""
+
+@final
+class Ticket(Awaitable[None]):
+    """One call of a batched function; a future as tasks know them, which may be awaited again for the next item."""
+
+    @property
+    def owner(self) -> object | None: ...
+    @property
+    def context(self) -> Any: ...
+    def arguments(self) -> tuple[tuple[Any, ...], dict[str, Any] | None]: ...
+    def take(self) -> Any: ...
+    def abandon(self) -> None: ...
+    def __await__(self) -> Generator[Any]: ...
+    def __iter__(self) -> Generator[Any]: ...
+    def __next__(self) -> Any: ...
+    _asyncio_future_blocking: bool
+    def get_loop(self) -> AbstractEventLoop: ...
+    def add_done_callback(self, callback: Callable[[Any], object], *, context: Context | None = None) -> None: ...
+    def remove_done_callback(self, callback: Callable[[Any], object]) -> int: ...
+    def cancel(self, msg: object = None) -> bool: ...
+    def cancelled(self) -> bool: ...
+    def done(self) -> bool: ...
+    def result(self) -> None: ...
 
 @final
 class Client:
@@ -243,6 +305,10 @@ class RequestHead(_RequestContext):
     def server(self) -> tuple[str, int | None] | None: ...
     @property
     def headers(self) -> list[tuple[bytes, bytes]]: ...
+    @property
+    def encoded(self) -> bytes:
+        """The head as it travels; `head_parts` reads it."""
+
     def header(self, name: bytes) -> bytes | None:
         """The first header of that lower-case name."""
 
@@ -261,6 +327,22 @@ class RequestHead(_RequestContext):
 
     def send(self, message: dict[str, Any]) -> Awaitable[None]:
         """ASGI send; suspends while the client reads more slowly than the application sends."""
+
+def head_parts(
+    encoded: bytes,
+) -> tuple[
+    str,
+    str,
+    bytes,
+    bytes,
+    str,
+    list[tuple[bytes, bytes]],
+    tuple[str, int] | None,
+    tuple[str, int | None] | None,
+    str,
+    str,
+]:
+    """What `RequestHead.encoded` holds, in the order of `replica.portable.PARTS`. ValueError: it is no head."""
 
 @final
 class CallHead(_RequestContext):

@@ -78,13 +78,17 @@ def pack(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
     """
     if not kwargs and values.SCALARS.issuperset(map(type, args)):
         return Packed(pickle.dumps((args, kwargs), 5))
+    if len(args) == 1 and not kwargs and (alone := values.ALONE.get(type(args[0]))) is not None:
+        encoded = alone(args[0])
+        if encoded is not None:
+            return Packed(encoded)
     refs: list[ObjectRef[Any]] = []
     answers: list[tuple[int, Answer]] = []
     if any(isinstance(value, (Answer, Stream)) for value in (*args, *kwargs.values())):
         given = [_of(value, slot, answers) for slot, value in enumerate((*args, *kwargs.values()))]
         args, kwargs = tuple(given[: len(args)]), dict(zip(kwargs, given[len(args) :], strict=True))
-    encoded, buffers = values.dumps((args, kwargs), refs)
-    return Packed(encoded, [buffer.raw() for buffer in buffers], answers, refs)
+    pickled, buffers = values.dumps((args, kwargs), refs)
+    return Packed(pickled, [buffer.raw() for buffer in buffers], answers, refs)
 
 
 def _of(value: Any, slot: int, answers: list[tuple[int, Answer]]) -> Any:

@@ -88,6 +88,11 @@ _serve_request_context: contextvars.ContextVar[_RequestContext | None] = context
 #: `__getattr__` shows it.
 _batch_size: contextvars.ContextVar[int | None] = contextvars.ContextVar("batch_size", default=None)
 
+# Of the requests of the batch that runs (`serve.batch`); it has no request of its own.
+_serve_batch_request_context: contextvars.ContextVar[list[_RequestContext | None]] = contextvars.ContextVar(
+    "serve_batch_request_context"
+)
+
 # One replica per process: this names it. Set once, before the user's constructor runs.
 _replica_context: ReplicaContext | None = None
 # In local testing mode there are several in one process: this names the one whose code runs.

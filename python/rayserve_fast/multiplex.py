@@ -17,7 +17,12 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, TypeVar, overload
 
-from rayserve_fast.context import ReplicaContext, _serve_request_context, get_replica_context
+from rayserve_fast.context import (
+    ReplicaContext,
+    _serve_batch_request_context,
+    _serve_request_context,
+    get_replica_context,
+)
 from rayserve_fast.exceptions import RayServeException
 
 __all__ = ["get_multiplexed_model_id", "multiplexed"]
@@ -65,10 +70,13 @@ def multiplexed(func: Any = None, max_num_models_per_replica: int = 3) -> Any:
 def get_multiplexed_model_id() -> str:
     """The model id of the current request: of its header or of its handle's options; empty if it has none.
 
+    In a function of `serve.batch` it is that of all requests of the batch.
+
     >>> get_multiplexed_model_id()
     ''
     """
-    context = _serve_request_context.get()
+    batch = _serve_batch_request_context.get(None)
+    context = batch[0] if batch else _serve_request_context.get()
     return "" if context is None else context.multiplexed_model_id
 
 

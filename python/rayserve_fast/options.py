@@ -236,6 +236,9 @@ _AS_THEY_ARE = (
 )
 
 
+_OF_BATCHES = {"batch_wait_timeout_s", "max_concurrent_batches"}
+
+
 def _settled(given: dict[str, Any]) -> dict[str, Any]:
     """What was given, with what is about the number of replicas sorted out."""
     given = dict(given)

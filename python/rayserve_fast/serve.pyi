@@ -12,6 +12,8 @@ from rayserve_fast import (
     _run as _run,
     _run_many as _run_many,
     accept_batch as accept_batch,
+    batch as batch,
+    batching as batching,
     config as config,
     connect as connect,
     context as context,

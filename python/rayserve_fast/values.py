@@ -31,11 +31,14 @@ SCALARS = frozenset({bytes, str, int, float, bool, type(None)})
 
 #: Classes of this package whose objects C's pickler may write too, and the functions that make them again.
 _own: set[Any] = set()
+#: What writes the arguments of a call that has one object of such a class and nothing else; None if it cannot.
+ALONE: dict[type, Callable[[Any], bytes | None]] = {}
 
 
-def pickle_plainly(kind: type, rebuild: Callable[..., Any]) -> None:
+def pickle_plainly(kind: type, rebuild: Callable[..., Any], alone: Callable[[Any], bytes | None]) -> None:
     """Let C's pickler write the objects of a class, whose `__reduce__` gives `rebuild` and builtin values."""
     _own.update((kind, rebuild))
+    ALONE[kind] = alone
 
 
 class _NotPlain(Exception):

@@ -239,7 +239,9 @@ def test_an_exception_among_the_results_fails_its_own_request(kind: str) -> None
 
 
 @pytest.mark.parametrize("kind", ["async", "sync"])
-def test_an_exception_fails_every_request_with_an_answer_of_its_own(kind: str) -> None:
+def test_an_exception_fails_every_request_with_an_answer_of_its_own_and_is_logged_once(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
     with serving(async_broken if kind == "async" else broken, **BATCHES) as replica:
         link = replica.link()
         streams = post(link, b"", b"")
@@ -247,6 +249,9 @@ def test_an_exception_fails_every_request_with_an_answer_of_its_own(kind: str) -
             answer = link.answer(stream)
             assert (answer.status, answer.body) == (500, b"Internal Server Error")
         settles(replica)
+    logged = [record.getMessage() for record in caplog.records if record.exc_info]
+    assert len(logged) == 1
+    assert logged[0].startswith("A batch of 2 requests to Replica(id='r1'")
 
 
 def test_results_become_responses_as_ever() -> None:

@@ -89,7 +89,7 @@ def test_http_requests_of_many_clients_are_one_call_and_each_gets_its_own_answer
 
 
 def test_large_bodies_travel_in_batches_too() -> None:
-    with ours(echo, max_batch_size=4, batch_wait_timeout_s=0.2) as address:
+    with ours(echo, max_batch_size=4, batch_wait_timeout_s=30.0) as address:
         answers = together(4, lambda n: requests.post(url(address), json=["x" * 300_000, n], timeout=10).json())
         assert [answer["n"][1] for answer in answers] == [0, 1, 2, 3]
         assert {len(answer["n"][0]) for answer in answers} == {300_000}
@@ -112,7 +112,7 @@ def test_calls_that_wait_for_a_slot_go_together_in_order() -> None:
 
 
 def test_a_window_ends_by_itself_whoever_waits() -> None:
-    with called(Sizes, max_batch_size=8, batch_wait_timeout_s=0.1) as (handle, _):
+    with called(Sizes, max_batch_size=8, batch_wait_timeout_s=0.3) as (handle, _):
         gate.entered.set()
 
         async def gather() -> list[Any]:
@@ -124,7 +124,7 @@ def test_a_window_ends_by_itself_whoever_waits() -> None:
         for wait in (lambda: asyncio.run(gather()), thread):
             began = time.monotonic()
             assert wait() == [3, 3, 3]
-            assert 0.1 <= time.monotonic() - began < 5
+            assert 0.3 <= time.monotonic() - began < 5
         forgotten = [handle.remote(n) for n in range(3)]  # nobody waits for these
         deadline = time.monotonic() + 10
         while not all(response._call.ready() for response in forgotten):
@@ -149,7 +149,7 @@ def test_one_bad_item_fails_alone() -> None:
 
 
 def test_a_wrong_length_names_both() -> None:
-    with called(Sizes, max_batch_size=2, batch_wait_timeout_s=0.05) as (handle, _):
+    with called(Sizes, max_batch_size=2, batch_wait_timeout_s=30.0) as (handle, _):
         for response in [handle.short.remote(n) for n in range(2)]:
             with pytest.raises(Exception, match="input list has length 2 but the returned list has length 1"):
                 response.result(timeout_s=10)

@@ -321,3 +321,33 @@ def test_there_are_no_references_in_local_testing_mode() -> None:
     with pytest.raises(RuntimeError, match="local testing mode"):
         older_handle(handle, sync=True).remote()
     serve.delete("here")
+
+
+AGAIN = """
+import ray
+from rayserve_fast import serve
+
+@serve.deployment
+def echo(value):
+    return value
+
+def once(value):
+    ray.init(address="local", num_cpus=4, include_dashboard=False)
+    serve.start(http_options={"port": 0})
+    for repeat in range(2):
+        echo.deploy()
+        handle = echo.get_handle()
+        print(ray.get(handle.remote(value)))
+        serve.shutdown()
+        serve.start(http_options={"port": 0})
+    ray.shutdown()
+
+once("first")
+once("second")
+"""
+
+
+def test_the_bridge_is_found_again_after_another_serve_and_another_ray(run_script: Any) -> None:
+    ran = run_script(AGAIN, timeout=110)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split() == ["first", "first", "second", "second"]

@@ -221,6 +221,22 @@ def test_a_failed_rollout_keeps_the_survivors_and_starts_nothing() -> None:
     assert w.d.status == "HEALTHY"
 
 
+def test_the_numbers_of_batches_change_in_place_but_to_begin_or_end_batching_takes_new_replicas() -> None:
+    w = World(max_batch_size=4)
+    w.run()
+    version = w.d.version
+    w.deploy("v1", max_batch_size=8, batch_wait_timeout_s=0.01, max_concurrent_batches=2)
+    assert w.act() == [Reconfigure("r1")]
+    w.run()
+    assert w.d.version == version
+    built = json.loads(snapshot.build((1, 1), [w.app]))
+    assert built["deployments"]["app#D"]["batch"] == {"max_size": 8, "wait_s": 0.01, "concurrent": 2}
+    w.deploy("v1", max_batch_size=None)
+    assert w.d.version != version
+    assert Stop("r1") in w.act()
+    assert json.loads(snapshot.build((1, 2), [w.app]))["deployments"]["app#D"]["batch"] is None
+
+
 def test_once_a_replica_has_run_starting_others_is_never_given_up() -> None:
     w = World(num_replicas=2)
     w.act()

@@ -129,3 +129,13 @@ def test_batching_runs_from_top_to_bottom(serve_instance: str) -> None:
     run_python_blocks("docs/batching.md")
     answer = requests.post(f"{serve_instance}/lengths", json={"text": "four"}, timeout=10)
     assert answer.json() == {"length": 4}
+    assert requests.post(serve_instance, json=21, timeout=10).json() == 42
+
+
+@pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
+def test_classic_runs_from_top_to_bottom(serve_instance: str) -> None:
+    run_python_blocks("docs/classic.md")
+    assert requests.get(f"{serve_instance}/Greeter?name=Corey", timeout=10).text == "Good morning Corey"
+    assert requests.get(f"{serve_instance}/evening?name=Corey", timeout=10).status_code == 404  # deleted in the end
+    answer = requests.post(f"{serve_instance}/graph", json={"text": "to be", "bias": 1}, timeout=10)
+    assert (answer.text, answer.headers["content-type"]) == ("23.0", "application/json")

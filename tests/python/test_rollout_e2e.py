@@ -82,7 +82,7 @@ def test_a_release_that_fails_is_taken_back(load: Load) -> None:
     serve.delete("new")
 
 
-@pytest.mark.parametrize("bound", [{"max_p99_ms": 150.0}, {"max_p99_ratio": 10.0}])
+@pytest.mark.parametrize("bound", [{"max_p99_ms": 150.0}, {"max_p99_ratio": 3.0}])
 def test_a_release_that_is_slow_is_taken_back(load: Load, bound: dict[str, float]) -> None:
     deploy_as("new", sleep_s=1.0)
     status = serve.rollout(ROUTE, "new", **{**PLAN, "step_duration_s": 60.0}, **bound).wait(timeout_s=60)
@@ -94,7 +94,7 @@ def test_a_release_that_is_slow_is_taken_back(load: Load, bound: dict[str, float
 
 def test_an_operator_pauses_resumes_and_aborts_from_anywhere(load: Load, tmp_path: Path) -> None:
     deploy("new")
-    serve.rollout(ROUTE, "new", **{**PLAN, "steps": [0.2, 1.0], "step_duration_s": 3.0})
+    serve.rollout(ROUTE, "new", **{**PLAN, "step_duration_s": 60.0})
     script = tmp_path / "steer.py"
     script.write_text(
         "import sys, ray\n"
@@ -105,10 +105,9 @@ def test_an_operator_pauses_resumes_and_aborts_from_anywhere(load: Load, tmp_pat
     subprocess.run([sys.executable, script, ray.get_runtime_context().gcs_address], check=True, timeout=60)
     rollout = serve.get_rollout(ROUTE)
     assert rollout.status().state == "PAUSED"
-    share = rollout.status().share
-    with pytest.raises(TimeoutError, match="was not over after 4 s"):
-        rollout.wait(timeout_s=4)
-    assert rollout.status().share == share
+    with pytest.raises(TimeoutError, match=r"was not over after 0\.5 s"):
+        rollout.wait(timeout_s=0.5)
+    assert rollout.status().share == 0.2
     with pytest.raises(RayServeException, match="A rollout of 'new' decides over the weights"):
         serve.set_traffic(ROUTE, {"old": 1.0})
     rollout.resume()

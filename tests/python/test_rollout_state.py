@@ -27,8 +27,10 @@ def rollout(before: dict[str, float] | None = None, **options: Any) -> Rollout:
     return r
 
 
-def window(requests: int, errors: int = 0, p99: float = 5.0, old: int = 1000, old_p99: float = 5.0) -> Window:
-    return Window(requests, errors, p99 if requests else None, old, 0, old_p99 if old else None)
+def window(
+    requests: int, errors: int = 0, p99: float = 5.0, old: int = 1000, old_p99: float = 5.0, seconds: float = 10.0
+) -> Window:
+    return Window(seconds, requests, errors, p99 if requests else None, old, 0, old_p99 if old else None)
 
 
 GOOD, FEW, FAILING = window(200), window(99), window(200, errors=3)
@@ -106,6 +108,16 @@ def test_windows_with_too_few_requests_decide_nothing_and_hold_the_step_which_is
     r.observe(T0 + 12, GOOD)
     r.observe(T0 + 22, FEW)
     assert actions(r) == ["start", "hold", "advance", "hold"], "each step may be held"
+
+
+def test_a_step_does_not_pass_on_a_glimpse_but_may_end_on_one() -> None:
+    """The controller was restarted, and has seen little of a step that has lasted its time."""
+    r = rollout()
+    assert r.observe(T0 + 60, window(200, seconds=2)) is None
+    assert r.observe(T0 + 69, window(200, seconds=9)) is not None
+    assert actions(r) == ["start", "advance"]
+    r.observe(T0 + 70, window(200, errors=100, seconds=1))
+    assert r.state == "ROLLED_BACK"
 
 
 def test_the_ratio_is_not_judged_against_too_few_old_requests() -> None:
@@ -190,7 +202,7 @@ def test_a_window_is_the_difference_of_two_readings_over_all_proxies() -> None:
     s.add(0, {"p": {"new": tally(100, 5, b1000=100), "old": tally(10)}, "q": {"new": tally(7)}}, 10)
     s.add(1, {"p": {"new": tally(150, 5, b1000=100, b2000=50), "old": tally(30)}, "q": {"new": tally(8)}}, 10)
     w = s.window("new")
-    assert (w.requests, w.errors, w.old_requests, w.p99_ms) == (51, 0, 20, 2.0)
+    assert (w.seconds, w.requests, w.errors, w.old_requests, w.p99_ms) == (1, 51, 0, 20, 2.0)
 
 
 def test_a_window_forgets_what_is_older_than_itself() -> None:

@@ -86,7 +86,7 @@ def test_submodule_does_not_hide_the_function_of_its_name(name: str) -> None:
 
 
 def test_public_modules_are_attributes_without_being_imported() -> None:
-    for name in ("config", "context", "exceptions", "gang", "handle", "schema"):
+    for name in ("batching", "config", "context", "exceptions", "gang", "handle", "schema"):
         assert run(f"from rayserve_fast import serve; print(serve.{name}.__name__)") == f"rayserve_fast.{name}"
         assert name in dir(rayserve_fast)
 
@@ -110,7 +110,7 @@ def test_type_checkers_see_every_public_name() -> None:
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'batch'"):
-        _ = rayserve_fast.batch
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = rayserve_fast.nothing
     with pytest.raises(ImportError, match="cannot import name 'nothing'"):
         from rayserve_fast import nothing  # noqa: F401

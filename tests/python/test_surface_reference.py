@@ -29,13 +29,8 @@ OLDER_OPTIONS = [
     "max_concurrent_queries",
     "_autoscaling_config",
 ]
-OWN_OPTIONS = [
-    "retry_idempotent",
-    "max_batch_size",
-    "batch_wait_timeout_s",
-    "max_concurrent_batches",
-    *OLDER_OPTIONS,
-]
+BATCHING_OPTIONS = ["max_batch_size", "batch_wait_timeout_s", "max_concurrent_batches"]
+OWN_OPTIONS = ["retry_idempotent", *BATCHING_OPTIONS, *OLDER_OPTIONS]
 OWN_PARAMETERS = {"serve.deployment": OWN_OPTIONS, "serve.Deployment.options": OWN_OPTIONS}
 # `.deploy()` obeys it; the reference's error comes from `serve.run`: see test_classic_deploy.py.
 ACCEPTED = {"version", "options version"}
@@ -55,7 +50,6 @@ LEFT_OUT = {
 }
 # Names of `ray.serve` whose features have issues of their own.
 LATER = {
-    "batch",
     "get_deployment_actor",
     "get_deployment_actor_context",
     "get_trace_context",

@@ -17,11 +17,13 @@ from rayserve_fast.classic.graph import Node
 from rayserve_fast.deployment import Application, Deployment
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.options import DeploymentOptions
+from rayserve_fast.replica.responses import Ready
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
     from rayserve_fast.classic.plan import Plan, ReadyPlan
+    from rayserve_fast.replica.request import Request as OwnRequest
 
 Adapter = Callable[..., Any]
 METHODS = ("GET", "POST")
@@ -40,31 +42,34 @@ class GraphIngress:
     def __init__(self, plans: Mapping[str, Plan], adapter: Adapter | None = None) -> None:
         self._graphs: dict[str, ReadyPlan] = {path: plan.ready() for path, plan in plans.items()}
         self._only = next(iter(self._graphs.values())) if set(self._graphs) == {ANY_PATH} else None
-        self._input = _direct(adapter)
+        self._input = None if adapter is None else _direct(adapter)
         pattern = self._only is None and any("{" in path for path in self._graphs)
         self._fastapi = None
-        if self._input is None or pattern:
+        if pattern or (adapter is not None and self._input is None):
             from rayserve_fast.classic.adapted import fastapi_app
 
             self._fastapi = fastapi_app(self._graphs, adapter)
 
-    async def __call__(self, request: Request) -> Any:
+    async def __call__(self, request: OwnRequest) -> Any:
         """Answer an HTTP request with the graph's answer as JSON."""
         if self._fastapi is not None:
             return self._fastapi
         if request.method not in METHODS:
-            return _answer({"detail": "Method Not Allowed"}, 405, {"allow": ", ".join(METHODS)})
+            return Ready.of_json({"detail": "Method Not Allowed"}, 405, {"allow": ", ".join(METHODS)})
         graph = self._only or self._graphs.get(_below_prefix(request))
         if graph is None:
-            return _answer({"detail": "Not Found"}, 404)
-        assert self._input is not None, "without FastAPI there is a direct adapter"
-        try:
-            given = await self._input(request)
-        except Exception as error:
-            return _refused(error)
-        result = await graph(given)
+            return Ready.of_json({"detail": "Not Found"}, 404)
+        given: Any = request
+        if self._input is not None:
+            try:
+                given = await self._input(request)
+            except Exception as error:
+                return _refused(error)
+        elif request._head.body is None:
+            await request.body()  # what it needs to be sent on
+        result = await (graph.single(given) if graph.single is not None else graph(given))
         # Text, bytes and None are not JSON to an ordinary handler; here they are, as everything is.
-        return _answer(result) if result is None or isinstance(result, (str, bytes)) else result
+        return Ready.of_json(result) if result is None or isinstance(result, (str, bytes)) else result
 
     async def predict(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph; with several of them the first."""
@@ -148,12 +153,10 @@ def load_adapter(adapter: Any) -> Adapter | None:
     return adapter  # type: ignore[no-any-return]
 
 
-def _direct(adapter: Adapter | None) -> Callable[[Request], Awaitable[Any]] | None:
+def _direct(adapter: Adapter) -> Callable[[Request], Awaitable[Any]] | None:
     """The adapter as a coroutine function of the request; None: FastAPI must fill its parameters."""
     from starlette.requests import Request
 
-    if adapter is None:
-        return _with_body
     if inspect.isclass(adapter):
         return None
     parameters = list(inspect.signature(adapter).parameters.values())
@@ -178,11 +181,6 @@ def _annotation(function: Callable[..., Any], parameter: inspect.Parameter) -> A
         return None
 
 
-async def _with_body(request: Request) -> Request:
-    await request.body()  # what it needs to be sent on
-    return request
-
-
 def _below_prefix(request: Request) -> str:
     path, prefix = request.scope["path"], request.scope["root_path"]
     return path[len(prefix) :] or "/"
@@ -194,12 +192,4 @@ def _refused(error: Exception) -> Any:
 
     if not isinstance(error, HTTPException):
         raise error
-    return _answer({"detail": error.detail}, error.status_code, error.headers)
-
-
-def _answer(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Any:
-    from starlette.responses import Response
-
-    from rayserve_fast.replica import json
-
-    return Response(json.dumps(content), status, headers, "application/json")
+    return Ready.of_json({"detail": error.detail}, error.status_code, error.headers)

@@ -133,6 +133,10 @@ class ReadyPlan:
         self._answer = plan.answer.source()
         self._last = plan.answer.index if isinstance(plan.answer, FromStep) else None
         self._has_late = any(step.late for step in plan.steps)
+        #: The call that the whole graph is, if it is one call with nothing but the input.
+        self.single: Callable[[Any], Any] | None = None
+        if len(plan.steps) == 1 and (plan.steps[0].forwards_all or _takes_only_input(plan.steps[0])):
+            self.single = self._steps[0].remote
 
     async def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph on these arguments, and return what its last node gives."""
@@ -166,7 +170,7 @@ class _ReadyStep:
 
     def __init__(self, step: Step) -> None:
         handle: DeploymentHandle = step.target
-        self._remote = handle.options(method_name=step.method).remote
+        self.remote = handle.options(method_name=step.method).remote
         self._args = [argument.source() for argument in step.args]
         self._kwargs = {name: argument.source() for name, argument in step.kwargs.items()}
         self._nested = step.nested
@@ -179,11 +183,11 @@ class _ReadyStep:
         """Call now."""
         args = [source(given, begun) for source in self._args]
         if not self._kwargs:
-            return self._remote(*args)  # type: ignore[return-value]
-        return self._remote(*args, **{name: s(given, begun) for name, s in self._kwargs.items()})  # type: ignore[return-value]
+            return self.remote(*args)  # type: ignore[return-value]
+        return self.remote(*args, **{name: s(given, begun) for name, s in self._kwargs.items()})  # type: ignore[return-value]
 
     def _forward(self, given: Input, begun: Begun) -> DeploymentResponse:
-        return self._remote(*given[0], **given[1])  # type: ignore[return-value]
+        return self.remote(*given[0], **given[1])  # type: ignore[return-value]
 
     async def begin_late(self, given: Input, begun: Begun) -> DeploymentResponse:
         """Call once the answers that are nested in its arguments are here, and the late steps it needs have begun."""
@@ -279,6 +283,10 @@ class _Compiler:
 def _nested(kind: type, keys: tuple[Any, ...], parts: list[Argument], value: Any) -> Argument:
     changes = any(not isinstance(part, Given) for part in parts)
     return Nested(kind, keys, tuple(parts)) if changes else Given(value)
+
+
+def _takes_only_input(step: Step) -> bool:
+    return step.args == (FromInput(),) and not step.kwargs
 
 
 async def _begun(response: Any) -> Any:

@@ -22,6 +22,8 @@ from rayserve_fast.controlplane.figures import Tally, total
 
 #: How many decisions are remembered; the oldest go first.
 HISTORY = 100
+#: No step passes on a window shorter than this part of what it shall cover, as it is after a restart of the controller.
+FULL = 0.8
 #: A window moves on in so many steps; it is at most one of them longer than asked for.
 GRAINS = 20
 
@@ -43,6 +45,7 @@ class Plan:
 class Window:
     """What was counted in the latest window, of the new target and of the old ones together."""
 
+    seconds: float  # that it covers so far
     requests: int
     errors: int
     p99_ms: float | None
@@ -135,7 +138,8 @@ class Rollout:
         if enough and (why := self._crossed(window)) is not None:
             self.state = "ROLLED_BACK"
             return self._decide(now, "roll_back", why)
-        if self.state == "PAUSED" or now - self.step_at < self.plan.step_duration_s:
+        full = window.seconds >= FULL * min(self.plan.window_s, self.plan.step_duration_s)
+        if self.state == "PAUSED" or now - self.step_at < self.plan.step_duration_s or not full:
             return None
         if (lack := self._lack(window)) is not None:
             if self.held:
@@ -200,7 +204,7 @@ class Rollout:
 
     def _crossed(self, window: Window) -> str | None:
         """The bound that the window crosses, in words."""
-        plan, p99, requests = self.plan, window.p99_ms or 0.0, f"in {window.requests} requests"
+        plan, p99, requests = self.plan, window.p99_ms or 0.0, _requests(window)
         if plan.max_error_rate is not None and window.error_rate > plan.max_error_rate:
             return f"error rate {window.error_rate:.2%} is above {plan.max_error_rate:.2%} {requests}"
         if plan.max_p99_ms is not None and p99 > plan.max_p99_ms:
@@ -253,9 +257,14 @@ class Samples:
             for name, tally in targets.items():
                 (new if name == target else old).append(tally.since(first[proxy].get(name, Tally())))
         a, b = total(new), total(old)
-        return Window(a.requests, a.errors, a.quantile_ms(0.99), b.requests, b.errors, b.quantile_ms(0.99))
+        seconds = self._samples[-1][0] - self._samples[0][0] if self._samples else 0.0
+        return Window(seconds, a.requests, a.errors, a.quantile_ms(0.99), b.requests, b.errors, b.quantile_ms(0.99))
 
 
 def _told(window: Window) -> str:
     p99 = f", p99 {window.p99_ms:.1f} ms" if window.p99_ms is not None else ""
-    return f"error rate {window.error_rate:.2%}{p99} in {window.requests} requests"
+    return f"error rate {window.error_rate:.2%}{p99} {_requests(window)}"
+
+
+def _requests(window: Window) -> str:
+    return f"in {window.requests} requests within {window.seconds:.1f} s"

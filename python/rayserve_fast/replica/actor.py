@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from rayserve_fast.controlplane.process import Place, serve_at_normal_priority
-from rayserve_fast.replica.memory import keep_freed_memory
+from rayserve_fast.replica.memory import keep_freed_memory, spare_what_is_loaded
 
 if TYPE_CHECKING:
     from rayserve_fast.controlplane.spec import DeploymentConfig, DriverEnv, ReplicaAddress, ReplicaSpec
@@ -99,7 +99,7 @@ class ReplicaActor:
         from rayserve_fast.replica.runtime import ReplicaRuntime
 
         caller.introduce(ray.get_runtime_context().get_node_id(), spec.token)  # the constructor may call others
-        self._runtime = ReplicaRuntime(spec)
+        self._runtime = ReplicaRuntime(spec, loaded=spare_what_is_loaded)
         address: ReplicaAddress = self._runtime.start()
         self._runtime.check_health()
         return address

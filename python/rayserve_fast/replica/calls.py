@@ -117,8 +117,8 @@ class Calls:
                 f"Tried to call a method '{name}' that does not exist. Available methods: {methods}."
             )
         if streaming:
-            return method, not is_async(method) and not _any(inspect.isasyncgenfunction, method)
-        if _any(inspect.isgeneratorfunction, method) or _any(inspect.isasyncgenfunction, method):
+            return method, not is_async(method) and not _any(_is_async_generator, method)
+        if _any(inspect.isgeneratorfunction, method) or _any(_is_async_generator, method):
             raise WrongKindError(_wrong_kind(method.__name__))
         return method, not is_async(method)
 
@@ -126,6 +126,11 @@ class Calls:
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling it gives a coroutine; looks through an object to its ``__call__``."""
     return _any(inspect.iscoroutinefunction, function)
+
+
+def _is_async_generator(function: Any) -> bool:
+    """Whether calling it, on the loop, gives an async generator; functions of `serve.batch` say so themselves."""
+    return inspect.isasyncgenfunction(function) or getattr(function, "_gives_async_generator", False) is True
 
 
 def _any(test: Callable[[Any], bool], function: Callable[..., Any]) -> bool:

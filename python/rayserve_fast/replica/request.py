@@ -61,6 +61,10 @@ class Head(Protocol):
     @property
     def http_version(self) -> str: ...
     @property
+    def encoded(self) -> Any:
+        """What `_core.head_parts` makes this head of again."""
+
+    @property
     def body(self) -> bytes | None:
         """The whole body, or None while it is still arriving."""
 

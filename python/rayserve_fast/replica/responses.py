@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from types import AsyncGeneratorType, GeneratorType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,21 @@ if TYPE_CHECKING:
 
 Headers = list[tuple[bytes, bytes]]
 Answer = tuple[int, Headers, bytes]
+
+
+class Ready:
+    """A value whose answer is known already: what a handler of this package returns where the rules below differ."""
+
+    __slots__ = ("answer",)
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+
+    @classmethod
+    def of_json(cls, value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Ready:
+        """Any value as JSON, text and bytes too."""
+        more = [(name.encode("latin-1"), text.encode("latin-1")) for name, text in headers.items()] if headers else ()
+        return cls((status, [*_JSON, *more] if more else _JSON, json.dumps(value)))
 
 
 def encode(result: Any) -> Answer | Response:
@@ -50,6 +66,8 @@ def encode(result: Any) -> Answer | Response:
             f"an HTTP handler returned the generator {result.__qualname__!r}; "
             "return starlette.responses.StreamingResponse(generator) to stream over HTTP"
         )
+    if type(result) is Ready:
+        return result.answer
     return 200, _JSON, json.dumps(result)
 
 

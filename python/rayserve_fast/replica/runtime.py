@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import cloudpickle
 
-from rayserve_fast import caller, multiplex
+from rayserve_fast import batch_metrics, caller, multiplex
 from rayserve_fast._core import Worker
 from rayserve_fast.context import ReplicaContext, _serve_request_context, _set_replica_context
 from rayserve_fast.controlplane.options import session_header
@@ -71,10 +71,12 @@ class ReplicaRuntime:
 
     Args:
         spec: the deployment, and the addresses and secrets of the replica.
+        loaded: called when the user's code is loaded, before its constructor runs.
     """
 
-    def __init__(self, spec: ReplicaSpec) -> None:
+    def __init__(self, spec: ReplicaSpec, loaded: Callable[[], object] = lambda: None) -> None:
         self._spec = spec
+        self._loaded = loaded
         self._config = spec.deployment.config
         self._loop = UserLoop(f"serve-{spec.deployment.name}")
         self._pool = SyncPool(f"serve-{spec.deployment.name}-sync")
@@ -139,8 +141,13 @@ class ReplicaRuntime:
         """What the worker counts: requests, running, held, links, streams, errors and others."""
         return {} if self._worker is None else self._worker.counters()
 
+    def batches(self) -> list[tuple[str, dict[str, Any]]]:
+        """The metrics of each function of `serve.batch` that the user's code has called, with its name."""
+        return batch_metrics.read_all()
+
     def _construct(self) -> Servable:
         definition: Definition = cloudpickle.loads(self._spec.deployment.definition)
+        self._loaded()
         context = ReplicaContext(
             replica_id=self._spec.id,
             servable_object=None,

@@ -1,4 +1,4 @@
-//! Routes with several targets: shares, what keeps a visitor, what happens while targets come and go, what is counted.
+//! Routes with several targets: shares, what keeps a visitor, what happens while targets come and go.
 
 mod support;
 
@@ -10,43 +10,13 @@ use std::{
     },
 };
 
-use rayserve_dataplane::wire::{Fault, Header, Kind, flag};
+use rayserve_dataplane::wire::{Header, Kind, flag};
 use serde_json::{Value, json};
-use support::{Client, Replica, Served, auto::Auto, eventually};
-
-fn targets(weights: &[(&str, f64)]) -> Value {
-    let target =
-        |(name, weight): &(&str, f64)| json!({"name": name, "deployment": format!("{name}#D"), "weight": weight});
-    json!(weights.iter().map(target).collect::<Vec<_>>())
-}
-
-/// A split without anything else.
-fn split(weights: &[(&str, f64)]) -> Value {
-    json!({"targets": targets(weights)})
-}
-
-/// A proxy and one answering replica a target, whose id is the target's name.
-struct Split {
-    served: Served,
-    autos: Vec<(&'static str, Auto)>,
-}
-
-impl Split {
-    fn start(names: &[&'static str], split: &Value) -> Self {
-        let served = Served::empty(json!({}));
-        let autos = names.iter().map(|&name| (name, Auto::start(served.dir.path(), name, 100))).collect();
-        let it = Self { served, autos };
-        it.publish(split);
-        it.served.linked_ids(names);
-        it
-    }
-
-    fn publish(&self, split: &Value) {
-        let deployments: Vec<_> =
-            self.autos.iter().map(|(name, auto)| (*name, json!({}), vec![auto.address.clone()])).collect();
-        self.served.publish_split(split, &deployments);
-    }
-}
+use support::{
+    Client, Replica, Served,
+    auto::{Auto, Split, split, targets},
+    eventually,
+};
 
 /// Who answers `count` requests, one after the other.
 fn counts(client: &mut Client, count: usize) -> HashMap<String, f64> {
@@ -83,6 +53,20 @@ fn shares_are_exact_within_one_request_and_stay_so_when_weights_change() {
     let other = [("a", 5.0), ("b", 0.0), ("c", 5.0), ("d", 1.0), ("e", 1.0)];
     it.publish(&split(&other));
     assert_shares(&counts(&mut client, 101), &other);
+}
+
+#[test]
+fn they_are_exact_over_all_shards_of_a_proxy_together() {
+    let weights = [("a", 0.9), ("b", 0.07), ("c", 0.03)];
+    let it = Split::with(json!({"shards": 3}), &["a", "b", "c"], &split(&weights));
+    let mut sums = HashMap::new();
+    // Each connection is one shard's, whichever.
+    for _ in 0..25 {
+        for (name, count) in counts(&mut it.served.client(), 5) {
+            *sums.entry(name).or_default() += count;
+        }
+        assert_shares(&sums, &weights);
+    }
 }
 
 #[test]
@@ -346,82 +330,4 @@ fn weights_and_targets_that_change_under_load_lose_nothing() {
     let traffic: Value = serde_json::from_str(&it.served.proxy.traffic()).expect("JSON");
     let sum: u64 = ["a", "b", "c"].iter().filter_map(|name| traffic["/x"]["targets"][name]["requests"].as_u64()).sum();
     assert_eq!(sum as usize, done.load(Ordering::SeqCst), "each is counted once, over all snapshots");
-}
-
-#[test]
-fn errors_are_those_of_the_target_and_latency_is_in_the_histogram() {
-    let served = Served::empty(json!({}));
-    let a = Replica::start(served.dir.path(), "a", 5);
-    served.publish_split(&split(&[("a", 1.0)]), &[("a", json!({"retry_idempotent": false}), vec![a.address()])]);
-    served.linked(&[&a]);
-    let mut client = served.client();
-    let mut ask = |answer: &dyn Fn(&support::replica::Got)| {
-        client.get("/");
-        answer(&a.request());
-        client.response().status
-    };
-    assert_eq!(ask(&|got| a.answer(got, "")), 200);
-    assert_eq!(ask(&|got| a.head(got, 404, &[], flag::FIN, b"")), 404);
-    assert_eq!(served.traffic("targets", "a")["errors"], 0);
-    assert_eq!(ask(&|got| a.head(got, 503, &[], flag::FIN, b"")), 503);
-    assert_eq!(ask(&|got| a.send(got, Kind::Error, flag::FIN, Fault::User as u32, b"")), 500);
-    served.counts("targets", "a", "/errors", 2);
-    let counted = served.traffic("targets", "a");
-    let latency = counted["latency"].as_array().expect("buckets");
-    assert_eq!((counted["requests"].as_u64(), latency.iter().filter_map(|it| it[1].as_u64()).sum()), (Some(4), 4_u64));
-    // An answer that breaks off.
-    client.get("/");
-    let got = a.request();
-    a.head(&got, 200, &[], 0, b"part");
-    assert_eq!(client.head().status, 200);
-    a.send(&got, Kind::Error, flag::FIN, Fault::User as u32, b"");
-    served.counts("targets", "a", "/errors", 3);
-    // Out of time is the target's error, a client that leaves is not.
-    let mut late = served.client();
-    late.send("GET / HTTP/1.1\r\nhost: h\r\nx-request-timeout-seconds: 0.2\r\n\r\n");
-    let got = a.request();
-    assert_eq!(late.response().status, 408);
-    a.expect(Kind::Cancel);
-    a.chunk_end(&got);
-    served.counts("targets", "a", "/errors", 4);
-    let mut leaves = served.client();
-    leaves.get("/");
-    let got = a.request();
-    leaves.hang_up();
-    a.expect(Kind::Cancel);
-    a.chunk_end(&got);
-    served.counts("targets", "a", "/requests", 7);
-    served.counts("targets", "a", "/errors", 4);
-}
-
-#[test]
-fn the_metrics_page_is_prometheus_text_with_the_proxys_counters_and_those_of_the_targets() {
-    let mut weights = split(&[("a", 1.0), ("b", 0.0)]);
-    weights["shadows"] = json!([{"name": "b", "deployment": "b#D", "share": 0.5}]);
-    let it = Split::start(&["a", "b"], &weights);
-    let mut client = it.served.client();
-    counts(&mut client, 4);
-    it.served.counts("shadows", "b", "/answered", 2);
-    client.get("/-/metrics");
-    let response = client.response();
-    assert_eq!(response.header("content-type"), Some("application/openmetrics-text; version=1.0.0; charset=utf-8"));
-    let text = response.text();
-    for line in [
-        "# TYPE ray_serve_proxy_requests counter",
-        "# TYPE ray_serve_proxy_connections gauge",
-        "ray_serve_proxy_links 2",
-        "# TYPE ray_serve_traffic_requests counter",
-        "ray_serve_traffic_requests_total{route=\"/x\",target=\"a\"} 4",
-        "ray_serve_traffic_requests_total{route=\"/x\",target=\"b\"} 0",
-        "ray_serve_traffic_errors_total{route=\"/x\",target=\"a\"} 0",
-        "# TYPE ray_serve_traffic_latency_ms histogram",
-        "ray_serve_traffic_latency_ms_count{route=\"/x\",target=\"a\"} 4",
-        "ray_serve_traffic_latency_ms_bucket{le=\"+Inf\",route=\"/x\",target=\"a\"} 4",
-        "ray_serve_traffic_shadow_total{route=\"/x\",target=\"b\",outcome=\"answered\"} 2",
-        "ray_serve_traffic_shadow_total{route=\"/x\",target=\"b\",outcome=\"dropped_timeout\"} 0",
-        "# EOF",
-    ] {
-        assert!(text.lines().any(|it| it == line), "{line} is not in\n{text}");
-    }
-    assert_eq!(Served::empty(json!({})).proxy.traffic(), "{}");
 }

@@ -2,6 +2,7 @@
 //!
 //! No thread of this crate ever attaches to the interpreter by itself; Rust touches Python only when Python called it.
 
+mod batcher;
 mod client;
 mod convert;
 mod http;
@@ -20,6 +21,8 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 #[pymodule]
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<batcher::Batcher>()?;
+    module.add_class::<batcher::Ticket>()?;
     module.add_class::<client::Client>()?;
     module.add_class::<client::Call>()?;
     module.add_class::<client::Mailbox>()?;
@@ -29,6 +32,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<worker::Worker>()?;
     module.add_class::<http::request::RequestHead>()?;
     module.add_class::<http::request::CallHead>()?;
+    module.add_function(wrap_pyfunction!(http::request::head_parts, module)?)?;
     module.add_function(wrap_pyfunction!(http::request::check_pattern, module)?)?;
     Ok(())
 }

@@ -35,6 +35,7 @@ pub use self::{
     replica::Candidate,
     reserve::Assigned,
     route::RouteTable,
+    schedule::Schedules,
     split::Splitter,
     streams::Streams,
     traffic::{SplitKey, Turn},
@@ -153,6 +154,7 @@ pub struct Engine<W> {
     by_id: HashMap<String, ReplicaKey>,
     /// Sorted by name.
     splits: Vec<Split>,
+    schedules: Schedules,
     /// Goes up with every snapshot.
     split_life: u32,
     lives: u32,
@@ -170,6 +172,7 @@ impl<W> Default for Engine<W> {
             replicas: Slab::new(),
             by_id: HashMap::new(),
             splits: Vec::new(),
+            schedules: Schedules::default(),
             split_life: 0,
             lives: 0,
             sessions: 0,
@@ -181,6 +184,11 @@ impl<W> Default for Engine<W> {
 
 #[expect(clippy::needless_pass_by_value, reason = "a lease is given back by being consumed")]
 impl<W> Engine<W> {
+    /// One of several that share their splits' traffic out together.
+    pub fn sharing(schedules: Schedules) -> Self {
+        Self { schedules, ..Self::default() }
+    }
+
     /// The next thing to do; a driver asks until there is none, after every event.
     pub fn next_action(&mut self) -> Option<Action<W>> {
         self.actions.pop_front()

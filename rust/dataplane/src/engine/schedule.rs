@@ -9,13 +9,33 @@
 //! shares every few turns are off by no more than six after 20,000 changes. Who has no share for a while keeps what was
 //! owed. Numbers are integers, so that nothing drifts.
 
+use std::{
+    collections::BTreeMap,
+    sync::{Arc, Mutex, PoisonError},
+};
+
 /// One turn.
 const ONE: i64 = 1 << 50;
 
-/// See the module. Entries are known by their index.
+/// By split, as long as their owner lives: what is owed by name must outlive a target that leaves and comes back.
+#[derive(Debug, Clone, Default)]
+pub struct Schedules(Arc<Mutex<BTreeMap<String, Arc<Mutex<Schedule>>>>>);
+
+impl Schedules {
+    pub(super) fn of(&self, split: &str) -> Arc<Mutex<Schedule>> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        Arc::clone(all.entry(split.to_owned()).or_default())
+    }
+}
+
+/// See the module. Entries are known by their place, which they keep.
 #[derive(Debug, Default)]
 pub(super) struct Schedule {
+    names: Vec<String>,
     entries: Vec<Entry>,
+    /// What shares were made from: places, and their weights.
+    places: Vec<usize>,
+    weights: Vec<f64>,
     /// How far behind one must be to have a turn; the others' bound is as far below one turn.
     due: i64,
 }
@@ -33,19 +53,35 @@ struct Entry {
 }
 
 impl Schedule {
-    /// The same with other entries: each of `order` is one of the present ones, or new.
-    pub(super) fn rearranged(&self, order: impl IntoIterator<Item = Option<usize>>) -> Self {
-        let entry = |at: Option<usize>| at.map_or_else(Entry::default, |at| self.entries[at].clone());
-        Self { entries: order.into_iter().map(entry).collect(), due: self.due }
+    /// The place of this name, which is new if nobody has had it.
+    pub(super) fn place(&mut self, name: &str) -> usize {
+        self.names.iter().position(|other| other == name).unwrap_or_else(|| {
+            self.names.push(name.to_owned());
+            self.entries.push(Entry::default());
+            self.names.len() - 1
+        })
     }
 
-    /// Sets the shares, in proportion to `weights`; the same ones as before change nothing.
-    pub(super) fn share(&mut self, weights: &[f64]) {
-        let shares = shares(weights);
-        if self.entries.iter().map(|entry| entry.share).eq(shares.iter().copied()) {
+    /// Gives the next turn among `places`, in proportion to their `weights`, as an index of both; `None` if none is above 0.
+    pub(super) fn turn(&mut self, places: &[usize], weights: &[f64]) -> Option<usize> {
+        if self.weights != weights || self.places != places {
+            self.share(places, weights);
+        }
+        let next = self.next()?;
+        places.iter().position(|&place| place == next)
+    }
+
+    /// Sets the shares; the same ones as before change nothing.
+    fn share(&mut self, places: &[usize], weights: &[f64]) {
+        (self.places, self.weights) = (places.to_vec(), weights.to_vec());
+        let mut all = vec![0; self.entries.len()];
+        for (&place, share) in places.iter().zip(shares(weights)) {
+            all[place] = share;
+        }
+        if self.entries.iter().map(|entry| entry.share).eq(all.iter().copied()) {
             return;
         }
-        for (entry, share) in self.entries.iter_mut().zip(shares) {
+        for (entry, share) in self.entries.iter_mut().zip(all) {
             entry.arrears += std::mem::take(&mut entry.lag);
             entry.share = share;
             entry.pace = 1.0 / as_float(share);
@@ -80,8 +116,8 @@ impl Schedule {
         }
     }
 
-    /// Gives the next turn; `None` if nobody has a share.
-    pub(super) fn next(&mut self) -> Option<usize> {
+    /// The place of who is next; `None` if nobody has a share.
+    fn next(&mut self) -> Option<usize> {
         let (mut next, mut soonest) = (None, f64::INFINITY);
         for (at, entry) in self.entries.iter_mut().enumerate().filter(|(_, entry)| entry.share > 0) {
             entry.lag += entry.share;
@@ -122,13 +158,20 @@ mod tests {
 
     use super::*;
 
+    /// One whose places are indices.
     fn idle(entries: usize) -> Schedule {
-        Schedule::default().rearranged(vec![None; entries])
+        let mut schedule = Schedule::default();
+        assert!((0..entries).all(|at| schedule.place(&at.to_string()) == at));
+        schedule
+    }
+
+    fn share(schedule: &mut Schedule, weights: &[f64]) {
+        schedule.share(&(0..weights.len()).collect::<Vec<_>>(), weights);
     }
 
     fn fresh(weights: &[f64]) -> Schedule {
         let mut schedule = idle(weights.len());
-        schedule.share(weights);
+        share(&mut schedule, weights);
         schedule
     }
 
@@ -158,6 +201,25 @@ mod tests {
     }
 
     #[test]
+    fn those_who_see_other_targets_take_turns_in_the_same_schedule() {
+        let schedules = Schedules::default();
+        assert!(Arc::ptr_eq(&schedules.of("/x"), &schedules.clone().of("/x")));
+        let mut schedule = idle(0);
+        let (a, b) = (schedule.place("a"), schedule.place("b"));
+        // The other order, and for a moment a third.
+        let mut had = [0, 0];
+        for round in 0..100 {
+            let third = schedule.place("c");
+            match round {
+                40..44 => assert!(schedule.turn(&[b, a, third], &[0.5, 0.5, 0.0]).is_some_and(|at| at < 2)),
+                _ if round % 2 == 0 => had[schedule.turn(&[a, b], &[0.5, 0.5]).expect("shares")] += 1,
+                _ => had[1 - schedule.turn(&[b, a], &[5.0, 5.0]).expect("shares")] += 1,
+            }
+        }
+        assert!(had[0] == 48 && had[1] == 48, "{had:?}");
+    }
+
+    #[test]
     fn nobody_with_a_share_gets_no_turn() {
         assert_eq!(fresh(&[0.0, 0.0]).next(), None);
         assert_eq!(fresh(&[]).next(), None);
@@ -176,7 +238,7 @@ mod tests {
         let (mut due, mut had) = (0.0, 0.0);
         for round in 0..1000 {
             let weight = 0.1 + f64::from(round % 7) / 1000.0;
-            schedule.share(&[1.0 - weight, weight]);
+            share(&mut schedule, &[1.0 - weight, weight]);
             for _ in 0..2 {
                 due += weight;
                 had += f64::from(u8::from(schedule.next() == Some(1)));
@@ -188,7 +250,7 @@ mod tests {
     proptest! {
         #[test]
         fn counts_are_within_one_of_their_shares(weights in weights()) {
-            prop_assert!(error(&mut fresh(&weights), &weights, 3000) < 1.0);
+            prop_assert!(error(&mut fresh(&weights), &weights, 1000) < 1.0);
         }
 
         #[test]
@@ -197,7 +259,7 @@ mod tests {
             for (weights, turns) in changes {
                 // Some come and go.
                 let weights: Vec<_> = weights.into_iter().map(|weight| if weight < 0.3 { 0.0 } else { weight }).collect();
-                schedule.share(&weights);
+                share(&mut schedule, &weights);
                 if weights.iter().sum::<f64>() > 0.0 {
                     prop_assert!(error(&mut schedule, &weights, turns) <= 1.0 + 1e-9);
                 }
@@ -209,7 +271,7 @@ mod tests {
             let mut schedule = idle(5);
             let (mut due, mut had) = ([0.0; 5], [0.0; 5]);
             for (weights, turns) in changes {
-                schedule.share(&weights);
+                share(&mut schedule, &weights);
                 let total: f64 = weights.iter().sum();
                 for _ in 0..turns {
                     had[schedule.next().expect("all have shares")] += 1.0;
@@ -231,7 +293,7 @@ mod tests {
             for _ in 0..before {
                 prop_assert_eq!(one.next(), two.next());
             }
-            two.share(&weights);
+            share(&mut two, &weights);
             for _ in 0..50 {
                 prop_assert_eq!(one.next(), two.next());
             }

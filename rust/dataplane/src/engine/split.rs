@@ -7,9 +7,11 @@
 //! and handles agree, and different splits do not send the same visitors to the canary. Requests that rules or stickiness
 //! have placed do not count in the schedule.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use super::{
     affinity::{key, score},
-    schedule::Schedule,
+    schedule::{Schedule, Schedules},
 };
 use crate::snapshot::{self, Sign};
 
@@ -17,7 +19,11 @@ use crate::snapshot::{self, Sign};
 #[derive(Debug)]
 pub struct Splitter {
     targets: Vec<Target>,
-    schedule: Schedule,
+    schedule: Arc<Mutex<Schedule>>,
+    /// Of the targets, there.
+    places: Vec<usize>,
+    /// Their weights, 0 of those that are not ready.
+    weights: Vec<f64>,
     sticky: Option<Sign>,
     rules: Vec<Rule>,
 }
@@ -45,29 +51,29 @@ struct Rule {
 }
 
 impl Splitter {
-    /// As the snapshot has it, going on where the splitter `before` of the same name stands. Nothing is ready yet.
-    pub fn new(name: &str, split: &snapshot::Split, before: Option<&Self>) -> Self {
+    /// As the snapshot has it, going on in the schedule of its name. Nothing is ready yet.
+    pub fn new(name: &str, split: &snapshot::Split, schedules: &Schedules) -> Self {
         let salt = key(name.as_bytes());
-        let targets: Vec<_> = split
-            .targets
-            .iter()
-            .map(|target| Target {
-                name: target.name.clone(),
-                weight: target.weight,
-                seed: score(salt, key(target.name.as_bytes())),
-                ready: false,
-            })
-            .collect();
+        let target = |target: &snapshot::Target| Target {
+            name: target.name.clone(),
+            weight: target.weight,
+            seed: score(salt, key(target.name.as_bytes())),
+            ready: false,
+        };
+        let targets: Vec<_> = split.targets.iter().map(target).collect();
         let at = |all: &[Target], name: &str| all.iter().position(|target| target.name == name);
-        let known = |target: &Target| before.and_then(|before| at(&before.targets, &target.name));
-        let idle = Schedule::default();
-        let schedule = before.map_or(&idle, |before| &before.schedule).rearranged(targets.iter().map(known));
+        let schedule = schedules.of(name);
+        let places = {
+            let mut schedule = schedule.lock().unwrap_or_else(PoisonError::into_inner);
+            targets.iter().map(|target| schedule.place(&target.name)).collect()
+        };
+        let weights = vec![0.0; targets.len()];
         let rule = |rule: &snapshot::Rule| {
             let target = at(&targets, &rule.target)?;
             Some(Rule { sign: rule.sign.clone(), value: rule.value.clone(), target })
         };
         let rules = split.rules.iter().filter_map(rule).collect();
-        Self { targets, schedule, sticky: split.sticky.clone(), rules }
+        Self { targets, schedule, places, weights, sticky: split.sticky.clone(), rules }
     }
 
     /// Takes note of which targets have a ready replica; returns whether that has changed.
@@ -78,7 +84,7 @@ impl Splitter {
             changed |= std::mem::replace(&mut target.ready, ready) != ready;
         }
         let weight = |target: &Target| if target.takes() { target.weight } else { 0.0 };
-        self.schedule.share(&self.targets.iter().map(weight).collect::<Vec<_>>());
+        self.weights = self.targets.iter().map(weight).collect();
         changed
     }
 
@@ -112,7 +118,8 @@ impl Splitter {
     /// The target of whoever comes with this value, [`key`] of it; 0: without one.
     pub(super) fn choose_for(&mut self, visitor: u64) -> Option<usize> {
         if visitor == 0 {
-            return self.schedule.next();
+            let mut schedule = self.schedule.lock().unwrap_or_else(PoisonError::into_inner);
+            return schedule.turn(&self.places, &self.weights);
         }
         let takers = self.targets.iter().enumerate().filter(|(_, target)| target.takes());
         let appeals = takers.map(|(at, target)| (at, target.weight / -unit(score(visitor, target.seed)).ln()));
@@ -151,7 +158,7 @@ mod tests {
     }
 
     fn splitter(targets: &[(&str, f64)], more: &serde_json::Value) -> Splitter {
-        let mut splitter = Splitter::new("/x", &split(targets, more), None);
+        let mut splitter = Splitter::new("/x", &split(targets, more), &Schedules::default());
         splitter.note_ready(|_| true);
         splitter
     }
@@ -198,12 +205,14 @@ mod tests {
     #[test]
     fn the_schedule_goes_on_over_new_snapshots_and_readiness() {
         let weights = [("a", 0.7), ("b", 0.2), ("c", 0.1)];
-        let mut splitter = splitter(&weights, &json!({}));
+        let schedules = Schedules::default();
+        let mut splitter = Splitter::new("/x", &split(&weights, &json!({})), &schedules);
+        splitter.note_ready(|_| true);
         let mut counts = [0; 3];
         for round in 0..500 {
             counts[splitter.choose(|_| None).expect("ready")] += 1;
             if round % 3 == 0 {
-                splitter = Splitter::new("/x", &split(&weights, &json!({})), Some(&splitter));
+                splitter = Splitter::new("/x", &split(&weights, &json!({})), &schedules);
                 splitter.note_ready(|_| true);
             }
         }
@@ -215,7 +224,8 @@ mod tests {
     #[test]
     fn splits_of_other_names_have_other_visitors_in_the_canary() {
         let canary = split(&[("a", 0.5), ("b", 0.5)], &sticky());
-        let (mut one, mut two) = (Splitter::new("/x", &canary, None), Splitter::new("/y", &canary, None));
+        let (mut one, mut two) =
+            (Splitter::new("/x", &canary, &Schedules::default()), Splitter::new("/y", &canary, &Schedules::default()));
         one.note_ready(|_| true);
         two.note_ready(|_| true);
         let both = (0..1000).filter(|i| home(&mut one, &format!("u{i}")) == home(&mut two, &format!("u{i}"))).count();

@@ -34,14 +34,13 @@ pub(super) struct Split {
 impl<W> Engine<W> {
     /// Takes over the splits of a snapshot whose deployments are known.
     pub(super) fn divide(&mut self, snapshot: &Snapshot) {
-        let before = std::mem::take(&mut self.splits);
         let split = |(name, split): (&String, &crate::snapshot::Split)| Split {
             name: name.clone(),
-            splitter: Splitter::new(name, split, before.iter().find(|it| it.name == *name).map(|it| &it.splitter)),
+            splitter: Splitter::new(name, split, &self.schedules),
             deployments: split.targets.iter().map(|target| self.deployment(&target.deployment)).collect(),
         };
         let splits: Vec<_> = snapshot.splits.iter().map(split).collect();
-        let any = !(before.is_empty() && splits.is_empty());
+        let any = !(self.splits.is_empty() && splits.is_empty());
         self.splits = splits;
         self.split_life = self.split_life.wrapping_add(1);
         self.reckon();

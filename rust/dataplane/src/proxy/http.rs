@@ -17,6 +17,7 @@ use super::{
     listen::{Conn, Open},
     relay::{Call, Marks, X_REQUEST_ID, relay},
     sender::Sender,
+    split::relay_to_targets,
     stream::{Head, StreamRef},
 };
 use crate::{
@@ -157,11 +158,11 @@ async fn dispatch(
     let body = Inbound::read(source, config.max_body_bytes).await?;
     let deadline = deadline.map(|(instant, _)| instant);
     let mut call = Call { shard, conn, route, params, path: &path, parts, marks, deadline, watch: None };
-    let mut result = relay(&mut call, body).await;
-    if let Some(watch) = call.watch.take() {
-        watch.end(&mut result);
+    if call.route.fork.is_some() {
+        // In a box: what several targets need must not make every request's future larger.
+        return Box::pin(relay_to_targets(call, body)).await;
     }
-    result
+    relay(&mut call, body).await
 }
 
 /// What a client's headers ask of the proxy, found in one pass.

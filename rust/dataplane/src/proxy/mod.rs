@@ -48,7 +48,7 @@ pub use self::{
 };
 use self::{choose::Choices, shard::Shard};
 use crate::{
-    engine::{Assigned, Candidate},
+    engine::{Assigned, Candidate, Schedules},
     metrics::Metrics,
     snapshot::{self, Snapshot, SnapshotError},
     tally::Tallies,
@@ -76,6 +76,8 @@ struct Shared {
     choices: Choices,
     /// Replicas with which the handshake has failed.
     distrusted: Mutex<HashSet<String>>,
+    /// Of splits, in which the shards take turns.
+    schedules: Schedules,
     /// One a shard.
     metrics: Mutex<Vec<Arc<Metrics>>>,
 }
@@ -164,6 +166,7 @@ impl Proxy {
             link_changed: Condvar::new(),
             choices: Choices::new(),
             distrusted: Mutex::default(),
+            schedules: Schedules::default(),
             metrics: Mutex::default(),
         };
         let kept = shared.config.snapshot_path.as_ref().and_then(|path| std::fs::read(path).ok());

@@ -55,7 +55,8 @@ pub(super) struct Call<'c> {
     pub(super) parts: &'c Parts,
     pub(super) marks: &'c Marks,
     pub(super) deadline: Option<Instant>,
-    /// Counts it, if its route has several targets.
+    /// Counts it, if its route has several targets; one whose route has got them while it waited is a request there, but its
+    /// outcome is not known.
     pub(super) watch: Option<Watch>,
 }
 
@@ -63,14 +64,15 @@ pub(super) struct Call<'c> {
 ///
 /// # Errors
 /// See [`Error`]; nothing has been sent to the client then.
-pub(super) async fn relay(call: &mut Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
+pub(super) async fn relay(call: &mut Call<'_>, body: Inbound) -> Result<(StreamRef, Head), Error> {
+    let first = call.admit(&body).await;
+    let came = call.settled(first, &body).await?;
+    carry(call, came, body).await
+}
+
+/// The same for a request that has waited for its first replica.
+pub(super) async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
-    let mut came = if call.route.fork.is_some() {
-        call.forked(&body).await?
-    } else {
-        let first = call.admit(&body).await;
-        call.settled(first, &body).await?
-    };
     loop {
         let (stream, place) = match came {
             Came::Lease(lease) => {
@@ -183,12 +185,11 @@ impl Call<'_> {
 
     /// The same for one that waits again already.
     async fn resumed(&mut self, waiting: Waiting, body: &Inbound) -> Result<Came, Error> {
-        let end = waiting.end(|| self.describe());
-        let came = if self.watch.is_some() { self.unless_stranded(end).await } else { Some(end.await) };
-        match came {
-            Some(came) => self.settled(came, body).await,
-            None => self.choose(None, body).await,
+        if self.watch.is_some() {
+            return Box::pin(self.stay(waiting, body)).await;
         }
+        let came = waiting.end(|| self.describe()).await;
+        self.settled(came, body).await
     }
 
     /// Takes a request whose deployment is gone to where its route leads by now. It may go on for as long as redeploys
@@ -197,7 +198,7 @@ impl Call<'_> {
         loop {
             match came {
                 Err(error) if error.retry() == Retry::Reroute => match self.shard.route(self.path) {
-                    Some(found) if found.0.fork.is_some() => return self.choose(Some(found), body).await,
+                    Some(found) if found.0.fork.is_some() => return Box::pin(self.choose(Some(found), body)).await,
                     Some((route, params)) if route.deployment != self.route.deployment => {
                         (self.route, self.params) = (route, params);
                     }
@@ -210,7 +211,7 @@ impl Call<'_> {
     }
 
     /// The REQUEST for a batch.
-    fn pack(&self, body: &Inbound) -> Packed {
+    pub(super) fn pack(&self, body: &Inbound) -> Packed {
         let mut head = BytesMut::with_capacity(HEAD);
         self.put_head(&mut head);
         let (body, whole) = match body {

@@ -131,11 +131,12 @@ impl Shard {
     pub(super) fn new(shared: Arc<Shared>, metrics: Arc<Metrics>) -> Rc<Self> {
         let mut seed = [0; 8];
         getrandom::fill(&mut seed).expect("the operating system has random bytes");
+        let engine = RefCell::new(Engine::sharing(shared.schedules.clone()));
         Rc::new(Self {
             shared,
             metrics,
             index: Cell::new(0),
-            engine: RefCell::default(),
+            engine,
             routes: RefCell::default(),
             readiness: Notify::new(),
             lanes: RefCell::default(),
@@ -262,15 +263,26 @@ impl Shard {
         pack: impl FnOnce() -> Packed,
         describe: impl Fn() -> Choice,
     ) -> Result<Came, Error> {
+        match self.ask(deployment, affinity)? {
+            Asked::Go(lease) => Ok(Came::Lease(lease)),
+            Asked::Wait(waiting) => {
+                waiting.pack(pack);
+                waiting.end(describe).await
+            }
+        }
+    }
+
+    /// A lease for a new request, or its place in the queue.
+    #[inline]
+    pub(super) fn ask(self: &Rc<Self>, deployment: DeploymentKey, affinity: Affinity) -> Result<Asked, Error> {
         let mut waiting = None;
         let admission =
             self.engine.borrow_mut().request(deployment, affinity, |place| self.wait(place, &mut waiting))?;
         match (admission, waiting) {
-            (Admission::Go(lease), _) => Ok(Came::Lease(lease)),
+            (Admission::Go(lease), _) => Ok(Asked::Go(lease)),
             (Admission::Wait(_), Some(waiting)) => {
                 self.metrics.queued.up();
-                waiting.pack(pack);
-                waiting.end(describe).await
+                Ok(Asked::Wait(waiting))
             }
             (Admission::Wait(_), None) => unreachable!("the engine asks for a waiter before it says that one waits"),
         }
@@ -327,6 +339,12 @@ impl Shard {
         self.engine.borrow_mut().unsent(lease);
         self.settle();
     }
+}
+
+/// What comes of asking for a lease.
+pub(super) enum Asked {
+    Go(Lease),
+    Wait(Waiting),
 }
 
 /// A place in the queue: left when the request goes away, and a lease that came too late is given back.

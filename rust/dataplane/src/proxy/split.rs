@@ -3,16 +3,16 @@
 //! The choice itself is the engine's. A request waits in the queue of the target that was chosen for it, within that
 //! deployment's limits; one whose target is not ready while another is leaves for the other.
 
-use std::{future::Future, pin::pin, rc::Rc, sync::Arc, task::Poll, time::Instant as Clock};
+use std::{pin::pin, rc::Rc, sync::Arc, task::Poll, time::Instant as Clock};
 
 use http::{HeaderMap, header::COOKIE};
 use tokio::time::Instant;
 
 use super::{
     body::Inbound,
-    relay::Call,
+    relay::{Call, carry},
     shadow::{Shadow, copy},
-    shard::{Came, Found, Route, Shard},
+    shard::{Asked, Came, Found, Route, Shard, Waiting},
     stream::{Head, StreamRef},
 };
 use crate::{
@@ -108,20 +108,31 @@ impl Drop for Watch {
     }
 }
 
-impl Call<'_> {
-    /// What comes of the request at one of the targets of the route's split; copies are on their way then too.
-    pub(super) async fn forked(&mut self, body: &Inbound) -> Result<Came, Error> {
-        let route = Rc::clone(&self.route);
-        let found = (Rc::clone(&route), std::mem::take(&mut self.params));
-        let came = self.choose(Some(found), body).await?;
-        for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
-            copy(self, shadow, body);
+/// What `relay` is for other routes: sends the request to one of the targets, counts it there, and copies it for shadows.
+///
+/// # Errors
+/// See [`Error`]; nothing has been sent to the client then.
+pub(super) async fn relay_to_targets(mut call: Call<'_>, body: Inbound) -> Result<(StreamRef, Head), Error> {
+    let route = Rc::clone(&call.route);
+    let found = (Rc::clone(&route), std::mem::take(&mut call.params));
+    let mut result = match call.choose(Some(found), &body).await {
+        Ok(came) => {
+            for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
+                copy(&call, shadow, &body);
+            }
+            carry(&mut call, came, body).await
         }
-        Ok(came)
+        Err(error) => Err(error),
+    };
+    if let Some(watch) = call.watch.take() {
+        watch.end(&mut result);
     }
+    result
+}
 
-    /// As long as no target is ready this only waits; the request's deadline or its client ends that. `found` is the route
-    /// if it has been looked up; one of an earlier snapshot is looked up again.
+impl Call<'_> {
+    /// What comes of waiting for one of the targets. As long as none is ready this only waits; the request's deadline or its
+    /// client ends that. `found` is the route if it has been looked up; one of an earlier snapshot is looked up again.
     pub(super) async fn choose(&mut self, mut found: Option<Found>, body: &Inbound) -> Result<Came, Error> {
         let shard = self.shard;
         loop {
@@ -150,10 +161,26 @@ impl Call<'_> {
                 Err(error) => return Err(error),
             };
             self.aim(&fork.targets[target]);
-            match self.unless_stranded(self.admit(body)).await {
-                Some(Err(Error::Deleted(_))) | None => {}
-                Some(came) => return came,
+            match shard.ask(self.route.deployment, self.marks.affinity) {
+                Ok(Asked::Go(lease)) => return Ok(Came::Lease(lease)),
+                Ok(Asked::Wait(waiting)) => {
+                    waiting.pack(|| self.pack(body));
+                    match self.unless_stranded(waiting).await {
+                        Some(Err(Error::Deleted(_))) | None => {}
+                        Some(came) => return came,
+                    }
+                }
+                Err(Error::Deleted(_)) => {}
+                Err(error) => return Err(error),
             }
+        }
+    }
+
+    /// What comes of one that waits at a target once more, there or at another.
+    pub(super) async fn stay(&mut self, waiting: Waiting, body: &Inbound) -> Result<Came, Error> {
+        match self.unless_stranded(waiting).await {
+            Some(Err(Error::Deleted(_))) | None => self.choose(None, body).await,
+            Some(came) => came,
         }
     }
 
@@ -168,9 +195,9 @@ impl Call<'_> {
         }
     }
 
-    /// What `work` gives, unless the target is not ready and another becomes so; then the request leaves its place.
-    pub(super) async fn unless_stranded<T>(&self, work: impl Future<Output = T>) -> Option<T> {
-        let mut work = pin!(work);
+    /// What comes of it, unless the target is not ready and another is or becomes so; then the request leaves its place.
+    async fn unless_stranded(&self, waiting: Waiting) -> Option<Result<Came, Error>> {
+        let mut work = pin!(waiting.end(|| self.describe()));
         let mut turned = pin!(self.shard.readiness.notified());
         // One that comes back waits where readiness may have changed before it did.
         let mut unsure = true;

@@ -10,7 +10,11 @@ use super::{Header, Kind, MAX_BATCH, WireError, flag, frame::put_with};
 pub fn put_batch(out: &mut BytesMut, streams: &[u32], granted: bool) {
     debug_assert!((1..=MAX_BATCH).contains(&streams.len()), "a batch has requests, and not too many");
     let header = Header::new(Kind::Batch, 0).with(if granted { flag::GRANTED } else { 0 });
-    put_with(out, header, |out| streams.iter().for_each(|stream| out.put_u32_le(*stream)));
+    put_with(out, header, |out| {
+        for stream in streams {
+            out.put_u32_le(*stream);
+        }
+    });
 }
 
 /// Reads the streams of a BATCH.

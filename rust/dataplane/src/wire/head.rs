@@ -223,6 +223,11 @@ impl RequestHeadView {
         Headers { bytes: self.part(8) }
     }
 
+    /// The head as it travels, without what follows it.
+    pub fn encoded(&self) -> &[u8] {
+        &self.payload[..self.payload.len() - self.body().len()]
+    }
+
     /// What the route's pattern found in the path, in its order.
     pub fn params(&self) -> Params<'_> {
         Params { bytes: &self.payload[self.params.0 as usize..self.params.1 as usize] }

@@ -1,4 +1,4 @@
-//! A replica on a thread of its own that answers every request with its id.
+//! Replicas on threads of their own that answer every request with their id, and splits over them.
 
 use std::{
     path::Path,
@@ -10,9 +10,12 @@ use std::{
 };
 
 use rayserve_dataplane::wire::{Kind, RequestHeadView};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::replica::{Got, Replica};
+use super::{
+    Served,
+    replica::{Got, Replica},
+};
 
 pub struct Auto {
     pub address: Value,
@@ -50,5 +53,43 @@ impl Drop for Auto {
         if let Some(thread) = self.thread.take() {
             thread.join().expect("it has not failed");
         }
+    }
+}
+
+pub fn targets(weights: &[(&str, f64)]) -> Value {
+    let target =
+        |(name, weight): &(&str, f64)| json!({"name": name, "deployment": format!("{name}#D"), "weight": weight});
+    json!(weights.iter().map(target).collect::<Vec<_>>())
+}
+
+/// A split without anything else.
+pub fn split(weights: &[(&str, f64)]) -> Value {
+    json!({"targets": targets(weights)})
+}
+
+/// A proxy and one answering replica a target, whose id is the target's name.
+pub struct Split {
+    pub served: Served,
+    pub autos: Vec<(&'static str, Auto)>,
+}
+
+impl Split {
+    pub fn start(names: &[&'static str], split: &Value) -> Self {
+        Self::with(json!({}), names, split)
+    }
+
+    pub fn with(changes: Value, names: &[&'static str], split: &Value) -> Self {
+        let served = Served::empty(changes);
+        let autos = names.iter().map(|&name| (name, Auto::start(served.dir.path(), name, 100))).collect();
+        let it = Self { served, autos };
+        it.publish(split);
+        it.served.linked_ids(names);
+        it
+    }
+
+    pub fn publish(&self, split: &Value) {
+        let deployments: Vec<_> =
+            self.autos.iter().map(|(name, auto)| (*name, json!({}), vec![auto.address.clone()])).collect();
+        self.served.publish_split(split, &deployments);
     }
 }

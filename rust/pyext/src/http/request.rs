@@ -5,6 +5,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use pyo3::buffer::PyBuffer;
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::intern;
@@ -72,16 +73,18 @@ impl RequestHead {
 
     #[getter]
     pub(super) fn http_version<'py>(&self, py: Python<'py>) -> &Bound<'py, PyString> {
-        match self.view.http_version {
-            10 => intern!(py, "1.0"),
-            20 => intern!(py, "2"),
-            _ => intern!(py, "1.1"),
-        }
+        version(py, &self.view)
     }
 
     #[getter]
     pub(super) fn scheme<'py>(&self, py: Python<'py>) -> &Bound<'py, PyString> {
-        if self.view.https { intern!(py, "https") } else { intern!(py, "http") }
+        scheme(py, &self.view)
+    }
+
+    /// The head as it travels, for a request that is sent on; `head_parts` reads it.
+    #[getter]
+    fn encoded<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
+        PyBytes::new(py, self.view.encoded())
     }
 
     #[getter]
@@ -190,10 +193,19 @@ impl RequestHead {
 }
 
 impl RequestHead {
+    /// The model id as it came; empty if there is none.
+    pub(crate) fn model(&self) -> &[u8] {
+        self.value_of(MODEL_HEADER)
+    }
+
     /// The last header of that name, or nothing: the proxy has chosen the replica by the same one.
     fn named<'py>(&self, py: Python<'py>, key: &[u8]) -> Bound<'py, PyString> {
+        text(py, self.value_of(key))
+    }
+
+    fn value_of(&self, key: &[u8]) -> &[u8] {
         let value = self.view.headers().filter(|(name, _)| is_named(name, key)).last();
-        text(py, value.map_or(b"", |(_, value)| value))
+        value.map_or(b"", |(_, value)| value)
     }
 }
 
@@ -293,6 +305,39 @@ impl CallHead {
     }
 }
 
+/// What a request that was sent on is made of, in the order of `replica.portable.PARTS`.
+#[pyfunction]
+pub(crate) fn head_parts<'py>(py: Python<'py>, encoded: &[u8]) -> PyResult<Bound<'py, PyTuple>> {
+    let view = RequestHeadView::parse(Bytes::copy_from_slice(encoded))
+        .map_err(|error| PyValueError::new_err(error.to_string()))?;
+    let headers: Vec<_> = view.headers().map(|(name, value)| pair(py, name, value)).collect();
+    (
+        text(py, view.method()),
+        unquoted(py, view.path()),
+        PyBytes::new(py, view.path()),
+        PyBytes::new(py, view.query()),
+        text(py, view.root_path()),
+        PyList::new(py, headers)?,
+        address(py, view.client()),
+        address(py, view.server()),
+        scheme(py, &view),
+        version(py, &view),
+    )
+        .into_pyobject(py)
+}
+
+fn version<'py>(py: Python<'py>, view: &RequestHeadView) -> &'py Bound<'py, PyString> {
+    match view.http_version {
+        10 => intern!(py, "1.0"),
+        20 => intern!(py, "2"),
+        _ => intern!(py, "1.1"),
+    }
+}
+
+fn scheme<'py>(py: Python<'py>, view: &RequestHeadView) -> &'py Bound<'py, PyString> {
+    if view.https { intern!(py, "https") } else { intern!(py, "http") }
+}
+
 /// See `_core.pyi`.
 #[pyfunction]
 pub(crate) fn check_pattern(pattern: &str) -> PyResult<()> {
@@ -308,6 +353,13 @@ fn converted<'py>(py: Python<'py>, param: Param<'_>) -> PyResult<Bound<'py, PyAn
         Kind::Int => py.get_type::<PyInt>().call1((value,)),
         Kind::Float => py.get_type::<PyFloat>().call1((value,)),
         Kind::Uuid => UUID.import(py, "uuid", "UUID")?.call1((value,)),
+    }
+}
+
+impl CallHead {
+    /// The model id; empty if there is none.
+    pub(crate) fn model(&self) -> &str {
+        self.view.head().multiplexed_model_id
     }
 }
 

@@ -14,7 +14,7 @@ use rayserve_dataplane::wire::{Fault, Kind, MAX_BATCH};
 
 use super::link::{Link, lock};
 use super::replica::{Replica, Request, Work, count};
-use super::run::Running;
+use super::run::{LATE, Running};
 use super::stream::Stream;
 use crate::convert::text;
 use crate::http::request::{CallHead, RequestHead};
@@ -67,7 +67,9 @@ impl Replica {
         requests: Vec<Request>,
         granted: bool,
     ) -> PyResult<()> {
-        requests.iter().for_each(|_| count(&self.counters.requests));
+        for _ in &requests {
+            count(&self.counters.requests);
+        }
         if requests.is_empty() {
             self.with_limit(|limit| limit.unused(link.token.0, u32::from(granted)));
         } else if self.with_limit(|limit| limit.admit_batch(link.token.0, granted)) {
@@ -78,7 +80,9 @@ impl Replica {
             if self.batched {
                 self.call_batch(py, requests);
             } else {
-                requests.into_iter().for_each(|request| self.start(py, request));
+                for request in requests {
+                    self.start(py, request);
+                }
             }
             self.leave_child(py)?;
         } else {
@@ -110,7 +114,7 @@ impl Replica {
             }
         }
         if !calls.is_empty() {
-            self.start_calls(py, calls);
+            self.start_calls(py, &calls);
         }
     }
 
@@ -123,10 +127,10 @@ impl Replica {
             (state.cancelled, state.children.deadline.is_some_and(|deadline| deadline <= now))
         };
         if cancelled || late {
-            let why = b"the time of the request was over before it could start";
-            match late {
-                true => self.end_with(&stream, Fault::Deadline, why),
-                false => self.end_with(&stream, Fault::Cancelled, b""),
+            if late {
+                self.end_with(&stream, Fault::Deadline, LATE);
+            } else {
+                self.end_with(&stream, Fault::Cancelled, b"");
             }
             return self.release(py, &stream).map(|()| None);
         }
@@ -147,12 +151,11 @@ fn by_model(items: Vec<Running>) -> Vec<(Vec<u8>, Vec<Running>)> {
             Running::Call(_) => None,
         };
         let model = model.map_or(&b""[..], |(_, value)| value);
-        match groups.iter().position(|(known, _)| known == model) {
-            Some(at) => groups[at].1.push(item),
-            None => {
-                let model = model.to_vec();
-                groups.push((model, vec![item]));
-            }
+        if let Some(at) = groups.iter().position(|(known, _)| known == model) {
+            groups[at].1.push(item);
+        } else {
+            let model = model.to_vec();
+            groups.push((model, vec![item]));
         }
     }
     groups

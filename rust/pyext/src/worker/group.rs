@@ -67,14 +67,14 @@ impl Replica {
     }
 
     /// Has Python put handle calls together, as only it sees their arguments.
-    pub(super) fn start_calls(self: &Arc<Self>, py: Python<'_>, calls: Vec<Running>) {
+    pub(super) fn start_calls(self: &Arc<Self>, py: Python<'_>, calls: &[Running]) {
         let grouped = PyList::new(py, calls.iter().map(|call| call.object(py)))
             .and_then(|heads| self.hooks.group.bind(py).call1((heads,)))
             .and_then(|grouped| grouped.extract::<Grouped<'_>>());
         let (groups, failures) = match grouped {
             Ok(grouped) => grouped,
             Err(error) => {
-                for call in &calls {
+                for call in calls {
                     self.finish(py, call, false, None, Err(error.clone_ref(py)));
                 }
                 return;
@@ -85,9 +85,10 @@ impl Replica {
         }
         for (items, sync, call, model) in groups {
             self.start_group(py, items, model, |_| {
-                let (function, argument) = match sync {
-                    true => (self.hooks.run_group.clone_ref(py), Some(call.unbind())),
-                    false => (call.unbind(), None),
+                let (function, argument) = if sync {
+                    (self.hooks.run_group.clone_ref(py), Some(call.unbind()))
+                } else {
+                    (call.unbind(), None)
                 };
                 Ok(Call { function, argument, sync })
             });
@@ -159,7 +160,9 @@ impl Replica {
     pub(super) fn group_job<'py>(self: &Arc<Self>, py: Python<'py>, group: &Py<Group>) -> PyResult<Option<Ready<'py>>> {
         let it = group.get();
         if it.items.iter().all(|item| item.stream().state().cancelled) {
-            it.items.iter().for_each(|item| self.finish(py, item, false, None, Ok(py.None().into_bound(py))));
+            for item in &it.items {
+                self.finish(py, item, false, None, Ok(py.None().into_bound(py)));
+            }
             return Ok(None);
         }
         let Some((function, argument)) = &it.job else { return Ok(None) };
@@ -255,7 +258,9 @@ impl Replica {
             self.finish(py, item, false, None, Ok(py.None().into_bound(py)));
         }
         if let Err(broken) = self.answer_all(py, &wanted, error.into_value(py).into_bound(py)) {
-            wanted.iter().for_each(|item| self.give_up(py, item.stream(), broken.clone_ref(py)));
+            for item in wanted {
+                self.give_up(py, item.stream(), broken.clone_ref(py));
+            }
             return;
         }
         for item in wanted {

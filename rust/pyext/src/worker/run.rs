@@ -18,6 +18,9 @@ use super::stream::{Answer, Stream};
 use crate::http::asgi;
 use crate::http::request::{CallHead, RequestHead};
 
+/// Why a request is not begun.
+pub(super) const LATE: &[u8] = b"the time of the request was over before it could start";
+
 /// What serves HTTP, as the user's code was found to be when the replica started.
 pub(crate) struct Http {
     pub(crate) kind: HttpKind,
@@ -135,7 +138,7 @@ impl Replica {
             (state.cancelled, state.children.deadline.is_some_and(|deadline| deadline <= now))
         };
         if late {
-            self.end_with(&stream, Fault::Deadline, b"the time of the request was over before it could start");
+            self.end_with(&stream, Fault::Deadline, LATE);
             return self.release(py, &stream);
         }
         let (running, sync) = match work {

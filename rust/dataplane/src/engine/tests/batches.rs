@@ -55,7 +55,9 @@ impl Timed {
     }
 
     fn answer(&mut self, items: Vec<(u32, Lease)>) {
-        items.into_iter().for_each(|(_, lease)| self.it.engine.answered(lease, Some((0, true))));
+        for (_, lease) in items {
+            self.it.engine.answered(lease, Some((0, true)));
+        }
         self.seal();
     }
 
