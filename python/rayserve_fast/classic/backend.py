@@ -75,12 +75,14 @@ class Backend:
         if not isinstance(arrived, list):
             method = self._method(_named(arrived) or name)
             given, named = self._prepared_now(arrived, method)
-            return self._now(method.call(*given, **named))
+            result = method.call(*given, **named)
+            return self._now(result) if method.is_async else result
         results = _entered(arrived)
         for called, places in _by_method(arrived, name).items():
             method = self._method(called)
             prepared = [self._prepared_now(arrived[place], method) for place in places]
-            _put(results, places, self._now(method.call_batch(prepared)))
+            some = method.call_batch(prepared)
+            _put(results, places, self._now(some) if method.is_async else some)
         return results
 
     async def _run_async(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -90,12 +92,14 @@ class Backend:
             return await _later(self._method(name), args, kwargs)
         if not isinstance(arrived, list):
             method = self._method(_named(arrived) or name)
-            given, named = await self._prepare(arrived, method)
-            return await _later(method, given, named)
+            given, named = self._ready(arrived, method) or await self._prepare(arrived, method)
+            return await (method.call(*given, **named) if method.is_async else _later(method, given, named))
         results = _entered(arrived)
         for called, places in _by_method(arrived, name).items():
             method = self._method(called)
-            prepared = [await self._prepare(arrived[place], method) for place in places]
+            prepared = [
+                self._ready(arrived[place], method) or await self._prepare(arrived[place], method) for place in places
+            ]
             if method.is_async:
                 _put(results, places, await method.call_batch(prepared))
             else:
@@ -118,25 +122,36 @@ class Backend:
         raise RayServeException(f"The backend has no method '{name}' to call. Available methods: {public}.")
 
     def _prepared_now(self, arrived: Arrived, method: Method) -> Arguments:
-        """`_prepare` on a thread: by itself if everything has arrived, else on the loop."""
-        preparing = self._prepare(arrived, method)
-        return _finished(preparing) if _is_here(arrived) else self._now(preparing)  # type: ignore[no-any-return]
+        """On a thread: the arguments for one request, for which the loop waits if it has not arrived whole."""
+        return self._ready(arrived, method) or self._now(self._prepare(arrived, method))
 
-    async def _prepare(self, arrived: Arrived, method: Method) -> Arguments:
-        """The arguments for one request."""
+    def _ready(self, arrived: Arrived, method: Method) -> Arguments | None:
+        """The arguments for one request if there is nothing to wait for: the way of nearly all."""
         if isinstance(arrived, HandleRequest):
-            await _resolve(arrived)
-            return method.called(arrived, FlaskRequest.of_call(arrived)) if self._flask else method.given(arrived)
+            values = (arrived.data, *arrived.query_params.values())
+            return None if any(type(value) is ObjectRef for value in values) else self._of_call(arrived, method)
         if not (self._flask and method.takes_request):
             return method.given(arrived)
+        body = arrived._head.body
+        kind = _header(arrived, b"content-type")
+        if body is None or (kind is not None and kind.startswith(MULTIPART.encode())):
+            return None
+        return method.given(FlaskRequest(arrived, body))
+
+    async def _prepare(self, arrived: Arrived, method: Method) -> Arguments:
+        """The arguments for one request, once all of it is there."""
+        if isinstance(arrived, HandleRequest):
+            await _resolve(arrived)
+            return self._of_call(arrived, method)
         body = await arrived.body()
         form = await arrived.form() if arrived.headers.get("content-type", "").startswith(MULTIPART) else None
         return method.given(FlaskRequest(arrived, body, form.multi_items() if form else ()))
 
+    def _of_call(self, call: HandleRequest, method: Method) -> Arguments:
+        return method.called(call, FlaskRequest.of_call(call)) if self._flask else method.given(call)
+
     def _now(self, result: Any) -> Any:
         """On a thread: what something async comes to, in the context of the request that the thread serves."""
-        if not inspect.isawaitable(result):
-            return result
         return asyncio.run_coroutine_threadsafe(_awaited(result), self._loop).result()
 
 
@@ -276,28 +291,9 @@ def _named(arrived: Arrived) -> str | None:
     return None if value is None else value.decode("latin-1")
 
 
-def _is_here(arrived: Arrived) -> bool:
-    """Whether nothing of a request has to be waited for."""
-    if isinstance(arrived, HandleRequest):
-        return not any(type(value) is ObjectRef for value in (arrived.data, *arrived.query_params.values()))
-    multipart = (_header(arrived, b"content-type") or b"").startswith(MULTIPART.encode())
-    return arrived._head.body is not None and not multipart
-
-
 def _header(request: Request, name: bytes) -> bytes | None:
     """Without the cost of all headers as Starlette has them."""
-    head: Any = request._head
-    value: bytes | None = head.header(name)
-    return value
-
-
-def _finished(coroutine: Any) -> Any:
-    """The result of a coroutine that has nothing to wait for."""
-    try:
-        coroutine.send(None)
-    except StopIteration as end:
-        return end.value
-    raise AssertionError("a request that has arrived is prepared without waiting")
+    return request._head.header(name)  # type: ignore[attr-defined,no-any-return]
 
 
 async def _resolve(call: HandleRequest) -> None:

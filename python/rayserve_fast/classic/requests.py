@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, quote
 
 from starlette.datastructures import Headers
 
-from rayserve_fast.replica.request import loads
+from rayserve_fast.replica.request import _Lazy, loads
 
 if TYPE_CHECKING:
-    from starlette.requests import Request
+    from rayserve_fast.replica.request import Request
 
 T = TypeVar("T")
 
@@ -37,10 +36,13 @@ class MultiDict(dict[str, Any]):
     """
 
     def __init__(self, pairs: Iterable[tuple[str, Any]] = ()) -> None:
-        self._lists: dict[str, list[Any]] = {}
+        super().__init__()
+        self._further: dict[str, list[Any]] = {}
         for key, value in pairs:
-            self._lists.setdefault(key, []).append(value)
-        super().__init__((key, values[0]) for key, values in self._lists.items())
+            if key in self:
+                self._further.setdefault(key, []).append(value)
+            else:
+                self[key] = value
 
     def get(self, key: str, default: Any = None, type: Callable[[Any], T] | None = None) -> Any:
         """The first value, through `type` if given; `default` if there is none or `type` refuses it."""
@@ -53,11 +55,11 @@ class MultiDict(dict[str, Any]):
 
     def getlist(self, key: str) -> list[Any]:
         """All values of a key."""
-        return list(self._lists.get(key, ()))
+        return [self[key], *self._further.get(key, ())] if key in self else []
 
     def to_dict(self, flat: bool = True) -> dict[str, Any]:
         """A plain dict, of first values or of lists of all."""
-        return dict(self) if flat else {key: list(values) for key, values in self._lists.items()}
+        return dict(self) if flat else {key: self.getlist(key) for key in self}
 
 
 @dataclass
@@ -140,43 +142,43 @@ class FlaskRequest:
         )
         return made
 
-    @cached_property
+    @_Lazy
     def method(self) -> str:
         """As `GET`."""
         return self._request.method
 
-    @cached_property
+    @_Lazy
     def headers(self) -> Mapping[str, str]:
         """Names in any case."""
         return self._request.headers
 
-    @cached_property
+    @_Lazy
     def path(self) -> str:
         """Percent-decoded, without the query."""
-        return str(self._request.scope["path"])
+        return self._request._head.path
 
-    @cached_property
+    @_Lazy
     def query_string(self) -> bytes:
         """As sent."""
-        return bytes(self._request.scope["query_string"])
+        return self._request._head.query_string
 
-    @cached_property
+    @_Lazy
     def remote_addr(self) -> str | None:
         """The client's address."""
         return self._request.client.host if self._request.client else None
 
-    @cached_property
+    @_Lazy
     def base_url(self) -> str:
         """The whole URL without the query."""
         url = self._request.url
         return f"{url.scheme}://{url.netloc}{quote(self.path, safe=_PATH_SAFE)}"
 
-    @cached_property
+    @_Lazy
     def view_args(self) -> Mapping[str, Any]:
         """What the route's pattern found in the path."""
         return self._request.path_params
 
-    @cached_property
+    @_Lazy
     def cookies(self) -> Mapping[str, str]:
         """By name."""
         return self._request.cookies
@@ -188,7 +190,8 @@ class FlaskRequest:
     @property
     def content_type(self) -> str | None:
         """The header, with its parameters."""
-        return self.headers.get("content-type")
+        kind: str | None = self.headers.get("content-type")
+        return kind
 
     @property
     def mimetype(self) -> str:
@@ -198,7 +201,7 @@ class FlaskRequest:
     @property
     def host(self) -> str:
         """The header."""
-        return self.headers.get("host", "")
+        return str(self.headers.get("host", ""))
 
     @property
     def full_path(self) -> str:
@@ -210,30 +213,30 @@ class FlaskRequest:
         """With the query."""
         return f"{self.base_url}?{self.query_string.decode()}" if self.query_string else self.base_url
 
-    @cached_property
+    @_Lazy
     def args(self) -> MultiDict:
         """The query's parameters."""
         return MultiDict(parse_qsl(self.query_string.decode(), keep_blank_values=True))
 
-    @cached_property
+    @_Lazy
     def form(self) -> MultiDict:
         """The fields of a form that are text."""
         if self.mimetype == _URLENCODED:
             return MultiDict(parse_qsl(self._body.decode(), keep_blank_values=True))
         return MultiDict((key, value) for key, value in self._fields if isinstance(value, str))
 
-    @cached_property
+    @_Lazy
     def files(self) -> MultiDict:
         """The files of a form: `.filename`, `.content_type` and `.file` to read from."""
         return MultiDict((key, value) for key, value in self._fields if not isinstance(value, str))
 
-    @cached_property
+    @_Lazy
     def values(self) -> MultiDict:
         """Query and form together; the query's come first."""
         pairs = [(key, value) for source in (self.args, self.form) for key in source for value in source.getlist(key)]
         return MultiDict(pairs)
 
-    @cached_property
+    @_Lazy
     def data(self) -> Any:
         """The body; of a form nothing, as that has been read into `form`."""
         return b"" if self.mimetype in (_URLENCODED, MULTIPART) else self._body
@@ -249,7 +252,7 @@ class FlaskRequest:
             self.mimetype.startswith("application/") and self.mimetype.endswith("+json")
         )
 
-    @cached_property
+    @_Lazy
     def json(self) -> Any:
         """The value of a JSON body; None if the content type is another. From a handle: of the data, whatever it is.
 
