@@ -6,6 +6,7 @@ pub mod engine;
 pub mod error;
 pub mod metrics;
 pub mod proxy;
+pub mod request_id;
 pub mod snapshot;
 pub mod tcp;
 pub mod vigil;

@@ -5,6 +5,7 @@
 mod client;
 mod convert;
 mod http;
+mod plain;
 mod proxy;
 mod socket;
 mod value;
@@ -21,6 +22,7 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<client::Client>()?;
+    module.add_class::<client::Callee>()?;
     module.add_class::<client::Call>()?;
     module.add_class::<client::Mailbox>()?;
     module.add_class::<client::Chooser>()?;

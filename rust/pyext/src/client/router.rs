@@ -106,8 +106,8 @@ impl Router {
             Needs::Failed(index) => return self.finish(call, Outcome::Argument(index)),
             Needs::Met => {}
         }
-        if !self.used.contains(&call.deployment) {
-            self.used.insert(call.deployment.clone());
+        if !self.used.contains(&*call.deployment) {
+            self.used.insert(call.deployment.to_string());
             self.apply();
         }
         self.route(call);

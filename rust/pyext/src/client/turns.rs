@@ -12,15 +12,17 @@ use std::{
     collections::VecDeque,
     io::{self, ErrorKind},
     os::fd::{AsRawFd, RawFd},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
     thread::{self, Thread},
     time::Instant,
 };
 
 use bytes::Bytes;
 use mio::{Events, Poll, Token, Waker};
+use rayserve_dataplane::request_id::RequestIds;
 
 use super::{mailbox::Mailbox, pending::Pending, router::Router, tender::TenderState};
+use crate::worker::replica::Replica;
 
 const WAKER: Token = Token(usize::MAX);
 /// More than a process has links with news at once: a loop is told of them only once.
@@ -71,6 +73,9 @@ pub(crate) struct Caller {
     fd: RawFd,
     waker: Waker,
     pub(super) tender: Condvar,
+    /// The replica whose loop flushes what it calls.
+    pub(super) home: Mutex<Weak<Replica>>,
+    pub(super) ids: Mutex<RequestIds>,
 }
 
 impl Caller {
@@ -91,7 +96,21 @@ impl Caller {
         };
         let fd = poll.as_raw_fd();
         let poll = Mutex::new((poll, Events::with_capacity(EVENTS)));
-        Ok(Self { state: Mutex::new(state), poll, fd, waker, tender: Condvar::new() })
+        Ok(Self {
+            state: Mutex::new(state),
+            poll,
+            fd,
+            waker,
+            tender: Condvar::new(),
+            home: Mutex::default(),
+            ids: Mutex::default(),
+        })
+    }
+
+    /// The replica on whose loop this is, if its worker moves the bytes.
+    pub(super) fn home(&self) -> Option<Arc<Replica>> {
+        let home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
+        home.upgrade().filter(|replica| replica.on_loop())
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {

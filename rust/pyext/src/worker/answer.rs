@@ -30,6 +30,15 @@ impl Replica {
                 Ok(None)
             }
             Running::Call(head) => {
+                let mut payload = Payload::with_capacity(64);
+                if value::put_plain(&mut payload, &result) {
+                    payload.close();
+                    let stream = &head.get().stream;
+                    let header = Header::new(Kind::Result, stream.id).with(flag::FIN);
+                    stream.link.put_value(stream.link.outgoing.stamp(header, 1), &payload);
+                    stream.close();
+                    return Ok(None);
+                }
                 let encoded = self.hooks.dump_result.bind(result.py()).call1((&result,))?;
                 put_value(&head.get().stream, encoded.cast::<PyTuple>()?)?;
                 Ok(None)

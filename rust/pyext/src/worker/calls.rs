@@ -5,6 +5,7 @@
 //! of the replica read and send for themselves, as in a driver.
 
 use std::os::fd::AsRawFd;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -49,6 +50,12 @@ impl Replica {
 
     fn calls(&self) -> Option<Arc<Calls>> {
         lock(&self.calls).clone()
+    }
+
+    /// Where the loop's tasks wait for calls of `caller`, if it is the one that was adopted.
+    pub(crate) fn desk_of(&self, caller: &Arc<Caller>) -> Option<Arc<Desk>> {
+        let calls = self.calls().filter(|calls| Arc::ptr_eq(&calls.caller, caller))?;
+        (!self.forked.load(Ordering::Relaxed)).then(|| calls.desk.clone())
     }
 
     /// Whether the loop has tasks that wait for an answer.

@@ -10,6 +10,7 @@ mod frames;
 pub(crate) mod hooks;
 pub(crate) mod items;
 pub(crate) mod link;
+mod methods;
 pub(crate) mod poll;
 pub(crate) mod pool;
 pub(crate) mod replica;

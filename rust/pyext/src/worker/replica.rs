@@ -19,6 +19,7 @@ use rayserve_dataplane::wire::{CallView, Fault, Header, Kind, RequestHeadView, f
 use super::calls::Calls;
 use super::hooks::Hooks;
 use super::link::{Link, Outgoing, lock};
+use super::methods::Methods;
 use super::pool::Pool;
 use super::run::{Http, Running};
 use super::step::Stepper;
@@ -73,6 +74,7 @@ pub(crate) struct Replica {
     models: Mutex<BytesMut>,
     pub(crate) hooks: Hooks,
     pub(crate) http: Http,
+    pub(super) methods: Methods,
     pub(crate) stepper: Stepper,
     pub(crate) pool: Pool,
     pub(crate) registry: Registry,
@@ -125,6 +127,7 @@ impl Replica {
             models: Mutex::default(),
             hooks,
             http,
+            methods: Methods::default(),
             stepper,
             pool,
             registry,

@@ -134,17 +134,17 @@ impl Replica {
             self.end_with(&stream, Fault::Deadline, b"the time of the request was over before it could start");
             return self.release(py, &stream);
         }
-        let (running, sync) = match work {
+        let (running, method, sync) = match work {
             Work::Http(view) => {
                 let head = Py::new(py, RequestHead { view, stream, replica: self.clone() })?;
-                (Running::Http(head), self.http.kind == HttpKind::Sync)
+                (Running::Http(head), None, self.http.kind == HttpKind::Sync)
             }
             Work::Call(view, streaming) => {
                 let head = CallHead { view, stream, streaming, replica: self.clone() };
-                let sync = self.hooks.is_sync.bind(py).call1((head.view.head().method, streaming));
+                let found = self.methods.find(py, &self.hooks, head.view.head().method, streaming);
                 let head = Running::Call(Py::new(py, head)?);
-                match sync {
-                    Ok(sync) => (head, sync.is_truthy()?),
+                match found {
+                    Ok((method, sync)) => (head, Some(method), sync),
                     Err(error) => {
                         self.finish(py, &head, false, None, Err(error));
                         return Ok(());
@@ -163,7 +163,7 @@ impl Replica {
         let object = running.object(py);
         self.hooks.context.bind(py).call_method1(intern!(py, "set"), (&object,))?;
         let asgi = matches!(running, Running::Http(_)) && self.http.kind == HttpKind::Asgi;
-        match self.coroutine(&running, &object).and_then(|coroutine| self.stepper.start(&coroutine)) {
+        match self.coroutine(&running, method.as_ref(), &object).and_then(|coroutine| self.stepper.start(&coroutine)) {
             Ok(started) => self.follow(py, running, asgi, started),
             Err(error) => {
                 self.finish(py, &running, asgi, None, Err(error));
@@ -172,10 +172,18 @@ impl Replica {
         }
     }
 
-    fn coroutine<'py>(&self, running: &Running, object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    fn coroutine<'py>(
+        &self,
+        running: &Running,
+        method: Option<&Py<PyAny>>,
+        object: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
         let py = object.py();
-        if let Running::Call(_) = running {
-            return self.hooks.begin_call.bind(py).call1((object,));
+        if let (Running::Call(head), Some(method)) = (running, method) {
+            return match head.get().plain_arguments(py) {
+                Some((args, kwargs)) => method.bind(py).call(args, (!kwargs.is_empty()).then_some(&kwargs)),
+                None => self.hooks.begin_call.bind(py).call1((object,)),
+            };
         }
         let handler = self.http.handler.bind(py);
         match (&self.http.request, self.http.kind) {
