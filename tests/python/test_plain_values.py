@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from handle_replica import called
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from scripted_replica import Cluster, Replicas, connecting, replicas  # noqa: F401 - fixtures
 
 LEAVES = (

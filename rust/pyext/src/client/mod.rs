@@ -8,6 +8,7 @@ mod aim;
 mod callee;
 pub(crate) mod children;
 mod choose;
+mod deadlines;
 mod frames;
 mod link;
 mod linking;

@@ -171,6 +171,11 @@ impl Pending {
         self.inner().place
     }
 
+    /// Whether no replica has it yet.
+    pub(super) fn waits(&self) -> bool {
+        !self.is_assigned()
+    }
+
     pub(super) fn is_assigned(&self) -> bool {
         matches!(self.place(), Place::Sent { .. } | Place::Done)
     }

@@ -9,26 +9,24 @@ use std::{
     time::{Duration, Instant},
 };
 
-use bytes::Bytes;
 use mio::Registry;
 use rayserve_dataplane::{
     engine::{Action, Admission, Engine, Lease, Place as QueuePlace, ReplicaKey},
     error::Error,
     snapshot::{Replica, Snapshot, Version},
-    wire::{Fault, Header, Kind},
+    wire::{Header, Kind},
 };
 use slab::Slab;
 
 use super::{
     aim::Held,
+    deadlines::Deadlines,
     link::{Link, Sent},
     pending::{Needs, Outcome, Pending, Place},
 };
 
 /// How long a call waits for a controller that cannot be asked whether its deployment exists.
 const UNROUTED: Duration = Duration::from_secs(10);
-/// Why a call is not begun.
-const LATE: Bytes = Bytes::from_static(b"the time of the request was over before this call of it could begin");
 const SCRATCH: usize = 64 * 1024;
 
 /// See the module.
@@ -46,6 +44,7 @@ pub(super) struct Router {
     pub(super) used: HashSet<String>,
     /// Calls whose replica somebody else chooses.
     pub(super) held: Held,
+    pub(super) deadlines: Deadlines,
     snapshot: Option<Snapshot>,
     pub(super) unflushed: Vec<usize>,
     pub(super) scratch: Box<[u8]>,
@@ -73,6 +72,7 @@ impl Router {
             ripe: Vec::new(),
             used: HashSet::new(),
             held: Held::default(),
+            deadlines: Deadlines::default(),
             snapshot: None,
             unflushed: Vec::new(),
             scratch: vec![0; SCRATCH].into_boxed_slice(),
@@ -102,7 +102,7 @@ impl Router {
     /// Puts a call on its way if its arguments are there.
     fn enter(&mut self, call: &Arc<Pending>, needs: Needs) {
         match needs {
-            Needs::Waiting => return call.move_to(Place::Needing),
+            Needs::Waiting => return self.park(call, Place::Needing),
             Needs::Failed(index) => return self.finish(call, Outcome::Argument(index)),
             Needs::Met => {}
         }
@@ -115,7 +115,7 @@ impl Router {
 
     fn route(&mut self, call: &Arc<Pending>) {
         let Some(key) = self.engine.deployment(&call.deployment) else {
-            call.move_to(Place::Unrouted);
+            self.park(call, Place::Unrouted);
             self.unrouted.push((Instant::now(), Arc::clone(call)));
             self.doubts = true;
             return;
@@ -143,7 +143,7 @@ impl Router {
         match admission {
             Ok(Admission::Go(lease)) => self.send(call, lease),
             Ok(Admission::Wait(place)) => {
-                call.move_to(Place::Queued(place));
+                self.park(call, Place::Queued(place));
                 if self.engine.is_custom(place.deployment) {
                     self.held.fresh.push(Arc::clone(call));
                 }
@@ -159,7 +159,7 @@ impl Router {
         };
         if call.is_late() {
             self.engine.unsent(lease);
-            return self.finish(call, Outcome::Fault(Fault::Deadline, LATE));
+            return self.refuse_late(call);
         }
         if self.unflushed.last() != Some(&index) {
             self.unflushed.push(index);
@@ -182,18 +182,25 @@ impl Router {
     pub(super) fn cancel(&mut self, call: &Arc<Pending>) -> bool {
         match call.place() {
             Place::Done => return false,
-            Place::Needing => {}
-            Place::Unrouted => self.unrouted.retain(|(_, other)| !Arc::ptr_eq(other, call)),
-            Place::Queued(place) => drop(self.engine.cancel(place)),
-            Place::Held => self.held.remove(call),
             Place::Sent { link, stream } => {
                 self.links[link].send(Header::new(Kind::Cancel, stream));
                 self.unflushed.push(link);
             }
+            _ => self.withdraw(call),
         }
         self.finish(call, Outcome::Cancelled);
         self.settle();
         true
+    }
+
+    /// Takes a call out of where it waits.
+    pub(super) fn withdraw(&mut self, call: &Arc<Pending>) {
+        match call.place() {
+            Place::Unrouted => self.unrouted.retain(|(_, other)| !Arc::ptr_eq(other, call)),
+            Place::Queued(place) => drop(self.engine.cancel(place)),
+            Place::Held => self.held.remove(call),
+            Place::Needing | Place::Sent { .. } | Place::Done => {}
+        }
     }
 
     /// Items were taken: the replica may send as many bytes more.

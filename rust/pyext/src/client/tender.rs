@@ -1,7 +1,7 @@
 //! The tender: a thread of Python's that sleeps here and looks after what no waiting thread does.
 //!
 //! It takes the turn when calls are out that nobody waits for and nobody has taken it for a while; it tries links again
-//! that have failed; and it comes back to Python to take over a snapshot that has come, or to ask for one. While calls go
+//! that have failed, and ends calls that have waited for too long; and it comes back to Python to take over a snapshot that has come, or to ask for one. While calls go
 //! on and threads wait for them it looks in now and then, and when there are none it sleeps until the next.
 
 use std::{
@@ -76,6 +76,7 @@ impl Caller {
             if let Some(errand) = state.errand() {
                 return errand;
             }
+            let (now, mut next) = (Instant::now(), None);
             let lonely = state.router.outstanding > state.router.attended;
             if lonely && quiet > 0 && state.turn == Turn::Free {
                 let until = state.tender.failed.map(|_| Instant::now() + RETRY);
@@ -84,7 +85,10 @@ impl Caller {
                 });
             } else {
                 // An asyncio loop takes the turn only when something has come; links that failed are tried from here.
-                let _ = state.router.tick(Instant::now());
+                next = state.router.tick(now);
+                if next.is_some_and(|at| at <= now) {
+                    self.nudge(&state);
+                }
             }
             quiet = if turns == state.turns { quiet + 1 } else { 0 };
             turns = state.turns;
@@ -94,6 +98,7 @@ impl Caller {
                 quiet = 0;
             } else {
                 let patience = PATIENCE * quiet.clamp(1, QUIET_ROUNDS);
+                let patience = next.map_or(patience, |at| patience.min(at.saturating_duration_since(now)));
                 state = self.tender.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner).0;
             }
         }

@@ -124,6 +124,7 @@ impl Caller {
             return false;
         }
         state.router.begin(call, cork);
+        self.hurry(&mut state);
         if state.router.doubts || !state.router.held.fresh.is_empty() {
             self.relieve(&mut state);
             self.tender.notify_one();
@@ -158,6 +159,14 @@ impl Caller {
         if state.turn != Turn::Free {
             // An error would mean that the counter is full, and so that the poller wakes anyway.
             let _ = self.waker.wake();
+        }
+    }
+
+    /// Has who sleeps until a later deadline look at an earlier one.
+    fn hurry(&self, state: &mut State) {
+        if std::mem::take(&mut state.router.deadlines.sooner) {
+            self.nudge(state);
+            self.tender.notify_one();
         }
     }
 
@@ -231,6 +240,7 @@ impl Caller {
             }
         };
         state.free_turn();
+        self.hurry(&mut state);
         (state, interrupted)
     }
 

@@ -184,13 +184,13 @@ impl Worker {
         replica.leave_child(py)?;
         loop {
             if let Some(running) = replica.pool.pop() {
-                let cancelled = {
-                    let mut state = running.stream().state();
-                    state.began = Some(std::time::Instant::now());
-                    state.cancelled
-                };
+                let (cancelled, late) = replica.begin(running.stream());
                 if cancelled {
                     replica.finish(py, &running, false, None, Ok(py.None().into_bound(py)));
+                } else if late {
+                    replica.refuse_late(py, running.stream())?;
+                }
+                if cancelled || late {
                     replica.sort_ready(py);
                     continue;
                 }

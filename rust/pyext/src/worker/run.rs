@@ -116,6 +116,18 @@ impl Replica {
         }
     }
 
+    /// A request is about to run: whether it has been cancelled, and whether its time is over.
+    pub(super) fn begin(&self, stream: &Stream) -> (bool, bool) {
+        let (mut state, now) = (stream.state(), Instant::now());
+        state.began = Some(now);
+        (state.cancelled, state.children.deadline.is_some_and(|deadline| deadline <= now))
+    }
+
+    pub(super) fn refuse_late(&self, py: Python<'_>, stream: &Stream) -> PyResult<()> {
+        self.end_with(stream, Fault::Deadline, b"the time of the request was over before it could start");
+        self.release(py, stream)
+    }
+
     fn start(self: &Arc<Self>, py: Python<'_>, request: Request) {
         let stream = request.stream.clone();
         if let Err(error) = self.try_start(py, request) {
@@ -125,14 +137,9 @@ impl Replica {
 
     fn try_start(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<()> {
         let Request { stream, work } = request;
-        let (cancelled, late) = {
-            let (mut state, now) = (stream.state(), Instant::now());
-            state.began = Some(now);
-            (state.cancelled, state.children.deadline.is_some_and(|deadline| deadline <= now))
-        };
+        let (cancelled, late) = self.begin(&stream);
         if late {
-            self.end_with(&stream, Fault::Deadline, b"the time of the request was over before it could start");
-            return self.release(py, &stream);
+            return self.refuse_late(py, &stream);
         }
         let (running, method, sync) = match work {
             Work::Http(view) => {
