@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop
-from collections.abc import Awaitable, Callable, Generator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
 from contextvars import Context
 from typing import Any, Protocol, TypeAlias, final
 
@@ -98,7 +98,7 @@ class Call:
 
     @property
     def request_id(self) -> str: ...
-    def waiting(self) -> Generator[Any] | None:
+    def waiting(self) -> _Waiting | None:
         """What a task of the replica's own loop waits on; None: this is another thread or loop."""
 
     def ready(self) -> bool: ...
@@ -146,6 +146,10 @@ class Mailbox:
     def fileno(self) -> int: ...
     def wait(self, call: Call) -> Awaitable[None]: ...
     def is_empty(self) -> bool: ...
+
+class _Waiting(Protocol):
+    def __await__(self) -> Generator[Any]: ...
+    def __iter__(self) -> Iterator[Any]: ...
 
 class _Hooks(Protocol):
     """What a worker calls in Python; `replica.runtime.Hooks`."""

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import wire_client as wire
-from scripted_replica import Cluster, Replicas, replicas, silent  # noqa: F401 - fixtures
-from worker_replica import TOKEN, serving
+from scripted_replica import TOKEN, Cluster, Replicas, replicas, silent  # noqa: F401 - fixtures
+from worker_replica import serving
 
 from rayserve_fast import caller
 from rayserve_fast.handle import DeploymentHandle

@@ -113,7 +113,7 @@ impl Client {
     /// Reads what has come, and ends the waits that it ends.
     fn pump(&self, py: Python<'_>, mailbox: &Mailbox) -> PyResult<()> {
         py.detach(|| self.caller.pump(mailbox.desk.mailbox()));
-        mailbox.desk.wake(py)
+        mailbox.desk.wake(py, &mut |_| Ok(()))
     }
 
     fn close(&self, py: Python<'_>) {

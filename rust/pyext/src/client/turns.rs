@@ -117,13 +117,18 @@ impl Caller {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts a call; `false` when the caller is closed. With `cork`, somebody calls [`Self::flush`] soon.
+    /// Starts a call; `false` when the caller is closed. With `cork`, somebody calls [`Self::flush`] soon, or else the tender.
     pub(super) fn begin(&self, call: &Arc<Pending>, cork: bool) -> bool {
         let mut state = self.lock();
         if state.closed {
             return false;
         }
+        // A tender that polls would not look after what is corked.
+        let cork = cork && state.turn != Turn::Tender;
         state.router.begin(call, cork);
+        if cork && state.tender.cork() {
+            self.tender.notify_one();
+        }
         self.hurry(&mut state);
         if state.router.doubts || !state.router.held.fresh.is_empty() {
             self.relieve(&mut state);
@@ -137,7 +142,9 @@ impl Caller {
 
     /// Sends what was corked.
     pub(crate) fn flush(&self) {
-        self.lock().router.settle();
+        let mut state = self.lock();
+        state.tender.uncork();
+        state.router.settle();
     }
 
     pub(super) fn cancel(&self, call: &Arc<Pending>) -> bool {
@@ -242,6 +249,11 @@ impl Caller {
         state.free_turn();
         self.hurry(&mut state);
         (state, interrupted)
+    }
+
+    /// Whether a thread has the turn, which reads for everybody.
+    pub(crate) fn is_read(&self) -> bool {
+        self.lock().turn == Turn::Waiter
     }
 
     /// Moves what can be moved now, for an asyncio loop that was told that something is there.

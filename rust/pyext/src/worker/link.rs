@@ -108,8 +108,13 @@ impl Outgoing {
 
     /// The header of an answer with load and FAST filled in; `own`: what this frame takes off the load.
     pub(crate) fn stamp(&self, header: Header, own: u16) -> Header {
-        let (load, flags) = (self.gauge.load(Ordering::Relaxed) as u16, if self.is_fast() { flag::FAST } else { 0 });
+        let (load, flags) = (self.load(), if self.is_fast() { flag::FAST } else { 0 });
         Header { load: load.saturating_sub(own), ..header.with(flags) }
+    }
+
+    /// Requests in flight, running and held.
+    pub(crate) fn load(&self) -> u16 {
+        self.gauge.load(Ordering::Relaxed) as u16
     }
 
     pub(crate) fn is_fast(&self) -> bool {

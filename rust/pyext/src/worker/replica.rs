@@ -183,7 +183,7 @@ impl Replica {
         let mut state = stream.state();
         state.cancelled = true;
         state.items.wake_thread();
-        let task = state.task.as_ref().map(|started| started.task.clone_ref(py));
+        let task = state.task.as_ref().map(|suspended| suspended.started.task.clone_ref(py));
         let children = state.children.take();
         drop(state);
         let mut held = lock(&self.held);

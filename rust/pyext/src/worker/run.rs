@@ -13,7 +13,7 @@ use rayserve_dataplane::wire::Fault;
 use super::link::lock;
 use super::replica::{Posted, Replica, Request, Work};
 use super::step::Started;
-use super::stream::{Answer, Stream};
+use super::stream::{Answer, Stream, Suspended};
 use crate::http::asgi;
 use crate::http::request::{CallHead, RequestHead};
 
@@ -76,7 +76,6 @@ impl Running {
 struct Watch {
     replica: Arc<Replica>,
     running: Running,
-    asgi: bool,
 }
 
 #[pymethods]
@@ -84,9 +83,7 @@ impl Watch {
     fn __call__(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = task.py();
         self.replica.leave_child(py)?;
-        let started = self.running.stream().state().task.take();
-        let outcome = task.call_method0(intern!(py, "result"));
-        self.replica.finish(py, &self.running, self.asgi, started.as_ref(), outcome);
+        self.replica.conclude(task, &self.running)?;
         self.replica.run_ready(py)?;
         self.replica.settle(py)
     }
@@ -209,13 +206,46 @@ impl Replica {
             return Ok(());
         }
         let mut state = running.stream().state();
-        state.task = Some(started);
+        state.task = Some(Suspended { started, asgi });
         let cancelled = state.cancelled;
         drop(state);
-        let watch = Watch { replica: self.clone(), running, asgi };
+        let watch = Watch { replica: self.clone(), running };
         task.call_method1(intern!(py, "add_done_callback"), (watch,))?;
         if cancelled {
             task.call_method0(intern!(py, "cancel"))?;
+        }
+        Ok(())
+    }
+
+    /// A task was stepped in this context. If it was a handler's and is over, its request is answered now, with the other
+    /// answers of this tick, and its slot is free; the task's callbacks come when the loop has gone round.
+    pub(super) fn reap(self: &Arc<Self>, context: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = context.py();
+        let head = context.call_method1(intern!(py, "get"), (self.hooks.context.bind(py),))?;
+        let running = if let Ok(head) = head.cast::<CallHead>() {
+            Running::Call(head.clone().unbind())
+        } else if let Ok(head) = head.cast::<RequestHead>() {
+            Running::Http(head.clone().unbind())
+        } else {
+            return Ok(());
+        };
+        let task = running.stream().state().task.as_ref().map(|suspended| suspended.started.task.clone_ref(py));
+        match task {
+            Some(task) if task.call_method0(py, intern!(py, "done"))?.is_truthy(py)? => {
+                self.leave_child(py)?;
+                self.conclude(task.bind(py), &running)?;
+                self.settle(py)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Finishes a request whose task is over, unless that was done.
+    fn conclude(self: &Arc<Self>, task: &Bound<'_, PyAny>, running: &Running) -> PyResult<()> {
+        let suspended = running.stream().state().task.take_if(|suspended| suspended.started.task.is(task));
+        if let Some(Suspended { started, asgi }) = suspended {
+            let outcome = task.call_method0(intern!(task.py(), "result"));
+            self.finish(task.py(), running, asgi, Some(&started), outcome);
         }
         Ok(())
     }

@@ -71,7 +71,14 @@ pub(crate) struct State {
     /// The slot is given back.
     pub(crate) released: bool,
     /// The only strong reference to the task while it is suspended: the loop keeps a weak one.
-    pub(crate) task: Option<Started>,
+    pub(crate) task: Option<Suspended>,
+}
+
+/// A handler's task, or that of the response it returned.
+pub(crate) struct Suspended {
+    pub(crate) started: Started,
+    /// It speaks ASGI.
+    pub(crate) asgi: bool,
 }
 
 /// The request's body.
