@@ -5,16 +5,13 @@
 
 use std::{cmp::Reverse, collections::BinaryHeap, sync::Arc, time::Instant};
 
-use bytes::Bytes;
 use rayserve_dataplane::wire::Fault;
 
 use super::{
     pending::{Outcome, Pending, Place},
-    router::Router,
+    router::{LATE, Router},
 };
 
-/// Why a call is not begun.
-const LATE: Bytes = Bytes::from_static(b"the time of the request was over before this call of it could begin");
 /// Calls that have gone elsewhere are thrown out when there are so many more than could wait.
 const SLACK: usize = 64;
 

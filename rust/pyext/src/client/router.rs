@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use bytes::Bytes;
 use mio::Registry;
 use rayserve_dataplane::{
     engine::{Action, Admission, Engine, Lease, Place as QueuePlace, ReplicaKey},
@@ -27,6 +28,9 @@ use super::{
 
 /// How long a call waits for a controller that cannot be asked whether its deployment exists.
 const UNROUTED: Duration = Duration::from_secs(10);
+/// Why a call is not begun.
+pub(super) const LATE: Bytes =
+    Bytes::from_static(b"the time of the request was over before this call of it could begin");
 const SCRATCH: usize = 64 * 1024;
 
 /// See the module.

@@ -171,7 +171,7 @@ impl Link {
         let output = lock(&self.output);
         let Some(socket) = &output.socket else { return Err(ErrorKind::NotConnected.into()) };
         let room = buf.capacity() - buf.len();
-        match each!(socket, it => socket::read(it, buf)) {
+        match each!(socket, it => socket::read(it, buf, usize::MAX)) {
             Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
             Ok(len) => Ok(len == room),
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
@@ -288,7 +288,10 @@ impl Link {
 
     /// Whether the kernel has every byte of every answer.
     pub(crate) fn is_quiet(&self) -> bool {
-        !lock(&self.output).spool.has_remaining() && self.open_streams() == 0
+        let output = lock(&self.output);
+        let quiet = !output.spool.has_remaining() && output.turns.is_empty();
+        drop(output);
+        quiet && self.open_streams() == 0
     }
 
     pub(crate) fn open_streams(&self) -> usize {

@@ -14,7 +14,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyString;
 use rayserve_dataplane::engine::limit::Limit;
 use rayserve_dataplane::wire::models::put_models;
-use rayserve_dataplane::wire::{CallView, Fault, Header, Kind, RequestHeadView, flag};
+use rayserve_dataplane::wire::{CallView, Fault, Header, Kind, Payload, RequestHeadView, flag};
 
 use super::calls::Calls;
 use super::hooks::Hooks;
@@ -170,11 +170,20 @@ impl Replica {
     }
 
     /// Ends a stream that holds a slot with an error.
-    pub(crate) fn end_with(&self, stream: &Stream, fault: Fault, payload: &[u8]) {
-        count(if fault == Fault::Cancelled { &self.counters.cancelled } else { &self.counters.errors });
-        stream.state().outbox.clear();
-        let header = Header::new(Kind::Error, stream.id).aux(fault as u32).with(flag::FIN);
-        stream.link.put(self.outgoing.stamp(header, 1), &[payload]);
+    pub(crate) fn end_with(&self, stream: &Arc<Stream>, fault: Fault, payload: &[u8]) {
+        let cancelled = fault == Fault::Cancelled;
+        count(if cancelled { &self.counters.cancelled } else { &self.counters.errors });
+        {
+            let mut state = stream.state();
+            state.outbox.clear();
+            if cancelled {
+                state.outbox.clear_values();
+            }
+        }
+        let mut whole = Payload::with_capacity(payload.len());
+        whole.open().extend_from_slice(payload);
+        whole.close();
+        stream.put_value(Header::new(Kind::Error, stream.id).aux(fault as u32).with(flag::FIN), &whole);
         stream.close();
     }
 

@@ -120,7 +120,7 @@ impl Replica {
         (state.cancelled, state.children.deadline.is_some_and(|deadline| deadline <= now))
     }
 
-    pub(super) fn refuse_late(&self, py: Python<'_>, stream: &Stream) -> PyResult<()> {
+    pub(super) fn refuse_late(&self, py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
         self.end_with(stream, Fault::Deadline, b"the time of the request was over before it could start");
         self.release(py, stream)
     }
@@ -265,7 +265,7 @@ impl Replica {
     }
 
     /// A request that Python failed outside the user's code, such as a broken log handler: nobody waits for ever.
-    pub(super) fn give_up(&self, py: Python<'_>, stream: &Stream, error: PyErr) {
+    pub(super) fn give_up(&self, py: Python<'_>, stream: &Arc<Stream>, error: PyErr) {
         error.write_unraisable(py, None);
         if stream.state().answer != Answer::Complete {
             self.end_with(stream, Fault::Internal, b"");
