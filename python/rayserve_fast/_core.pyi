@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeAlias, final
 __all__ = [
     "Call",
     "CallHead",
+    "Callee",
     "Chooser",
     "Client",
     "Mailbox",

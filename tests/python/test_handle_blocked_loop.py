@@ -1,4 +1,4 @@
-"""Calls of a replica's loop, when the loop has no time for them, and of its threads, when it has nothing to do with them."""
+"""Calls of a replica's loop that has no time for them, and of its threads when the loop has nothing to do with them."""
 
 from __future__ import annotations
 

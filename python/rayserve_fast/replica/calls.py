@@ -1,8 +1,8 @@
 """Handle calls at the replica: which method, with which arguments, and what its result or its error becomes.
 
-The worker asks :meth:`Calls.find_method` once for each method, then calls an async one itself if the arguments are
-plain values, else starts the coroutine that :meth:`Calls.begin` returns, or has a pool thread :meth:`Calls.run` it. Values
-travel as ``rayserve_fast.values`` says.
+The worker asks :meth:`Calls.find_method` once for each method. It calls an async one itself if the arguments are
+plain, else it starts the coroutine that :meth:`Calls.begin` returns, or has a pool thread :meth:`Calls.run` it.
+Values travel as ``rayserve_fast.values`` says.
 """
 
 from __future__ import annotations
