@@ -184,7 +184,7 @@ impl Worker {
         replica.leave_child(py)?;
         loop {
             if let Some(running) = replica.pool.pop() {
-                let (cancelled, late) = replica.begin(running.stream());
+                let (cancelled, late) = running.stream().begin();
                 if cancelled {
                     replica.finish(py, &running, false, None, Ok(py.None().into_bound(py)));
                 } else if late {

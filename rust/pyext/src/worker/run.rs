@@ -4,7 +4,6 @@
 //! handlers go to the pool. Every outcome, `BaseException` included, becomes exactly one answer and gives the slot back.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -83,7 +82,7 @@ impl Watch {
     fn __call__(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = task.py();
         self.replica.leave_child(py)?;
-        self.replica.conclude(task, &self.running)?;
+        self.replica.conclude(task, &self.running);
         self.replica.run_ready(py)?;
         self.replica.settle(py)
     }
@@ -113,13 +112,6 @@ impl Replica {
         }
     }
 
-    /// A request is about to run: whether it has been cancelled, and whether its time is over.
-    pub(super) fn begin(&self, stream: &Stream) -> (bool, bool) {
-        let (mut state, now) = (stream.state(), Instant::now());
-        state.began = Some(now);
-        (state.cancelled, state.children.deadline.is_some_and(|deadline| deadline <= now))
-    }
-
     pub(super) fn refuse_late(&self, py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
         self.end_with(stream, Fault::Deadline, b"the time of the request was over before it could start");
         self.release(py, stream)
@@ -134,7 +126,7 @@ impl Replica {
 
     fn try_start(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<()> {
         let Request { stream, work } = request;
-        let (cancelled, late) = self.begin(&stream);
+        let (cancelled, late) = stream.begin();
         if late {
             return self.refuse_late(py, &stream);
         }
@@ -233,7 +225,7 @@ impl Replica {
         match task {
             Some(task) if task.call_method0(py, intern!(py, "done"))?.is_truthy(py)? => {
                 self.leave_child(py)?;
-                self.conclude(task.bind(py), &running)?;
+                self.conclude(task.bind(py), &running);
                 self.settle(py)
             }
             _ => Ok(()),
@@ -241,13 +233,12 @@ impl Replica {
     }
 
     /// Finishes a request whose task is over, unless that was done.
-    fn conclude(self: &Arc<Self>, task: &Bound<'_, PyAny>, running: &Running) -> PyResult<()> {
+    fn conclude(self: &Arc<Self>, task: &Bound<'_, PyAny>, running: &Running) {
         let suspended = running.stream().state().task.take_if(|suspended| suspended.started.task.is(task));
         if let Some(Suspended { started, asgi }) = suspended {
             let outcome = task.call_method0(intern!(task.py(), "result"));
             self.finish(task.py(), running, asgi, Some(&started), outcome);
         }
-        Ok(())
     }
 
     /// Answers with what the user's code did and gives the slot back, unless a response remains to be run.

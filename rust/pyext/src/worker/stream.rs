@@ -189,6 +189,13 @@ impl Stream {
         lock(&self.state)
     }
 
+    /// It is about to run: whether it has been cancelled, and whether its time is over.
+    pub(crate) fn begin(&self) -> (bool, bool) {
+        let (mut state, now) = (self.state(), Instant::now());
+        state.began = Some(now);
+        (state.cancelled, state.children.deadline.is_some_and(|deadline| deadline <= now))
+    }
+
     /// The answer is complete: the stream's id may come again.
     pub(crate) fn close(&self) {
         self.state().answer = Answer::Complete;
