@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,12 @@ class Values:
 
     def in_a_thread(self, size: int) -> Any:
         return self.array[:size]
+
+    def items_of_a_thread(self, sizes: list[int], fail: bool) -> Iterator[Any]:
+        for size in sizes:
+            yield self.array[:size]
+        if fail:
+            raise KeyError("behind the items")
 
     async def items(self, sizes: list[int], fail: bool) -> AsyncIterator[Any]:
         for size in sizes:
@@ -85,13 +91,14 @@ def test_values_of_any_size_arrive_whole_and_writable(size: int, method: str) ->
             value[0] = 1
 
 
+@pytest.mark.parametrize("method", ["items", "items_of_a_thread"])
 @pytest.mark.parametrize("fail", [False, True])
-def test_items_keep_their_order_behind_a_large_one(fail: bool) -> None:
+def test_items_keep_their_order_behind_a_large_one(method: str, fail: bool) -> None:
     sizes = [10, 3 * MIB, 10, 100_000, 5 * MIB, 0, 10]
     with called(Values) as (handle, _):
         got = []
         try:
-            for item in handle.options(stream=True).items.remote(sizes, fail):
+            for item in handle.options(method_name=method, stream=True).remote(sizes, fail):
                 got.append(item.size)
         except KeyError:
             assert fail

@@ -17,7 +17,8 @@ use super::turns::{Caller, State, Turn};
 const PATIENCE: Duration = Duration::from_millis(10);
 /// The tender looks this many times more rarely while others take turns or nothing happens, and then sleeps.
 const QUIET_ROUNDS: u32 = 10;
-/// How long what a loop has corked may wait for it before the tender sends it: user code blocks the loop.
+/// How long what a loop has corked may wait for it before the tender sends it: user code blocks the loop. A tender that polls,
+/// as calls are out that nobody waits for, sends it with the next answer.
 const CORKED: Duration = Duration::from_millis(1);
 /// The tender looks so often for that while calls are made, and until there have been none for so many looks.
 const CALM: u32 = 50;

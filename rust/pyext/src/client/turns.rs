@@ -123,8 +123,6 @@ impl Caller {
         if state.closed {
             return false;
         }
-        // A tender that polls would not look after what is corked.
-        let cork = cork && state.turn != Turn::Tender;
         state.router.begin(call, cork);
         if cork && state.tender.cork() {
             self.tender.notify_one();
