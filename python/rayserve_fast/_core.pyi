@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop, Task
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Sequence
 from contextvars import Context
 from typing import Any, Protocol, TypeAlias, final
 
@@ -11,6 +11,7 @@ __all__ = [
     "Batcher",
     "Call",
     "CallHead",
+    "Callee",
     "Chooser",
     "Client",
     "Mailbox",
@@ -137,19 +138,16 @@ class Client:
     """All handle calls of one process; see `rayserve_fast.caller`."""
 
     def __new__(cls, node_id: str, token: bytes) -> Client: ...
-    def begin(
+    def callee(
         self,
         deployment: str,
-        texts: tuple[str, str, str, str, str, str],
-        pickle: bytes,
-        buffers: Sequence[memoryview],
+        method: str,
+        multiplexed_model_id: str,
+        session_id: str,
         stream: bool,
-        parent: object,
-        needs: Sequence[tuple[int, Call]],
-        keep: object,
-        target: str | None = None,
-    ) -> Call | None:
-        """None: the value of one of `needs` has been taken, and must be sent like any other."""
+        target: str | None,
+    ) -> Callee:
+        """What handles of this deployment with these options call; `target`: the one replica that answers."""
 
     def publish(self, snapshot: bytes, fresh: bool) -> None: ...
     def unpublished(self, why: str) -> None: ...
@@ -166,8 +164,30 @@ class Client:
     def counters(self) -> dict[str, int]: ...
 
 @final
+class Callee:
+    """What a handle calls, and how."""
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], context: object) -> Call | None:
+        """A call with plain values; None: the arguments are of other kinds, and have to be packed."""
+
+    def begin(
+        self,
+        pickle: bytes,
+        buffers: Sequence[memoryview],
+        context: object,
+        needs: Sequence[tuple[int, Call]],
+        keep: object,
+    ) -> Call | None:
+        """A call with packed arguments; None: the value of one of `needs` has been taken, and must be packed too."""
+
+@final
 class Call:
     """One call, begun."""
+
+    @property
+    def request_id(self) -> str: ...
+    def waiting(self) -> _Waiting | None:
+        """What a task of the replica's own loop waits on; None: this is another thread or loop."""
 
     def ready(self) -> bool: ...
     def assigned(self) -> bool: ...
@@ -215,6 +235,10 @@ class Mailbox:
     def wait(self, call: Call) -> Awaitable[None]: ...
     def is_empty(self) -> bool: ...
 
+class _Waiting(Protocol):
+    def __await__(self) -> Generator[Any]: ...
+    def __iter__(self) -> Iterator[Any]: ...
+
 class _Hooks(Protocol):
     """What a worker calls in Python; `replica.runtime.Hooks`."""
 
@@ -227,7 +251,7 @@ class _Hooks(Protocol):
     @property
     def spawn(self) -> Callable[[], None]: ...
     @property
-    def is_sync(self) -> Callable[[str, bool], bool]: ...
+    def find_method(self) -> Callable[[str, bool], tuple[Callable[..., Any], bool]]: ...
     @property
     def begin_call(self) -> Callable[[CallHead], Any]: ...
     @property

@@ -7,7 +7,6 @@ top-level arguments may be answers.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,8 +75,6 @@ def pack(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Packed:
         FailedAnswerError: with the error of an argument as its cause.
         RuntimeError: an argument is a stream of items.
     """
-    if not kwargs and values.SCALARS.issuperset(map(type, args)):
-        return Packed(pickle.dumps((args, kwargs), 5))
     if len(args) == 1 and not kwargs and (alone := values.ALONE.get(type(args[0]))) is not None:
         encoded = alone(args[0])
         if encoded is not None:

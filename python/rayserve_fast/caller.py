@@ -188,7 +188,9 @@ class HomeWatch(LoopWatch):
     def __init__(self, client: _core.Client, home: _Home) -> None:
         super().__init__(client, home.loop)
         home.worker.adopt(client, self._mailbox)
-        self.wait = self._mailbox.wait  # type: ignore[method-assign]  # nothing to add to it
+
+    def wait(self, call: _core.Call) -> Awaitable[None]:
+        return call.waiting() or self._mailbox.wait(call)
 
 
 @dataclass

@@ -82,6 +82,10 @@ class DeploymentHandle:
         self._local = _local
         #: What the snapshot knows it by; `split:{name}` for traffic that several deployments share.
         self._key = _key or f"{app_name}#{deployment_name}"
+        self._kind = DeploymentResponseGenerator if self._options.stream else DeploymentResponse
+        #: Whom the last call went through, and what it called there.
+        self._owner: AnyCaller | None = None
+        self._callee: Any = None
 
     @property
     def deployment_name(self) -> str:
@@ -145,30 +149,43 @@ class DeploymentHandle:
         Raises:
             RayServeException: Serve is not running, or an argument is of a kind that does not travel.
         """
-        options = self._options
-        kind = DeploymentResponseGenerator if options.stream else DeploymentResponse
+        owner = self._owner
+        if owner is None or owner is not caller._current:
+            owner = self._meet()
         context = _serve_request_context.get()
-        request_id = (context.request_id if context else "") or new_request_id()
+        call = self._callee.call(args, kwargs, context)
+        if call is None:
+            return self._pack(owner, args, kwargs, context)
+        return self._kind(self, owner, call)
+
+    def _meet(self) -> AnyCaller:
+        """Find out whom calls go through from now on."""
+        owner, options = self._find_caller(), self._options
+        self._callee = owner.client.callee(
+            self._key,
+            options.method_name,
+            options.multiplexed_model_id,
+            options.session_id,
+            options.stream,
+            self._target,
+        )
+        self._owner = owner
+        return owner
+
+    def _pack(
+        self, owner: AnyCaller, args: tuple[Any, ...], kwargs: dict[str, Any], context: Any
+    ) -> DeploymentResponse | DeploymentResponseGenerator:
+        """Make a call with arguments that are not all plain."""
         try:
             packed = answers.pack(args, kwargs)
         except Exception as error:
-            return kind(self, request_id, None, None, self._unsent(error))
-        texts = (
-            options.method_name,
-            request_id,
-            context.route if context else "",
-            context.app_name if context else "",
-            options.multiplexed_model_id,
-            options.session_id,
-        )
-        owner = self._caller()
-        arguments = (packed.pickle, packed.buffers, options.stream, context, packed.calls, packed.refs or None)
-        target = () if self._target is None else (self._target,)
-        call = owner.client.begin(self._key, texts, *arguments, *target)
+            request_id = (context.request_id if context else "") or new_request_id()
+            return self._kind._of_error(self, request_id, self._unsent(error))
+        call = self._callee.begin(packed.pickle, packed.buffers, context, packed.calls, packed.refs or None)
         if call is None:
             answers.settle(packed.answers)
-            return self.remote(*args, **kwargs)
-        response = kind(self, request_id, owner, call)
+            return self._pack(owner, args, kwargs, context)
+        response = self._kind(self, owner, call)
         if packed.answers:
             response._answers = packed.answers
         return response
@@ -242,9 +259,9 @@ class DeploymentHandle:
 
     def running_replicas_populated(self) -> bool:
         """Whether this process holds a link to a replica."""
-        return self.is_initialized and self._caller().client.counters()["links"] > 0
+        return self.is_initialized and self._find_caller().client.counters()["links"] > 0
 
-    def _caller(self) -> AnyCaller:
+    def _find_caller(self) -> AnyCaller:
         """What calls are made with: this process's caller, or its applications in local testing mode."""
         if not self._local:
             return caller.current()

@@ -25,6 +25,8 @@ from rayserve_fast.exceptions import (
 )
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from rayserve_fast import _core
     from rayserve_fast.caller import Caller
     from rayserve_fast.handle import DeploymentHandle
@@ -37,28 +39,31 @@ if TYPE_CHECKING:
 class _Response:
     """A call that is on its way, and how one waits for it and reads what became of it."""
 
+    # What most responses never have is not set on each of them.
     #: Its arguments that are answers of other calls.
     _answers: Sequence[tuple[int, answers.Answer]] = ()
+    _error: BaseException | None = None
+    _cancelled = False
+    #: Of a call that could not be made.
+    _request_id = ""
 
-    def __init__(
-        self,
-        handle: DeploymentHandle,
-        request_id: str,
-        owner: AnyCaller | None,
-        call: AnyCall | None,
-        error: BaseException | None = None,
-    ) -> None:
+    def __init__(self, handle: DeploymentHandle, owner: AnyCaller | None, call: AnyCall | None) -> None:
         self._handle = handle
         self._caller = owner
-        self._request_id = request_id
-        self._call = call
-        self._error: BaseException | None = error
-        self._cancelled = False
+        #: None once its outcome was taken.
+        self._call = self._made = call
+
+    @classmethod
+    def _of_error(cls, handle: DeploymentHandle, request_id: str, error: BaseException) -> Self:
+        """The response to a call that could not be made."""
+        response = cls(handle, None, None)
+        response._request_id, response._error = request_id, error
+        return response
 
     @property
     def request_id(self) -> str:
         """The id of the request that the call belongs to."""
-        return self._request_id
+        return self._request_id if self._made is None else self._made.request_id
 
     @property
     def by_reference(self) -> bool:
@@ -94,12 +99,8 @@ class _Response:
             raise RuntimeError("The call was made before this process was forked; its answer is the parent's.")
         return self._caller
 
-    def _read(self, kind: str, *rest: Any) -> Any:
-        """The value of an outcome of the native client, or the exception that it stands for."""
-        if kind == "value":
-            return values.loads(*rest)
-        if kind == "end":
-            return None
+    def _raise(self, kind: str, *rest: Any) -> NoReturn:
+        """Raise what an outcome of the native client stands for that is an error."""
         if kind == "fault":
             self._raise_fault(*rest)
         if kind == "argument":
@@ -121,7 +122,7 @@ class _Response:
         if kind == "cancelled":
             if not self._cancelled and asyncio._get_running_loop() is not None:
                 raise asyncio.CancelledError  # with the request that the call belongs to, and that waits here
-            raise RequestCancelledError(self._request_id)
+            raise RequestCancelledError(self.request_id)
         if kind == "closed":
             raise RayServeException(f"{self._handle._described()} has not answered: Serve has been shut down.")
         raise RayServeException(f"{self._handle._described()}: {rest[0]}")
@@ -131,7 +132,7 @@ class _Response:
         if fault == 2:
             raise values.load_error(payload)
         if fault == 4:
-            raise RequestCancelledError(self._request_id)
+            raise RequestCancelledError(self.request_id)
         text = payload.decode("utf-8", "replace")
         if fault == 5:
             raise TimeoutError(text)
@@ -144,7 +145,7 @@ class _Response:
 
     def __repr__(self) -> str:
         kind = type(self).__name__
-        return f"{kind}(deployment='{self._handle.deployment_name}', request_id='{self._request_id}')"
+        return f"{kind}(deployment='{self._handle.deployment_name}', request_id='{self.request_id}')"
 
 
 class _Explained(type):
@@ -183,27 +184,30 @@ class DeploymentResponse(_Response, answers.Answer, promises.ReferableValue, met
             if not self._wait_here(call, timeout_s, "await response"):
                 raise GetTimeoutError(f"{self._handle._described()} has not answered within {timeout_s} s.")
             self._settle(call)
-        return self._answer()
+        if self._error is not None:
+            raise self._error
+        return self._value
 
     def __await__(self) -> Generator[Any, None, Any]:
         if (call := self._call) is not None:
             if not call.ready():
-                yield from self._waiting(call).__await__()
+                yield from call.waiting() or self._waiting(call).__await__()
             self._settle(call)
-        return self._answer()
-
-    def _answer(self) -> Any:
         if self._error is not None:
             raise self._error
         return self._value
 
     def _settle(self, call: AnyCall) -> None:
         try:
-            self._value = self._read(*call.outcome())
+            outcome = call.outcome()
+            if outcome[0] != "value":
+                self._raise(*outcome)
+            self._value = outcome[1]
         except Exception as error:
             self._error = error
         self._call = None
-        self._answers = ()
+        if self._answers:
+            self._answers = ()
 
     def __reduce__(self) -> NoReturn:
         raise RayServeException(
@@ -259,7 +263,8 @@ class DeploymentResponseGenerator(_Response, answers.Stream, promises.ReferableI
             self._items.extend(items)
         elif outcome is not None:
             self._call = None
-            self._read(*outcome)
+            if outcome[0] != "end":
+                self._raise(*outcome)
 
     def __await__(self) -> NoReturn:
         raise TypeError(

@@ -244,7 +244,7 @@ async def _answer(response: Any) -> Any:
 def _owner(handle: DeploymentHandle) -> Caller:
     from rayserve_fast.caller import Caller
 
-    owner = handle._caller()
+    owner = handle._find_caller()
     if not isinstance(owner, Caller):
         raise RayServeException("Replicas cannot be chosen in local testing mode: each deployment has one.")
     if handle._key.startswith("split:"):

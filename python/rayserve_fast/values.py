@@ -2,7 +2,8 @@
 
 A value is a pickle and its out-of-band buffers. C's pickle writes it when it is made of nothing but builtin scalars
 and containers, bytes and numpy arrays, all of their exact types; everything else goes to Ray's cloudpickle, because
-plain pickle *succeeds* on a class of the driver's ``__main__`` and then fails at the replica. Whoever decodes gets
+plain pickle *succeeds* on a class of the driver's ``__main__`` and then fails at the replica. Small plain values do not
+come here: the native code writes and reads their pickles itself (``rust/pyext/src/plain.rs``). Whoever decodes gets
 copies, with arrays writable where the original was.
 
 An error travels as its parts with the exception pickled apart, so that one which the other side cannot load still

@@ -24,7 +24,7 @@ from ray import ObjectRef
 
 from rayserve_fast import answers, caller, values
 from rayserve_fast.classic.absent import NoArguments
-from rayserve_fast.context import _serve_request_context
+from rayserve_fast.context import _RequestContext, _serve_request_context
 from rayserve_fast.controlplane.process import serve_at_normal_priority
 from rayserve_fast.own_actor import OwnActor
 
@@ -145,7 +145,10 @@ async def _made(callee: Callee, texts: Texts, packed: answers.Packed) -> Sealed:
     # The first time it asks Ray for the cluster's secret, which may take a while.
     owner = caller.current() if caller.exists() else await asyncio.to_thread(caller.current)
     deployment, app, key, method = callee
-    begun = owner.client.begin(key, texts, packed.pickle, packed.buffers, False, None, (), packed.refs or None)
+    _, request_id, route, calling_app, model, session = texts
+    context = _RequestContext(route=route, request_id=request_id, app_name=calling_app)
+    called = owner.client.callee(key, method, model, session, False, None)
+    begun = called.begin(packed.pickle, packed.buffers, context, (), packed.refs or None)
     assert begun is not None, "a call without relayed arguments begins at once"
     try:
         if not begun.ready():
@@ -158,7 +161,7 @@ async def _made(callee: Callee, texts: Texts, packed: answers.Packed) -> Sealed:
         return Sealed(*outcome[1:])
     handle = DeploymentHandle(deployment, app)
     handle._options = replace(handle._options, method_name=method)
-    DeploymentResponse(handle, texts[1], owner, begun)._read(*outcome)
+    DeploymentResponse(handle, owner, begun)._read(*outcome)
     raise AssertionError("an outcome that is no value is an error")
 
 

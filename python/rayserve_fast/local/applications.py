@@ -10,10 +10,10 @@ import asyncio
 import logging
 import threading
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rayserve_fast.application import route_of
-from rayserve_fast.handle import DeploymentHandle
+from rayserve_fast.handle import DeploymentHandle, new_request_id
 from rayserve_fast.local.build import LocalBuilder, warn
 from rayserve_fast.local.call import LocalCall, LocalHead
 from rayserve_fast.local.replica import LocalReplica
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from rayserve_fast.application import RunTarget
+    from rayserve_fast.context import _RequestContext
     from rayserve_fast.controlplane.spec import ApplicationSpec, DeploymentID
     from rayserve_fast.values import Buffer
 
@@ -99,19 +100,14 @@ class Applications:
         """What begins calls: itself."""
         return self
 
-    def begin(
-        self,
-        key: str,
-        texts: tuple[str, ...],
-        pickle: bytes,
-        buffers: Sequence[Buffer],
-        stream: bool,
-        parent: object,
-        needs: Sequence[tuple[int, LocalCall]],
-        keep: object,
-    ) -> LocalCall:
-        """A call, on its way; the arguments are those of `_core.Client.begin`."""
-        head = LocalHead(key, texts, pickle, [bytearray(buffer) for buffer in buffers], stream, keep)
+    def callee(
+        self, key: str, method: str, multiplexed_model_id: str, session_id: str, stream: bool, target: str | None
+    ) -> LocalCallee:
+        """What a handle calls; the arguments are those of `_core.Client.callee`."""
+        return LocalCallee(self, key, (method, multiplexed_model_id, session_id), stream)
+
+    def begin(self, head: LocalHead, parent: object, needs: Sequence[tuple[int, LocalCall]]) -> LocalCall:
+        """Put a call on its way."""
         if isinstance(parent, LocalHead):
             parent.adopt(head)
         if needs:
@@ -168,6 +164,32 @@ class Applications:
             for waiting in replica.drain():
                 self._route(waiting)
             replica.stop()
+
+
+class LocalCallee:
+    """What `_core.Callee` is elsewhere: a deployment, and how a handle calls it."""
+
+    def __init__(self, owner: Applications, key: str, texts: tuple[str, str, str], stream: bool) -> None:
+        self._owner, self._key, self._texts, self._stream = owner, key, texts, stream
+
+    def call(self, args: tuple[Any, ...], kwargs: dict[str, Any], context: _RequestContext | None) -> None:
+        """None: arguments are always to be packed, whatever they are."""
+
+    def begin(
+        self,
+        pickle: bytes,
+        buffers: Sequence[Buffer],
+        context: _RequestContext | None,
+        needs: Sequence[tuple[int, LocalCall]],
+        keep: object,
+    ) -> LocalCall:
+        """A call, on its way; the arguments are those of `_core.Callee.begin`."""
+        method, model, session = self._texts
+        request_id = (context.request_id if context else "") or new_request_id()
+        route = context.route if context else ""
+        head = LocalHead(self._key, method, (route, request_id, model, session), self._stream)
+        head.give(pickle, [bytearray(buffer) for buffer in buffers], keep)
+        return self._owner.begin(head, context, needs)
 
 
 #: Of this process.

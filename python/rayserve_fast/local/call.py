@@ -17,6 +17,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from rayserve_fast import values
 from rayserve_fast.context import _RequestContext
 
 if TYPE_CHECKING:
@@ -34,19 +35,13 @@ class LocalHead(_RequestContext):
 
     Args:
         key: the deployment, `app#name`.
-        texts, pickle, buffers, stream, keep: as given to `_core.Client.begin`; the buffers are the callee's own.
+        method: of it.
+        texts: route, request id, model and session of the request that the call belongs to.
+        stream: the caller wants items.
     """
 
-    def __init__(
-        self,
-        key: str,
-        texts: tuple[str, ...],
-        pickle: bytes,
-        buffers: Sequence[Buffer],
-        stream: bool,
-        keep: object = None,
-    ) -> None:
-        method, request_id, route, _, model, session = texts
+    def __init__(self, key: str, method: str, texts: tuple[str, str, str, str], stream: bool) -> None:
+        route, request_id, model, session = texts
         super().__init__(route, request_id, request_id, key.rpartition("#")[0], model, session)
         self.key = key
         self.method = method
@@ -56,8 +51,8 @@ class LocalHead(_RequestContext):
         self.since = 0.0  # `time.monotonic()` when it came to wait for its batch
         self.outcome: tuple[Any, ...] | None = None  # a word and what belongs to it, see `response._Response`
         self.relayed: list[tuple[int, Buffer, Sequence[Buffer]]] = []  # arguments that other calls have answered
-        self._arguments = pickle, buffers
-        self._keep = keep
+        self._arguments: tuple[bytes, Sequence[Buffer]] = b"", ()
+        self._keep: object = None
         self._dependents: list[Callable[[], None]] = []  # once each, after the end
         self._changed = threading.Condition()  # guards what follows, and the outcome
         self._wakers: list[Callable[[], None]] = []  # once each, of the coroutines that wait for a change
@@ -69,6 +64,10 @@ class LocalHead(_RequestContext):
 
     __eq__ = object.__eq__  # two calls of one request are two
     __hash__ = object.__hash__
+
+    def give(self, pickle: bytes, buffers: Sequence[Buffer], keep: object) -> None:
+        """The arguments, as `_core.Callee.begin` gets them; the buffers are the callee's own."""
+        self._arguments, self._keep = (pickle, buffers), keep
 
     def arguments(self) -> tuple[bytes, Sequence[Buffer], list[tuple[int, Buffer, Sequence[Buffer]]]]:
         """The pickle of the pair of arguments, its buffers, and the answers of other calls among them."""
@@ -200,9 +199,17 @@ class LocalCall:
         """The other end."""
         return self._head
 
+    @property
+    def request_id(self) -> str:
+        """The id of the request that the call belongs to."""
+        return self._head.request_id
+
     def ready(self) -> bool:
         """Whether there is an outcome, or an item of a stream."""
         return self._head.is_ready()
+
+    def waiting(self) -> None:
+        """None: there is no quicker way to wait than `watch`."""
 
     def items(self) -> list[Any]:
         """The items that have come since the last time, each a pickle or a pickle and its buffers."""
@@ -221,8 +228,11 @@ class LocalCall:
         return self._head.cancel()
 
     def outcome(self) -> Any:
-        """What became of it; None: it goes on."""
-        return self._head.outcome
+        """What became of it: a word and what belongs to it, such as the value; None: it goes on."""
+        outcome = self._head.outcome
+        if outcome is not None and outcome[0] == "value":
+            return "value", values.loads(*outcome[1:])
+        return outcome
 
     def __del__(self) -> None:
         if self._head.streaming:

@@ -76,7 +76,7 @@ class LocalReplica:
         """Run the call, let it wait or refuse it; on any thread. False: the replica is leaving."""
         call.replica = self
         try:
-            self._calls.is_sync(call.method, call.streaming)
+            self._calls.find_method(call.method, call.streaming)
         except Exception as error:
             return call.finish(*self._answer(call, None, error))
         limit = self._config.max_queued_requests
@@ -152,7 +152,7 @@ class LocalReplica:
 
     def _start(self, call: LocalHead) -> None:
         """Run a call that has a slot."""
-        if self._calls.is_sync(call.method, call.streaming):
+        if self._calls.find_method(call.method, call.streaming)[1]:
             self._jobs.put(self._run, call)
         else:
             self._loop.loop.call_soon_threadsafe(self._begin, call, context=Context())

@@ -1,7 +1,8 @@
 """Handle calls at the replica: which method, with which arguments, and what its result or its error becomes.
 
-The worker asks :meth:`Calls.is_sync` once a call is admitted, then starts the coroutine that :meth:`Calls.begin`
-returns, or has a pool thread :meth:`Calls.run` it. Values travel as ``rayserve_fast.values`` says.
+The worker asks :meth:`Calls.find_method` once for each method. It calls an async one itself if the arguments are
+plain, else it starts the coroutine that :meth:`Calls.begin` returns, or has a pool thread :meth:`Calls.run` it.
+Values travel as ``rayserve_fast.values`` says.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Calls:
         self._is_function = is_function
         self._methods: dict[tuple[str, bool], tuple[Callable[..., Any], bool]] = {}
 
-    def is_sync(self, name: str, streaming: bool) -> bool:
-        """Whether a pool thread runs this method.
+    def find_method(self, name: str, streaming: bool) -> tuple[Callable[..., Any], bool]:
+        """The method of that name, and whether a pool thread runs it.
 
         Raises:
             NoSuchMethodError: there is none.
@@ -67,7 +68,7 @@ class Calls:
         known = self._methods.get((name, streaming))
         if known is None:
             known = self._methods[name, streaming] = self._find(name, streaming)
-        return known[1]
+        return known
 
     def method(self, name: str) -> tuple[Callable[..., Any], bool]:
         """A method that `is_sync` was asked for before, and the answer."""

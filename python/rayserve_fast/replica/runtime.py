@@ -44,7 +44,7 @@ class Hooks:
     encode: Callable[[Any], Any]
     failed: Callable[[RequestHead, BaseException], responses.Answer]
     spawn: Callable[[], None]
-    is_sync: Callable[[str, bool], bool]
+    find_method: Callable[[str, bool], tuple[Callable[..., Any], bool]]
     begin_call: Callable[..., Any]
     run_call: Callable[..., Any]
     dump_result: Callable[..., Any]
@@ -170,7 +170,7 @@ class ReplicaRuntime:
             encode=responses.encode,
             failed=self._failed,
             spawn=self._pool.spawn,
-            is_sync=calls.is_sync,
+            find_method=calls.find_method,
             begin_call=calls.begin,
             run_call=calls.run,
             dump_result=calls.dump,

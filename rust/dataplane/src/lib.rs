@@ -7,6 +7,7 @@ pub mod error;
 pub mod histogram;
 pub mod metrics;
 pub mod proxy;
+pub mod request_id;
 pub mod snapshot;
 pub mod tally;
 pub mod tcp;

@@ -6,6 +6,7 @@ mod batcher;
 mod client;
 mod convert;
 mod http;
+mod plain;
 mod proxy;
 mod socket;
 mod value;
@@ -24,6 +25,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<batcher::Batcher>()?;
     module.add_class::<batcher::Ticket>()?;
     module.add_class::<client::Client>()?;
+    module.add_class::<client::Callee>()?;
     module.add_class::<client::Call>()?;
     module.add_class::<client::Mailbox>()?;
     module.add_class::<client::Chooser>()?;

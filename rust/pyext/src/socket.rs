@@ -4,10 +4,12 @@ use std::{io, os::fd::AsFd};
 
 use bytes::BytesMut;
 
-/// Reads once into the spare capacity of `buf`; 0 is the end of file.
+/// Reads once into the spare capacity of `buf`, `most` bytes at most; 0 is the end of file.
 #[expect(unsafe_code, reason = "clearing 64 KiB before each read would cost more than the read")]
-pub(crate) fn read(socket: impl AsFd, buf: &mut BytesMut) -> io::Result<usize> {
-    let len = rustix::io::read(socket, buf.spare_capacity_mut()).map(|(read, _)| read.len())?;
+pub(crate) fn read(socket: impl AsFd, buf: &mut BytesMut, most: usize) -> io::Result<usize> {
+    let spare = buf.spare_capacity_mut();
+    let most = most.min(spare.len());
+    let len = rustix::io::read(socket, &mut spare[..most]).map(|(read, _)| read.len())?;
     // SAFETY: read() has filled that many bytes of the spare capacity.
     unsafe { buf.set_len(buf.len() + len) };
     Ok(len)

@@ -13,12 +13,15 @@ use pyo3::{
     ffi,
     prelude::*,
     pybacked::PyBackedBytes,
-    types::{PyByteArray, PyBytes, PyList, PyTuple},
+    sync::PyOnceLock,
+    types::{PyByteArray, PyBytes, PyDict, PyList, PyTuple},
 };
 use rayserve_dataplane::wire::{
     LARGE, Payload,
     call::{ALIGN, Arguments, Span, Value, put_value_head},
 };
+
+use crate::plain;
 
 /// Appends a value.
 pub(crate) fn put(py: Python<'_>, out: &mut Payload, pickle: &Bound<'_, PyBytes>, buffers: &[PyBuffer<u8>]) {
@@ -59,6 +62,56 @@ fn bytes_of<'a>(_: Python<'a>, buffer: &'a PyBuffer<u8>) -> &'a [u8] {
     // SAFETY: the view keeps the memory alive and says how long it is; whoever writes to it needs the interpreter, which
     // the caller does not let go of before it has copied.
     unsafe { std::slice::from_raw_parts(buffer.buf_ptr().cast(), buffer.len_bytes()) }
+}
+
+/// Appends a value that Python need not pickle; `false`, and nothing appended: it must.
+pub(crate) fn put_plain(out: &mut Payload, value: &Bound<'_, PyAny>) -> bool {
+    put_with(out, |out| plain::put(out, value))
+}
+
+/// The same for the arguments of a call.
+pub(crate) fn put_plain_arguments(out: &mut Payload, args: &Bound<'_, PyTuple>, kwargs: &Bound<'_, PyDict>) -> bool {
+    put_with(out, |out| plain::put_arguments(out, args, kwargs))
+}
+
+fn put_with(out: &mut Payload, put: impl FnOnce(&mut BytesMut) -> bool) -> bool {
+    out.align(ALIGN);
+    let out = out.open();
+    let head = out.len();
+    put_value_head(out, 0, std::iter::empty());
+    let start = out.len();
+    if !put(out) {
+        out.truncate(head);
+        return false;
+    }
+    let mut len = BytesMut::new();
+    let pickle = out.len() - start;
+    put_value_head(&mut len, pickle, std::iter::empty());
+    out[head..start].copy_from_slice(&len);
+    true
+}
+
+/// A result, decoded.
+pub(crate) fn load(py: Python<'_>, value: Value) -> PyResult<Bound<'_, PyAny>> {
+    static LOADS: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
+    if value.span.buffers.is_empty()
+        && let Some(plain) = plain::read(py, &value.payload[value.span.pickle.clone()])
+    {
+        return Ok(plain);
+    }
+    let (pickle, buffers) = of_result(py, value)?;
+    LOADS.import(py, "rayserve_fast.values", "loads")?.call1((pickle, buffers))
+}
+
+/// The arguments of a call, if Python's pickle is not needed to decode them.
+pub(crate) fn plain_arguments<'py>(
+    py: Python<'py>,
+    arguments: &Arguments,
+) -> Option<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
+    if !arguments.relayed.is_empty() || !arguments.own.buffers.is_empty() {
+        return None;
+    }
+    plain::read_arguments(py, &arguments.payload[arguments.own.pickle.clone()])
 }
 
 /// What `values.loads` takes: a pickle, and a list of buffers.

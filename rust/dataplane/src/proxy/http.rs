@@ -23,6 +23,7 @@ use super::{
 use crate::{
     engine::{Affinity, route::decoded},
     error::Error,
+    request_id,
     wire::{
         ResponseHeadView,
         head::{MODEL_HEADER, is_named},
@@ -219,19 +220,10 @@ impl<'h> Wishes<'h> {
     }
 }
 
-/// A version 4 UUID.
+/// The id of a request that came without one.
 fn make_id(conn: &Conn) -> HeaderValue {
-    const HEX: &[u8; 16] = b"0123456789abcdef";
-    /// Where the two digits of each byte stand.
-    const PLACES: [usize; 16] = [0, 2, 4, 6, 9, 11, 14, 16, 19, 21, 24, 26, 28, 30, 32, 34];
-    let random = conn.shard.random.borrow_mut().u128(..);
-    let bits = random & !(0xf << 76) & !(0x3 << 62) | 0x4 << 76 | 0x2 << 62;
-    let mut text = [b'-'; 36];
-    for (byte, place) in bits.to_be_bytes().into_iter().zip(PLACES) {
-        text[place] = HEX[usize::from(byte >> 4)];
-        text[place + 1] = HEX[usize::from(byte & 0xf)];
-    }
-    HeaderValue::from_bytes(&text).expect("hexadecimal digits are a header value")
+    let id = request_id::uuid(conn.shard.random.borrow_mut().u128(..));
+    HeaderValue::from_bytes(&id).expect("hexadecimal digits are a header value")
 }
 
 /// Copies a response's headers. What cannot be one is left out, and so is the framing: that is hyper's.

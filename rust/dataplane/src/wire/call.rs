@@ -195,6 +195,11 @@ impl CallView {
         self.arguments.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
+    /// Puts back what was taken, for somebody else to take.
+    pub fn restore_arguments(&self, arguments: Arguments) {
+        *self.arguments.lock().unwrap_or_else(PoisonError::into_inner) = Some(arguments);
+    }
+
     /// The texts of the head.
     pub fn head(&self) -> CallHead<'_> {
         let text = |index: usize| {

@@ -42,6 +42,7 @@ pub enum Kind {
     Result = 31,
     Error = 32,
     Item = 33,
+    Piece = 34,
     Cancel = 40,
     Window = 41,
     Busy = 42,
@@ -57,9 +58,9 @@ pub enum Kind {
 }
 
 impl Kind {
-    /// Body bytes and nothing else.
+    /// Bytes that may be taken as they come.
     fn is_body(self) -> bool {
-        matches!(self, Self::Body | Self::Chunk)
+        matches!(self, Self::Body | Self::Chunk | Self::Piece)
     }
 }
 
@@ -80,6 +81,7 @@ impl TryFrom<u8> for Kind {
             31 => Self::Result,
             32 => Self::Error,
             33 => Self::Item,
+            34 => Self::Piece,
             40 => Self::Cancel,
             41 => Self::Window,
             42 => Self::Busy,
@@ -238,6 +240,17 @@ impl Decoder {
         Ok(Some(Frame { header, payload: payload.freeze() }))
     }
 
+    /// The PIECE of which more bytes are to come, and how many; with an empty input somebody may read them to where they stay
+    /// and say so by [`Self::took`].
+    pub fn piece(&self) -> Option<(Header, usize)> {
+        self.header.filter(|(header, _)| header.kind == Kind::Piece)
+    }
+
+    /// So many bytes of the frame in progress were read past the input.
+    pub fn took(&mut self, count: usize) {
+        self.header = self.header.and_then(|(header, left)| (left > count).then(|| (header, left - count)));
+    }
+
     fn read_header(&self, buf: &mut BytesMut) -> Result<(Header, usize), WireError> {
         let len = buf.get_u32_le() as usize;
         let kind = buf.get_u8();
@@ -332,6 +345,23 @@ mod tests {
             assert_eq!(payload.as_ptr().addr() % 16, 0);
             assert!(payload.try_into_mut().is_ok());
         }
+    }
+
+    #[test]
+    fn the_rest_of_a_piece_may_be_read_by_somebody_else() {
+        let (mut bytes, mut decoder) = (BytesMut::new(), Decoder::new(1 << 30));
+        put(&mut bytes, Header::new(Kind::Piece, 3), &[&[7; 100]]);
+        put(&mut bytes, Header::new(Kind::Result, 4), &[b"next"]);
+        let mut behind = bytes.split_off(HEADER_LEN + 10);
+        let frame = decoder.next(&mut bytes).expect("a frame").expect("its beginning");
+        assert_eq!((frame.header.stream, frame.payload.len()), (3, 10));
+        assert_eq!(decoder.piece().map(|(header, left)| (header.stream, left)), Some((3, 90)));
+        decoder.took(40);
+        decoder.took(50);
+        assert_eq!(decoder.piece(), None);
+        behind.advance(90);
+        let frame = decoder.next(&mut behind).expect("a frame").expect("all of it");
+        assert_eq!((frame.header.stream, &frame.payload[..]), (4, &b"next"[..]));
     }
 
     #[test]

@@ -41,7 +41,7 @@ impl Router {
         if call.target.get().is_none() {
             return false;
         }
-        call.move_to(Place::Held);
+        self.park(call, Place::Held);
         self.held.aimed.push(Arc::clone(call));
         self.shoot();
         true

@@ -8,12 +8,11 @@ use std::{sync::Arc, time::Instant};
 use rayserve_dataplane::{
     engine::{Batch, Lease},
     error::Error,
-    wire::Fault,
 };
 
 use super::{
     pending::{Outcome, Pending},
-    router::{LATE, Router},
+    router::Router,
     turns::{Caller, State, Turn},
 };
 
@@ -48,7 +47,7 @@ impl Router {
         for (call, lease) in batch.items {
             if call.is_late() {
                 self.engine.unsent(lease);
-                self.finish(&call, Outcome::Fault(Fault::Deadline, LATE));
+                self.refuse_late(&call);
                 continue;
             }
             match self.links[index].send_call(&call, lease, index, true) {

@@ -6,7 +6,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use pyo3::{exceptions::PyValueError, prelude::*, sync::PyOnceLock, types::PyTuple};
+use pyo3::{exceptions::PyValueError, prelude::*, types::PyTuple};
 use rayserve_dataplane::{
     engine::{Affinity, Assigned, Candidate, Lease},
     wire::CallView,
@@ -62,12 +62,12 @@ impl Chooser {
             let payload = Bytes::copy_from_slice(&pending.payload().concat());
             let view = CallView::parse(payload).map_err(|error| PyValueError::new_err(error.to_string()))?;
             let head = view.head();
+            let call = Call::new(&self.caller, Arc::clone(&pending), head.request_id);
             let texts =
                 (head.method, head.request_id, head.route, head.app, head.multiplexed_model_id, head.session_id);
             let texts = texts.into_pyobject(py)?;
             let arguments = view.take_arguments().map(|arguments| value::of_call(py, arguments)).transpose()?;
             let stream = pending.stream;
-            let call = Call { caller: Arc::clone(&self.caller), pending, told: PyOnceLock::new() };
             chosen.push((call, deployment, texts, stream, arguments).into_pyobject(py)?);
         }
         Ok(chosen)

@@ -72,10 +72,10 @@ impl Socket {
         }
     }
 
-    fn read_into(&self, buf: &mut BytesMut) -> io::Result<usize> {
+    fn read_into(&self, buf: &mut BytesMut, most: usize) -> io::Result<usize> {
         match self {
-            Self::Unix(stream) => socket::read(stream, buf),
-            Self::Tcp(stream) => socket::read(stream, buf),
+            Self::Unix(stream) => socket::read(stream, buf, most),
+            Self::Tcp(stream) => socket::read(stream, buf, most),
         }
     }
 
@@ -96,6 +96,8 @@ pub(super) struct Sent {
     pub(super) lease: Lease,
     /// The offset in the output at which its frame is complete.
     end: u64,
+    /// What has come of a value that comes in pieces.
+    pieces: BytesMut,
 }
 
 /// What a socket had for its owner.
@@ -191,7 +193,7 @@ impl Link {
         };
         let flags = slot | if call.stream { flag::STREAM } else { 0 };
         let end = self.flushed + (self.spool.remaining() + HEADER_LEN + payload.len()) as u64;
-        let sent = Sent { call: Arc::clone(call), lease, end };
+        let sent = Sent { call: Arc::clone(call), lease, end, pieces: BytesMut::new() };
         let stream = self.streams.insert(sent).map_err(|sent| sent.lease)?;
         let header = Header::new(Kind::Call, stream).with(flag::FIN | flags).aux(call.left_ms());
         self.spool.put_payload(header, &payload);
@@ -245,6 +247,7 @@ impl Link {
     pub(super) fn read(&mut self, scratch: &mut [u8]) -> io::Result<Input> {
         loop {
             while let Some(frame) = self.decoder.next(&mut self.input).map_err(invalid)? {
+                let Some(frame) = self.join(frame)? else { continue };
                 if let Some(ready) = self.shake(frame)? {
                     return Ok(ready);
                 }
@@ -252,24 +255,61 @@ impl Link {
             if !self.readable {
                 return Ok(Input::Empty);
             }
-            // A large payload is read to where it stays.
-            let room = self.input.capacity() - self.input.len();
-            let direct = room >= ROOM;
-            let read = if direct { self.socket.read_into(&mut self.input) } else { self.socket.read(scratch) };
+            let (read, offered) = self.read_once(scratch);
             match read {
                 Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
-                Ok(count) => {
-                    // The poller reports edges; a short read says that the socket is empty and saves asking again.
-                    self.readable = self.ended || count == if direct { room } else { scratch.len() };
-                    if !direct {
-                        self.input.extend_from_slice(&scratch[..count]);
-                    }
-                }
+                // The poller reports edges; a short read says that the socket is empty and saves asking again.
+                Ok(count) => self.readable = self.ended || count == offered,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => self.readable = false,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
             }
         }
+    }
+
+    /// Reads to where the bytes stay if they are a large payload's; how many came, and how many might have.
+    fn read_once(&mut self, scratch: &mut [u8]) -> (io::Result<usize>, usize) {
+        if self.input.is_empty()
+            && let Some((header, left)) = self.decoder.piece()
+            && let Some(Sent { pieces, .. }) = self.streams.get_mut(header.stream)
+            && pieces.capacity() - pieces.len() >= left
+        {
+            let read = self.socket.read_into(pieces, left);
+            self.decoder.took(*read.as_ref().unwrap_or(&0));
+            return (read, left);
+        }
+        let room = self.input.capacity() - self.input.len();
+        if room >= ROOM {
+            return (self.socket.read_into(&mut self.input, room), room);
+        }
+        let read = self.socket.read(scratch);
+        self.input.extend_from_slice(&scratch[..*read.as_ref().unwrap_or(&0)]);
+        (read, scratch.len())
+    }
+
+    /// Keeps a piece, and puts what was kept in front of the frame that ends the value. An ERROR comes instead of one.
+    fn join(&mut self, mut frame: Frame) -> io::Result<Option<Frame>> {
+        let header = frame.header;
+        if !matches!(header.kind, Kind::Piece | Kind::Result | Kind::Item) {
+            return Ok(Some(frame));
+        }
+        let Some(Sent { pieces, .. }) = self.streams.get_mut(header.stream) else {
+            return Ok((header.kind != Kind::Piece).then_some(frame));
+        };
+        if header.kind == Kind::Piece {
+            let total = header.aux as usize;
+            if pieces.len() + frame.payload.len() > total || total > MAX_PAYLOAD {
+                return Err(invalid(WireError::Malformed("piece")));
+            }
+            pieces.reserve(total - pieces.len());
+            pieces.extend_from_slice(&frame.payload);
+            return Ok(None);
+        }
+        if !pieces.is_empty() {
+            pieces.extend_from_slice(&frame.payload);
+            frame.payload = std::mem::take(pieces).freeze();
+        }
+        Ok(Some(frame))
     }
 
     /// Passes a frame on, or feeds it to the handshake.

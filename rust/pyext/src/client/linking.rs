@@ -64,7 +64,7 @@ impl Router {
         }
     }
 
-    /// Links again where it is time; returns when to come back.
+    /// Links again and ends calls where it is time; returns when to come back, which is now if calls have ended.
     pub(super) fn tick(&mut self, now: Instant) -> Option<Instant> {
         let late = |(index, link): (usize, &Link)| link.deadline().is_some_and(|at| at <= now).then_some(index);
         for index in self.links.iter().filter_map(late).collect::<Vec<_>>() {
@@ -74,10 +74,11 @@ impl Router {
         for (_, key, replica) in due {
             self.open(key, replica);
         }
+        let deadline = self.expire(now);
         self.seal_late(now);
         self.settle();
         let handshakes = self.links.iter().filter_map(|(_, link)| link.deadline());
-        handshakes.chain(self.lost.iter().map(|(at, _, _)| *at)).chain(self.alarm).min()
+        handshakes.chain(self.lost.iter().map(|(at, _, _)| *at)).chain(deadline).chain(self.alarm).min()
     }
 
     /// Closes this process's copies of the sockets and nothing else.

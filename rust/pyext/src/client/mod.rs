@@ -6,8 +6,10 @@
 
 mod aim;
 mod batches;
+mod callee;
 pub(crate) mod children;
 mod choose;
+mod deadlines;
 mod frames;
 mod link;
 mod linking;
@@ -21,30 +23,26 @@ mod waiting;
 
 use std::{
     os::fd::{AsRawFd, RawFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
 use bytes::Bytes;
 use pyo3::{
-    buffer::PyBuffer,
     exceptions::{PyRuntimeError, PyValueError},
+    intern,
     prelude::*,
-    pybacked::PyBackedStr,
     sync::PyOnceLock,
     types::{PyBytes, PyDict},
 };
 use rayserve_dataplane::{
-    engine::Affinity,
     error::Error,
     snapshot::{Snapshot, Version},
-    wire::{
-        LARGE, Payload,
-        call::{CallHead, Value, put_call_head},
-    },
+    wire::call::Value,
 };
 
 pub(crate) use self::{
+    callee::Callee,
     choose::{Chooser, Reservation, Told, told, word},
     turns::Caller,
     waiting::Desk,
@@ -54,80 +52,37 @@ use self::{
     turns::Wait,
     waiting::Waiting,
 };
-use crate::http::request as http;
 use crate::value;
-use crate::worker::{replica::Replica, stream::Stream};
+use crate::worker::replica::Replica;
 
 /// How long the main thread sleeps before it looks for signals; other threads get none.
 const SIGNALS: Duration = Duration::from_millis(100);
-
-/// Method, request id, route, application, model id and session id of a call.
-type Texts = (PyBackedStr, PyBackedStr, PyBackedStr, PyBackedStr, PyBackedStr, PyBackedStr);
 
 /// All handle calls of one process.
 #[pyclass(frozen, module = "rayserve_fast._core")]
 pub(crate) struct Client {
     pub(crate) caller: Arc<Caller>,
-    /// The replica whose loop flushes what it calls.
-    home: Mutex<Weak<Replica>>,
 }
 
 #[pymethods]
 impl Client {
     #[new]
     fn new(node_id: String, token: &[u8]) -> PyResult<Self> {
-        Ok(Self { caller: Arc::new(Caller::new(node_id, token)?), home: Mutex::default() })
+        Ok(Self { caller: Arc::new(Caller::new(node_id, token)?) })
     }
 
-    #[pyo3(signature = (deployment, texts, pickle, buffers, stream, parent, needs, keep, target=None))]
-    #[expect(clippy::needless_pass_by_value, clippy::too_many_arguments, reason = "a call is many things")]
-    fn begin(
+    /// What handles of this deployment with these options call; `target`: the one replica that answers.
+    #[expect(clippy::needless_pass_by_value, reason = "what a Python argument becomes is owned")]
+    fn callee(
         &self,
-        py: Python<'_>,
         deployment: String,
-        texts: Texts,
-        pickle: &Bound<'_, PyBytes>,
-        buffers: Vec<PyBuffer<u8>>,
+        method: String,
+        multiplexed_model_id: String,
+        session_id: String,
         stream: bool,
-        parent: &Bound<'_, PyAny>,
-        needs: Vec<(u32, Bound<'_, Call>)>,
-        keep: Option<Py<PyAny>>,
         target: Option<String>,
-    ) -> PyResult<Option<Call>> {
-        let (method, request_id, route, app, multiplexed_model_id, session_id) = &texts;
-        let head = CallHead { method, request_id, route, app, multiplexed_model_id, session_id };
-        let mut out = Payload::with_capacity(256 + pickle.as_bytes().len().min(LARGE));
-        put_call_head(out.open(), &head);
-        value::put(py, &mut out, pickle, &buffers);
-        if needs.iter().any(|(_, call)| !Arc::ptr_eq(&call.get().caller, &self.caller) && !call.get().ready()) {
-            return Err(PyRuntimeError::new_err(
-                "an argument is the answer of a Serve instance that has been shut down",
-            ));
-        }
-        if needs.iter().any(|(_, call)| call.get().told.get(py).is_some()) {
-            return Ok(None); // to be passed on as the value that it has become
-        }
-        let needs = needs.iter().map(|(slot, call)| (*slot, Arc::clone(&call.get().pending))).collect();
-        let parent = parent_of(parent);
-        let deadline = parent.as_ref().and_then(|parent| parent.state().children.deadline);
-        let affinity = Affinity::new(multiplexed_model_id.as_bytes(), session_id.as_bytes());
-        let call = Pending::new(deployment, affinity, out, stream, deadline, needs, keep);
-        if let Some(target) = target {
-            let _ = call.target.set(target);
-        }
-        if let Some(parent) = parent {
-            parent.state().children.add(&self.caller, &call);
-        }
-        let home = lock(&self.home).upgrade().filter(|replica| replica.on_loop());
-        if !self.caller.begin(&call, home.is_some()) {
-            return Err(PyRuntimeError::new_err("handles are closed: the interpreter exits"));
-        }
-        if let Some(replica) = home
-            && !replica.called(py)?
-        {
-            self.caller.flush();
-        }
-        Ok(Some(Call { caller: Arc::clone(&self.caller), pending: call, told: PyOnceLock::new() }))
+    ) -> Callee {
+        Callee::new(&self.caller, &deployment, method, [multiplexed_model_id, session_id], stream, target)
     }
 
     fn publish(&self, py: Python<'_>, snapshot: &[u8], fresh: bool) -> PyResult<()> {
@@ -160,7 +115,7 @@ impl Client {
     /// Reads what has come, and ends the waits that it ends.
     fn pump(&self, py: Python<'_>, mailbox: &Mailbox) -> PyResult<()> {
         py.detach(|| self.caller.pump(mailbox.desk.mailbox()));
-        mailbox.desk.wake(py)
+        mailbox.desk.wake(py, &mut |_| Ok(()))
     }
 
     /// What is counted of batches, as JSON.
@@ -220,10 +175,28 @@ pub(crate) struct Call {
     pending: Arc<Pending>,
     /// The outcome as Python sees it: a value can be taken once.
     told: PyOnceLock<Py<PyAny>>,
+    request_id: Box<str>,
+}
+
+impl Call {
+    fn new(caller: &Arc<Caller>, pending: Arc<Pending>, request_id: &str) -> Self {
+        Self { caller: Arc::clone(caller), pending, told: PyOnceLock::new(), request_id: request_id.into() }
+    }
 }
 
 #[pymethods]
 impl Call {
+    #[getter]
+    fn request_id(&self) -> &str {
+        &self.request_id
+    }
+
+    /// What a task of the replica's own loop waits on; None: this is another thread or loop.
+    fn waiting(&self, py: Python<'_>) -> PyResult<Option<Py<Waiting>>> {
+        let desk = self.caller.home().and_then(|replica| replica.desk_of(&self.caller));
+        desk.map(|desk| desk.wait(py, &self.caller, &self.pending)).transpose()
+    }
+
     /// Whether there is an outcome, or an item of a stream.
     fn ready(&self) -> bool {
         self.pending.is_ready()
@@ -259,7 +232,7 @@ impl Call {
         py.detach(|| self.caller.cancel(&self.pending))
     }
 
-    /// What became of the call: a word and what belongs to it, or None while it runs.
+    /// What became of the call: a word and what belongs to it, such as the value, or None while it runs.
     fn outcome<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let Some(outcome) = self.pending.outcome() else { return Ok(None) };
         let told = self.told.get_or_try_init(py, || tell(py, outcome).map(Bound::unbind))?;
@@ -270,16 +243,8 @@ impl Call {
 impl Client {
     /// Has the replica's loop send what it calls with its own answers.
     pub(crate) fn settle_in(&self, replica: &Arc<Replica>) {
-        *lock(&self.home) = Arc::downgrade(replica);
+        *lock(&self.caller.home) = Arc::downgrade(replica);
     }
-}
-
-/// The request on whose behalf a call is made, if its context is that of one of this process's own.
-fn parent_of(context: &Bound<'_, PyAny>) -> Option<Arc<Stream>> {
-    if let Ok(head) = context.cast::<http::CallHead>() {
-        return Some(head.get().stream.clone());
-    }
-    context.cast::<http::RequestHead>().ok().map(|head| head.get().stream.clone())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -291,8 +256,7 @@ fn tell<'py>(py: Python<'py>, outcome: &Outcome) -> PyResult<Bound<'py, PyAny>> 
         Outcome::Value(value) => {
             let value = lock(value).take();
             let value = value.ok_or_else(|| PyRuntimeError::new_err("the value has been taken"))?;
-            let (pickle, buffers) = value::of_result(py, value)?;
-            ("value", pickle, buffers).into_pyobject(py)?.into_any()
+            (intern!(py, "value"), value::load(py, value)?).into_pyobject(py)?.into_any()
         }
         Outcome::End => ("end",).into_pyobject(py)?.into_any(),
         Outcome::Fault(fault, payload) => {

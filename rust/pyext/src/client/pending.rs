@@ -122,7 +122,7 @@ pub(super) enum Needs {
 #[derive(Debug)]
 pub(super) struct Pending {
     /// `{app}#{deployment}`, or `split:{name}`.
-    pub(super) deployment: String,
+    pub(super) deployment: Arc<str>,
     /// The answer is a stream of items.
     pub(super) stream: bool,
     pub(super) affinity: Affinity,
@@ -137,7 +137,7 @@ pub(super) struct Pending {
 impl Pending {
     /// `payload` is that of the CALL frame but for the arguments that are answers of other calls.
     pub(super) fn new(
-        deployment: String,
+        deployment: Arc<str>,
         affinity: Affinity,
         mut payload: Payload,
         stream: bool,
@@ -169,6 +169,11 @@ impl Pending {
 
     pub(super) fn place(&self) -> Place {
         self.inner().place
+    }
+
+    /// Whether no replica has it yet.
+    pub(super) fn waits(&self) -> bool {
+        !self.is_assigned()
     }
 
     pub(super) fn is_assigned(&self) -> bool {

@@ -16,12 +16,13 @@ use rayserve_dataplane::{
     error::Error,
     snapshot::{Replica, Snapshot, Version},
     tally::Tallies,
-    wire::{Fault, Header, Kind},
+    wire::{Header, Kind},
 };
 use slab::Slab;
 
 use super::{
     aim::Held,
+    deadlines::Deadlines,
     link::{Link, Sent},
     pending::{Needs, Outcome, Pending, Place},
     split::Way,
@@ -51,6 +52,7 @@ pub(super) struct Router {
     pub(super) used: HashSet<String>,
     /// Calls whose replica somebody else chooses.
     pub(super) held: Held,
+    pub(super) deadlines: Deadlines,
     snapshot: Option<Snapshot>,
     /// When the window of a batch ends.
     pub(super) alarm: Option<Instant>,
@@ -82,6 +84,7 @@ impl Router {
             ripe: Vec::new(),
             used: HashSet::new(),
             held: Held::default(),
+            deadlines: Deadlines::default(),
             snapshot: None,
             alarm: None,
             tallies: Tallies::default(),
@@ -113,12 +116,12 @@ impl Router {
     /// Puts a call on its way if its arguments are there.
     fn enter(&mut self, call: &Arc<Pending>, needs: Needs) {
         match needs {
-            Needs::Waiting => return call.move_to(Place::Needing),
+            Needs::Waiting => return self.park(call, Place::Needing),
             Needs::Failed(index) => return self.finish(call, Outcome::Argument(index)),
             Needs::Met => {}
         }
-        if !self.used.contains(&call.deployment) {
-            self.used.insert(call.deployment.clone());
+        if !self.used.contains(&*call.deployment) {
+            self.used.insert(call.deployment.to_string());
             self.apply();
         }
         self.route(call);
@@ -130,7 +133,7 @@ impl Router {
             Way::Wait => return,
             Way::Refused(error) => return self.finish(call, Outcome::Refused(error)),
             Way::Unknown => {
-                call.move_to(Place::Unrouted);
+                self.park(call, Place::Unrouted);
                 self.unrouted.push((Instant::now(), Arc::clone(call)));
                 self.doubts = true;
                 return;
@@ -159,7 +162,7 @@ impl Router {
         match admission {
             Ok(Admission::Go(lease)) => self.send(call, lease),
             Ok(Admission::Wait(place)) => {
-                call.move_to(Place::Queued(place));
+                self.park(call, Place::Queued(place));
                 if self.engine.is_custom(place.deployment) {
                     self.held.fresh.push(Arc::clone(call));
                 }
@@ -177,7 +180,7 @@ impl Router {
         };
         if call.is_late() {
             self.engine.unsent(lease);
-            return self.finish(call, Outcome::Fault(Fault::Deadline, LATE));
+            return self.refuse_late(call);
         }
         if self.unflushed.last() != Some(&index) {
             self.unflushed.push(index);
@@ -200,21 +203,28 @@ impl Router {
     pub(super) fn cancel(&mut self, call: &Arc<Pending>) -> bool {
         match call.place() {
             Place::Done => return false,
-            Place::Needing => {}
+            Place::Sent { link, stream } => {
+                self.links[link].send(Header::new(Kind::Cancel, stream));
+                self.unflushed.push(link);
+            }
+            _ => self.withdraw(call),
+        }
+        self.finish(call, Outcome::Cancelled);
+        self.settle();
+        true
+    }
+
+    /// Takes a call out of where it waits.
+    pub(super) fn withdraw(&mut self, call: &Arc<Pending>) {
+        match call.place() {
             Place::Unrouted => {
                 self.unrouted.retain(|(_, other)| !Arc::ptr_eq(other, call));
                 self.roaming.retain(|other| !Arc::ptr_eq(other, call));
             }
             Place::Queued(place) => drop(self.engine.cancel(place)),
             Place::Held => self.held.remove(call),
-            Place::Sent { link, stream } => {
-                self.links[link].send(Header::new(Kind::Cancel, stream));
-                self.unflushed.push(link);
-            }
+            Place::Needing | Place::Sent { .. } | Place::Done => {}
         }
-        self.finish(call, Outcome::Cancelled);
-        self.settle();
-        true
     }
 
     /// Items were taken: the replica may send as many bytes more.

@@ -50,7 +50,7 @@ impl Router {
                 deployment.map_or(Way::Unknown, Way::To)
             }
             Ok(Turn::Wait(None)) => {
-                call.move_to(Place::Unrouted);
+                self.park(call, Place::Unrouted);
                 self.roam(call);
                 Way::Wait
             }
@@ -130,6 +130,6 @@ impl Router {
             }
             _ => None,
         }
-        .unwrap_or_else(|| call.deployment.clone())
+        .unwrap_or_else(|| call.deployment.to_string())
     }
 }

@@ -1,11 +1,12 @@
 //! The tender: a thread of Python's that sleeps here and looks after what no waiting thread does.
 //!
 //! It takes the turn when calls are out that nobody waits for and nobody has taken it for a while; it tries links again
-//! that have failed; it binds batches whose window is over; and it comes back to Python to take over a snapshot that has come, or to ask for one. While calls go
+//! that have failed, sends what a blocked loop has left, binds batches whose window is over and ends calls that have waited
+//! for too long; and it comes back to Python to take over a snapshot that has come, or to ask for one. While calls go
 //! on and threads wait for them it looks in now and then, and when there are none it sleeps until the next.
 
 use std::{
-    sync::PoisonError,
+    sync::{MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -17,6 +18,11 @@ use super::turns::{Caller, State, Turn};
 const PATIENCE: Duration = Duration::from_millis(10);
 /// The tender looks this many times more rarely while others take turns or nothing happens, and then sleeps.
 const QUIET_ROUNDS: u32 = 10;
+/// How long what a loop has corked may wait for it before the tender sends it: user code blocks the loop. A tender that polls,
+/// as calls are out that nobody waits for, sends it with the next answer.
+const CORKED: Duration = Duration::from_millis(1);
+/// The tender looks so often for that while calls are made, and until there have been none for so many looks.
+const CALM: u32 = 50;
 /// Between a snapshot that could not be had and the next attempt.
 const RETRY: Duration = Duration::from_millis(200);
 
@@ -42,15 +48,43 @@ pub(super) struct TenderState {
     pub(super) alarm: Option<Instant>,
     /// When the last errand failed, until one succeeds.
     failed: Option<Instant>,
+    /// Since when calls are corked.
+    corked: Option<Instant>,
+    /// Looks since the last corked call; none: the tender does not look for them.
+    looks: Option<u32>,
 }
 
 impl Default for TenderState {
     fn default() -> Self {
-        Self { sleeps: false, news: true, alarm: None, failed: None }
+        Self { sleeps: false, news: true, alarm: None, failed: None, corked: None, looks: None }
+    }
+}
+
+impl TenderState {
+    /// Calls wait for their loop to send them; whether the tender must be told to look.
+    pub(super) fn cork(&mut self) -> bool {
+        if self.corked.is_none() {
+            self.corked = Some(Instant::now());
+        }
+        self.looks.replace(0).is_none()
+    }
+
+    /// They are sent.
+    pub(super) fn uncork(&mut self) {
+        self.corked = None;
     }
 }
 
 impl State {
+    /// Sends what a loop has corked and not sent in time.
+    fn look(&mut self) {
+        if self.tender.corked.is_some_and(|since| since.elapsed() >= CORKED) {
+            self.tender.uncork();
+            self.router.settle();
+        }
+        self.tender.looks = self.tender.looks.map(|looks| looks + 1).filter(|looks| *looks < CALM);
+    }
+
     fn errand(&mut self) -> Option<Errand> {
         if self.closed {
             return Some(Errand::Closed);
@@ -78,6 +112,7 @@ impl Caller {
             if let Some(errand) = state.errand() {
                 return errand;
             }
+            let (now, mut next) = (Instant::now(), None);
             let lonely = state.router.outstanding > state.router.attended;
             if lonely && quiet > 0 && state.turn == Turn::Free {
                 let until = state.tender.failed.map(|_| Instant::now() + RETRY);
@@ -86,7 +121,10 @@ impl Caller {
                 });
             } else {
                 // An asyncio loop takes the turn only when something has come; links that failed are tried from here.
-                let _ = state.router.tick(Instant::now());
+                next = state.router.tick(now);
+                if next.is_some_and(|at| at <= now) {
+                    self.nudge(&state);
+                }
             }
             quiet = if turns == state.turns { quiet + 1 } else { 0 };
             turns = state.turns;
@@ -96,9 +134,23 @@ impl Caller {
                 quiet = 0;
             } else {
                 let patience = PATIENCE * quiet.clamp(1, QUIET_ROUNDS);
-                let alarm = state.router.alarm.map(|at| at.saturating_duration_since(Instant::now()));
-                let patience = alarm.map_or(patience, |alarm| patience.min(alarm));
-                state = self.tender.wait_timeout(state, patience).unwrap_or_else(PoisonError::into_inner).0;
+                let next = next.into_iter().chain(state.router.alarm).min();
+                let patience = next.map_or(patience, |at| patience.min(at.saturating_duration_since(now)));
+                state = self.rest(state, Instant::now() + patience);
+            }
+        }
+    }
+
+    /// Sleeps until then or until it is notified, and looks after corked calls meanwhile.
+    fn rest<'s>(&'s self, mut state: MutexGuard<'s, State>, until: Instant) -> MutexGuard<'s, State> {
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let slice = if state.tender.looks.is_some() { left.min(CORKED) } else { left };
+            let (woken, timeout) = self.tender.wait_timeout(state, slice).unwrap_or_else(PoisonError::into_inner);
+            state = woken;
+            state.look();
+            if slice == left || !timeout.timed_out() {
+                return state;
             }
         }
     }

@@ -12,15 +12,17 @@ use std::{
     collections::VecDeque,
     io::{self, ErrorKind},
     os::fd::{AsRawFd, RawFd},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
     thread::{self, Thread},
     time::Instant,
 };
 
 use bytes::Bytes;
 use mio::{Events, Poll, Token, Waker};
+use rayserve_dataplane::request_id::RequestIds;
 
 use super::{mailbox::Mailbox, pending::Pending, router::Router, tender::TenderState};
+use crate::worker::replica::Replica;
 
 const WAKER: Token = Token(usize::MAX);
 /// More than a process has links with news at once: a loop is told of them only once.
@@ -71,6 +73,9 @@ pub(crate) struct Caller {
     fd: RawFd,
     waker: Waker,
     pub(super) tender: Condvar,
+    /// The replica whose loop flushes what it calls.
+    pub(super) home: Mutex<Weak<Replica>>,
+    pub(super) ids: Mutex<RequestIds>,
 }
 
 impl Caller {
@@ -91,20 +96,38 @@ impl Caller {
         };
         let fd = poll.as_raw_fd();
         let poll = Mutex::new((poll, Events::with_capacity(EVENTS)));
-        Ok(Self { state: Mutex::new(state), poll, fd, waker, tender: Condvar::new() })
+        Ok(Self {
+            state: Mutex::new(state),
+            poll,
+            fd,
+            waker,
+            tender: Condvar::new(),
+            home: Mutex::default(),
+            ids: Mutex::default(),
+        })
+    }
+
+    /// The replica on whose loop this is, if its worker moves the bytes.
+    pub(super) fn home(&self) -> Option<Arc<Replica>> {
+        let home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
+        home.upgrade().filter(|replica| replica.on_loop())
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts a call; `false` when the caller is closed. With `cork`, somebody calls [`Self::flush`] soon.
+    /// Starts a call; `false` when the caller is closed. With `cork`, somebody calls [`Self::flush`] soon, or else the tender.
     pub(super) fn begin(&self, call: &Arc<Pending>, cork: bool) -> bool {
         let mut state = self.lock();
         if state.closed {
             return false;
         }
         state.router.begin(call, cork);
+        if cork && state.tender.cork() {
+            self.tender.notify_one();
+        }
+        self.hurry(&mut state);
         if state.router.doubts || !state.router.held.fresh.is_empty() {
             self.relieve(&mut state);
             self.tender.notify_one();
@@ -119,6 +142,7 @@ impl Caller {
     /// Sends what was corked.
     pub(crate) fn flush(&self) {
         let mut state = self.lock();
+        state.tender.uncork();
         state.router.settle();
         self.remind(&mut state);
     }
@@ -143,6 +167,14 @@ impl Caller {
         if state.turn != Turn::Free {
             // An error would mean that the counter is full, and so that the poller wakes anyway.
             let _ = self.waker.wake();
+        }
+    }
+
+    /// Has who sleeps until a later deadline look at an earlier one.
+    fn hurry(&self, state: &mut State) {
+        if std::mem::take(&mut state.router.deadlines.sooner) {
+            self.nudge(state);
+            self.tender.notify_one();
         }
     }
 
@@ -217,7 +249,13 @@ impl Caller {
         };
         state.free_turn();
         self.remind(&mut state);
+        self.hurry(&mut state);
         (state, interrupted)
+    }
+
+    /// Whether a thread has the turn, which reads for everybody.
+    pub(crate) fn is_read(&self) -> bool {
+        self.lock().turn == Turn::Waiter
     }
 
     /// Moves what can be moved now, for an asyncio loop that was told that something is there.

@@ -36,6 +36,9 @@ struct Inner {
     callbacks: Vec<(Py<PyAny>, Option<Py<PyAny>>)>,
 }
 
+/// Hears of a step, by the context of the task.
+pub(crate) type Stepped<'a> = &'a mut dyn FnMut(&Bound<'_, PyAny>) -> PyResult<()>;
+
 /// One wait for one call.
 #[pyclass(frozen, freelist = 128, module = "rayserve_fast._core")]
 pub(crate) struct Waiting {
@@ -120,8 +123,9 @@ impl Desk {
         lock(&self.waits).open.is_empty()
     }
 
-    /// Ends the waits of what the mailbox holds; on the loop's thread, outside every task.
-    pub(crate) fn wake(&self, py: Python<'_>) -> PyResult<()> {
+    /// Ends the waits of what the mailbox holds; on the loop's thread, outside every task. `stepped` is told the context of
+    /// each task that has taken a step.
+    pub(crate) fn wake(&self, py: Python<'_>, stepped: Stepped<'_>) -> PyResult<()> {
         let tokens = self.mailbox.take();
         if tokens.is_empty() {
             return Ok(());
@@ -131,7 +135,7 @@ impl Desk {
         for token in tokens {
             let waiting = lock(&self.waits).remove(token);
             if let Some(waiting) = waiting {
-                outcome = outcome.and(waiting.get().end(waiting.bind(py), State::Done, entered));
+                outcome = outcome.and(waiting.get().end(waiting.bind(py), State::Done, entered, stepped));
             }
         }
         outcome
@@ -146,7 +150,7 @@ fn current_task(py: Python<'_>) -> PyResult<bool> {
 
 impl Waiting {
     /// Ends the wait and steps whoever waits: at once, or soon if no task can be entered here.
-    fn end(&self, this: &Bound<'_, Self>, state: State, soon: bool) -> PyResult<()> {
+    fn end(&self, this: &Bound<'_, Self>, state: State, soon: bool, stepped: Stepped<'_>) -> PyResult<()> {
         let py = this.py();
         let callbacks = {
             let mut inner = lock(&self.inner);
@@ -160,7 +164,11 @@ impl Waiting {
         for (callback, context) in callbacks {
             let called = match context {
                 _ if soon => self.call_soon(this, &callback, context),
-                Some(context) => context.call_method1(py, intern!(py, "run"), (callback, this)).map(drop),
+                Some(context) => {
+                    let context = context.into_bound(py);
+                    let called = context.call_method1(intern!(py, "run"), (callback, this)).map(drop);
+                    called.and(stepped(&context))
+                }
                 None => callback.call1(py, (this,)).map(drop),
             };
             outcome = outcome.and(called);
@@ -251,7 +259,7 @@ impl Waiting {
         caller.forget(call, *token);
         let forgotten = lock(&this.desk.waits).remove(*token);
         drop(forgotten);
-        this.end(slf, State::Cancelled, true)?;
+        this.end(slf, State::Cancelled, true, &mut |_| Ok(()))?;
         Ok(true)
     }
 

@@ -361,6 +361,16 @@ impl CallHead {
     pub(crate) fn model(&self) -> &str {
         self.view.head().multiplexed_model_id
     }
+
+    /// The arguments, if they are plain and the method's own coroutine takes them; else they stay here.
+    pub(crate) fn plain_arguments<'py>(&self, py: Python<'py>) -> Option<(Bound<'py, PyTuple>, Bound<'py, PyDict>)> {
+        let arguments = if self.streaming { None } else { self.view.take_arguments() }?;
+        let plain = value::plain_arguments(py, &arguments);
+        if plain.is_none() {
+            self.view.restore_arguments(arguments);
+        }
+        plain
+    }
 }
 
 fn address<'py>(py: Python<'py>, (host, port): (&[u8], u16)) -> Option<(Bound<'py, PyString>, u16)> {

@@ -2,6 +2,8 @@
 //!
 //! When to answer, and that it is done once, is `run.rs`'s to see to.
 
+use std::sync::Arc;
+
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyList, PyTuple};
@@ -24,12 +26,19 @@ impl Replica {
             Running::Http(head) => response::put_result(self, &head.get().stream, result),
             Running::Call(head) if head.get().streaming => {
                 let stream = &head.get().stream;
-                let header = Header::new(Kind::Result, stream.id).with(flag::FIN);
-                stream.link.put(stream.link.outgoing.stamp(header, 1), &[]);
+                stream.put_value(Header::new(Kind::Result, stream.id).with(flag::FIN), &Payload::default());
                 stream.close();
                 Ok(None)
             }
             Running::Call(head) => {
+                let mut payload = Payload::with_capacity(64);
+                if value::put_plain(&mut payload, &result) {
+                    payload.close();
+                    let stream = &head.get().stream;
+                    stream.put_value(Header::new(Kind::Result, stream.id).with(flag::FIN), &payload);
+                    stream.close();
+                    return Ok(None);
+                }
                 let encoded = self.hooks.dump_result.bind(result.py()).call1((&result,))?;
                 put_value(&head.get().stream, encoded.cast::<PyTuple>()?)?;
                 Ok(None)
@@ -70,19 +79,18 @@ impl Replica {
 }
 
 /// One RESULT from (pickle, buffers).
-fn put_value(stream: &Stream, encoded: &Bound<'_, PyTuple>) -> PyResult<()> {
+fn put_value(stream: &Arc<Stream>, encoded: &Bound<'_, PyTuple>) -> PyResult<()> {
     let (pickle, buffers) = (encoded.get_item(0)?, encoded.get_item(1)?);
     let buffers: Vec<PyBuffer<u8>> =
         buffers.cast::<PyList>()?.iter().map(|buffer| buffer.extract()).collect::<PyResult<_>>()?;
-    let header = stream.link.outgoing.stamp(Header::new(Kind::Result, stream.id).with(flag::FIN), 1);
-    put_frame(stream, header, pickle.cast()?, &buffers);
+    put_frame(stream, Header::new(Kind::Result, stream.id).with(flag::FIN), pickle.cast()?, &buffers);
     stream.close();
     Ok(())
 }
 
 /// One frame with a value for its payload, whose length comes back.
 pub(super) fn put_frame(
-    stream: &Stream,
+    stream: &Arc<Stream>,
     header: Header,
     pickle: &Bound<'_, PyBytes>,
     buffers: &[PyBuffer<u8>],
@@ -90,6 +98,6 @@ pub(super) fn put_frame(
     let mut payload = Payload::with_capacity(32 + pickle.as_bytes().len().min(LARGE));
     value::put(pickle.py(), &mut payload, pickle, buffers);
     payload.close();
-    stream.link.put_value(header, &payload);
+    stream.put_value(header, &payload);
     payload.len()
 }

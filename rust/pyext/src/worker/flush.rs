@@ -34,7 +34,7 @@ impl Replica {
     /// The same by the caller's clock.
     pub(crate) fn settle_at(&self, py: Python<'_>, now: Instant) -> PyResult<()> {
         if self.outgoing.since().is_some_and(|since| now.saturating_duration_since(since) >= STALE) {
-            self.flush(py)?;
+            self.flush_answers(py)?;
         }
         if self.ticking.load(Ordering::Relaxed) || self.scheduled.swap(true, Ordering::Relaxed) {
             return Ok(());
@@ -59,9 +59,13 @@ impl Replica {
         self.flush(py)
     }
 
-    /// Sends what all links have to send.
+    /// Sends what all links have to send, calls included.
     pub(crate) fn flush(&self, py: Python<'_>) -> PyResult<()> {
         self.flush_calls();
+        self.flush_answers(py)
+    }
+
+    pub(super) fn flush_answers(&self, py: Python<'_>) -> PyResult<()> {
         let mut outcome = Ok(());
         for link in self.outgoing.take_dirty() {
             // An error of one link must not leave the others marked as being flushed.

@@ -80,12 +80,19 @@ impl Replica {
     /// Sees to it that what a pool thread has put is sent soon, though it goes on with its generator.
     fn share(&self, py: Python<'_>, stream: &Stream) -> PyResult<()> {
         let now = Instant::now();
-        let sent = &mut stream.state().items.sent;
-        if sent.is_some_and(|sent| now - sent < STALE) {
+        let early = {
+            // Not while the link is flushed, which gives this stream its turn.
+            let sent = &mut stream.state().items.sent;
+            let early = sent.is_some_and(|sent| now - sent < STALE);
+            if !early {
+                *sent = Some(now);
+            }
+            early
+        };
+        if early {
             self.nudge();
             return Ok(());
         }
-        *sent = Some(now);
         self.flush(py)
     }
 

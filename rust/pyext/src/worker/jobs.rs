@@ -5,7 +5,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
 
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -31,16 +30,15 @@ impl Replica {
         loop {
             match self.pool.pop() {
                 Some(Job::One(running)) => {
-                    let cancelled = {
-                        let mut state = running.stream().state();
-                        state.began = Some(Instant::now());
-                        state.cancelled
-                    };
-                    if !cancelled {
+                    let (cancelled, late) = running.stream().begin();
+                    if cancelled {
+                        self.finish(py, &running, false, None, Ok(py.None().into_bound(py)));
+                    } else if late {
+                        self.refuse_late(py, running.stream())?;
+                    } else {
                         self.ring(py)?;
                         return self.job(py, &running).map(Some);
                     }
-                    self.finish(py, &running, false, None, Ok(py.None().into_bound(py)));
                     self.sort_ready(py);
                 }
                 Some(Job::Group(group)) => {

@@ -109,8 +109,13 @@ impl Outgoing {
 
     /// The header of an answer with load and FAST filled in; `own`: what this frame takes off the load.
     pub(crate) fn stamp(&self, header: Header, own: u16) -> Header {
-        let (load, flags) = (self.gauge.load(Ordering::Relaxed) as u16, if self.is_fast() { flag::FAST } else { 0 });
+        let (load, flags) = (self.load(), if self.is_fast() { flag::FAST } else { 0 });
         Header { load: load.saturating_sub(own), ..header.with(flags) }
+    }
+
+    /// Requests in flight, running and held.
+    pub(crate) fn load(&self) -> u16 {
+        self.gauge.load(Ordering::Relaxed) as u16
     }
 
     pub(crate) fn is_fast(&self) -> bool {
@@ -169,7 +174,7 @@ impl Link {
         let output = lock(&self.output);
         let Some(socket) = &output.socket else { return Err(ErrorKind::NotConnected.into()) };
         let room = buf.capacity() - buf.len();
-        match each!(socket, it => socket::read(it, buf)) {
+        match each!(socket, it => socket::read(it, buf, usize::MAX)) {
             Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
             Ok(len) => Ok(len == room),
             Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
@@ -287,7 +292,10 @@ impl Link {
 
     /// Whether the kernel has every byte of every answer.
     pub(crate) fn is_quiet(&self) -> bool {
-        !lock(&self.output).spool.has_remaining() && self.open_streams() == 0
+        let output = lock(&self.output);
+        let quiet = !output.spool.has_remaining() && output.turns.is_empty();
+        drop(output);
+        quiet && self.open_streams() == 0
     }
 
     pub(crate) fn open_streams(&self) -> usize {

@@ -13,6 +13,7 @@ pub(crate) mod hooks;
 pub(crate) mod items;
 pub(crate) mod jobs;
 pub(crate) mod link;
+mod methods;
 pub(crate) mod poll;
 pub(crate) mod pool;
 pub(crate) mod replica;

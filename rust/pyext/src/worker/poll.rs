@@ -248,7 +248,7 @@ impl Poller {
                 handle(py, replica, link, frame, fed)?;
             }
             if replica.outgoing.since().is_some_and(|since| since.elapsed() >= STALE) {
-                replica.flush(py)?;
+                replica.flush_answers(py)?;
             }
         }
     }

@@ -14,13 +14,14 @@ use pyo3::prelude::*;
 use pyo3::types::PyString;
 use rayserve_dataplane::engine::limit::Limit;
 use rayserve_dataplane::wire::models::put_models;
-use rayserve_dataplane::wire::{CallView, Fault, Header, Kind, RequestHeadView, flag};
+use rayserve_dataplane::wire::{CallView, Fault, Header, Kind, Payload, RequestHeadView, flag};
 use slab::Slab;
 
 use super::calls::Calls;
 use super::group::Group;
 use super::hooks::Hooks;
 use super::link::{Link, Outgoing, lock};
+use super::methods::Methods;
 use super::pool::Pool;
 use super::run::{Http, Running};
 use super::step::{Started, Stepper};
@@ -77,6 +78,7 @@ pub(crate) struct Replica {
     models: Mutex<BytesMut>,
     pub(crate) hooks: Hooks,
     pub(crate) http: Http,
+    pub(super) methods: Methods,
     pub(crate) stepper: Stepper,
     /// The user's code takes lists.
     pub(super) batched: bool,
@@ -134,6 +136,7 @@ impl Replica {
             models: Mutex::default(),
             hooks,
             http,
+            methods: Methods::default(),
             stepper,
             batched,
             tasks: Mutex::default(),
@@ -178,11 +181,20 @@ impl Replica {
     }
 
     /// Ends a stream that holds a slot with an error.
-    pub(crate) fn end_with(&self, stream: &Stream, fault: Fault, payload: &[u8]) {
-        count(if fault == Fault::Cancelled { &self.counters.cancelled } else { &self.counters.errors });
-        stream.state().outbox.clear();
-        let header = Header::new(Kind::Error, stream.id).aux(fault as u32).with(flag::FIN);
-        stream.link.put(self.outgoing.stamp(header, 1), &[payload]);
+    pub(crate) fn end_with(&self, stream: &Arc<Stream>, fault: Fault, payload: &[u8]) {
+        let cancelled = fault == Fault::Cancelled;
+        count(if cancelled { &self.counters.cancelled } else { &self.counters.errors });
+        {
+            let mut state = stream.state();
+            state.outbox.clear();
+            if cancelled {
+                state.outbox.clear_values();
+            }
+        }
+        let mut whole = Payload::with_capacity(payload.len());
+        whole.open().extend_from_slice(payload);
+        whole.close();
+        stream.put_value(Header::new(Kind::Error, stream.id).aux(fault as u32).with(flag::FIN), &whole);
         stream.close();
     }
 
@@ -191,7 +203,7 @@ impl Replica {
         let mut state = stream.state();
         state.cancelled = true;
         state.items.wake_thread();
-        let task = state.task.as_ref().map(|started| started.task.clone_ref(py));
+        let task = state.task.as_ref().map(|suspended| suspended.started.task.clone_ref(py));
         let children = state.children.take();
         drop(state);
         let mut held = lock(&self.held);

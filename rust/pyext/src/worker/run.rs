@@ -4,7 +4,6 @@
 //! handlers go to the pool. Every outcome, `BaseException` included, becomes exactly one answer and gives the slot back.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use pyo3::intern;
 use pyo3::prelude::*;
@@ -14,7 +13,7 @@ use super::jobs::Job;
 use super::link::lock;
 use super::replica::{Posted, Replica, Request, Work};
 use super::step::Started;
-use super::stream::{Answer, Stream};
+use super::stream::{Answer, Stream, Suspended};
 use crate::http::asgi;
 use crate::http::request::{CallHead, RequestHead};
 
@@ -80,7 +79,6 @@ impl Running {
 struct Watch {
     replica: Arc<Replica>,
     running: Running,
-    asgi: bool,
 }
 
 #[pymethods]
@@ -88,9 +86,7 @@ impl Watch {
     fn __call__(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
         let py = task.py();
         self.replica.leave_child(py)?;
-        let started = self.running.stream().state().task.take();
-        let outcome = task.call_method0(intern!(py, "result"));
-        self.replica.finish(py, &self.running, self.asgi, started.as_ref(), outcome);
+        self.replica.conclude(task, &self.running);
         self.replica.run_ready(py)?;
         self.replica.settle(py)
     }
@@ -120,6 +116,11 @@ impl Replica {
         }
     }
 
+    pub(super) fn refuse_late(&self, py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
+        self.end_with(stream, Fault::Deadline, LATE);
+        self.release(py, stream)
+    }
+
     pub(super) fn start(self: &Arc<Self>, py: Python<'_>, request: Request) {
         if self.batched {
             return self.call_batch(py, vec![request]);
@@ -132,26 +133,21 @@ impl Replica {
 
     fn try_start(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<()> {
         let Request { stream, work } = request;
-        let (cancelled, late) = {
-            let (mut state, now) = (stream.state(), Instant::now());
-            state.began = Some(now);
-            (state.cancelled, state.children.deadline.is_some_and(|deadline| deadline <= now))
-        };
+        let (cancelled, late) = stream.begin();
         if late {
-            self.end_with(&stream, Fault::Deadline, LATE);
-            return self.release(py, &stream);
+            return self.refuse_late(py, &stream);
         }
-        let (running, sync) = match work {
+        let (running, method, sync) = match work {
             Work::Http(view) => {
                 let head = Py::new(py, RequestHead { view, stream, replica: self.clone() })?;
-                (Running::Http(head), self.http.kind == HttpKind::Sync)
+                (Running::Http(head), None, self.http.kind == HttpKind::Sync)
             }
             Work::Call(view, streaming) => {
                 let head = CallHead { view, stream, streaming, replica: self.clone() };
-                let sync = self.hooks.is_sync.bind(py).call1((head.view.head().method, streaming));
+                let found = self.methods.find(py, &self.hooks, head.view.head().method, streaming);
                 let head = Running::Call(Py::new(py, head)?);
-                match sync {
-                    Ok(sync) => (head, sync.is_truthy()?),
+                match found {
+                    Ok((method, sync)) => (head, Some(method), sync),
                     Err(error) => {
                         self.finish(py, &head, false, None, Err(error));
                         return Ok(());
@@ -170,7 +166,7 @@ impl Replica {
         let object = running.object(py);
         self.hooks.context.bind(py).call_method1(intern!(py, "set"), (&object,))?;
         let asgi = matches!(running, Running::Http(_)) && self.http.kind == HttpKind::Asgi;
-        match self.coroutine(&running, &object).and_then(|coroutine| self.stepper.start(&coroutine)) {
+        match self.coroutine(&running, method.as_ref(), &object).and_then(|coroutine| self.stepper.start(&coroutine)) {
             Ok(started) => self.follow(py, running, asgi, started),
             Err(error) => {
                 self.finish(py, &running, asgi, None, Err(error));
@@ -179,10 +175,18 @@ impl Replica {
         }
     }
 
-    fn coroutine<'py>(&self, running: &Running, object: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
+    fn coroutine<'py>(
+        &self,
+        running: &Running,
+        method: Option<&Py<PyAny>>,
+        object: &Bound<'py, PyAny>,
+    ) -> PyResult<Bound<'py, PyAny>> {
         let py = object.py();
-        if let Running::Call(_) = running {
-            return self.hooks.begin_call.bind(py).call1((object,));
+        if let (Running::Call(head), Some(method)) = (running, method) {
+            return match head.get().plain_arguments(py) {
+                Some((args, kwargs)) => method.bind(py).call(args, (!kwargs.is_empty()).then_some(&kwargs)),
+                None => self.hooks.begin_call.bind(py).call1((object,)),
+            };
         }
         let handler = self.http.handler.bind(py);
         match (&self.http.request, self.http.kind) {
@@ -201,15 +205,47 @@ impl Replica {
             return Ok(());
         }
         let mut state = running.stream().state();
-        state.task = Some(started);
+        state.task = Some(Suspended { started, asgi });
         let cancelled = state.cancelled;
         drop(state);
-        let watch = Watch { replica: self.clone(), running, asgi };
+        let watch = Watch { replica: self.clone(), running };
         task.call_method1(intern!(py, "add_done_callback"), (watch,))?;
         if cancelled {
             task.call_method0(intern!(py, "cancel"))?;
         }
         Ok(())
+    }
+
+    /// A task was stepped in this context. If it was a handler's and is over, its request is answered now, with the other
+    /// answers of this tick, and its slot is free; the task's callbacks come when the loop has gone round.
+    pub(super) fn reap(self: &Arc<Self>, context: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = context.py();
+        let head = context.call_method1(intern!(py, "get"), (self.hooks.context.bind(py),))?;
+        let running = if let Ok(head) = head.cast::<CallHead>() {
+            Running::Call(head.clone().unbind())
+        } else if let Ok(head) = head.cast::<RequestHead>() {
+            Running::Http(head.clone().unbind())
+        } else {
+            return Ok(());
+        };
+        let task = running.stream().state().task.as_ref().map(|suspended| suspended.started.task.clone_ref(py));
+        match task {
+            Some(task) if task.call_method0(py, intern!(py, "done"))?.is_truthy(py)? => {
+                self.leave_child(py)?;
+                self.conclude(task.bind(py), &running);
+                self.settle(py)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Finishes a request whose task is over, unless that was done.
+    fn conclude(self: &Arc<Self>, task: &Bound<'_, PyAny>, running: &Running) {
+        let suspended = running.stream().state().task.take_if(|suspended| suspended.started.task.is(task));
+        if let Some(Suspended { started, asgi }) = suspended {
+            let outcome = task.call_method0(intern!(task.py(), "result"));
+            self.finish(task.py(), running, asgi, Some(&started), outcome);
+        }
     }
 
     /// Answers with what the user's code did and gives the slot back, unless a response remains to be run.
@@ -227,7 +263,7 @@ impl Replica {
     }
 
     /// A request that Python failed outside the user's code, such as a broken log handler: nobody waits for ever.
-    pub(super) fn give_up(&self, py: Python<'_>, stream: &Stream, error: PyErr) {
+    pub(super) fn give_up(&self, py: Python<'_>, stream: &Arc<Stream>, error: PyErr) {
         error.write_unraisable(py, None);
         if stream.state().answer != Answer::Complete {
             self.end_with(stream, Fault::Internal, b"");

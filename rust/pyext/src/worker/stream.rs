@@ -12,7 +12,9 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use rayserve_dataplane::wire::head::put_response_head;
 use rayserve_dataplane::wire::spool::{LISTED, Spool};
-use rayserve_dataplane::wire::{BODY_WINDOW, Header, Kind, MAX_CHUNK, WINDOW, flag, frame};
+use rayserve_dataplane::wire::{
+    BODY_WINDOW, Header, Kind, LARGE, MAX_CHUNK, MAX_WHOLE, PIECE, Payload, WINDOW, flag, frame,
+};
 
 use super::batch::Slot;
 use super::items::Items;
@@ -74,7 +76,14 @@ pub(crate) struct State {
     /// Whom it shares the slot with.
     pub(crate) slot: Option<Arc<Slot>>,
     /// The only strong reference to the task while it is suspended: the loop keeps a weak one.
-    pub(crate) task: Option<Started>,
+    pub(crate) task: Option<Suspended>,
+}
+
+/// A handler's task, or that of the response it returned.
+pub(crate) struct Suspended {
+    pub(crate) started: Started,
+    /// It speaks ASGI.
+    pub(crate) asgi: bool,
 }
 
 /// The request's body.
@@ -100,12 +109,22 @@ pub(crate) struct Outbox {
     pub(crate) head: Option<Head>,
     body: Spool,
     fin: bool,
+    /// Values of a call that wait for their turn.
+    values: VecDeque<Waiting>,
     window: u32,
     /// The stream waits in the link's turns.
     queued: bool,
     /// The future of a `send()` that waits.
     pub(crate) writer: Option<Py<PyAny>>,
     pub(crate) pace: Pace,
+}
+
+/// A frame with a value that waits for its stream's turn.
+struct Waiting {
+    header: Header,
+    payload: Spool,
+    /// Bytes of all of it.
+    total: usize,
 }
 
 /// A response head that is not sent yet.
@@ -149,6 +168,7 @@ impl Stream {
             head: None,
             body: Spool::default(),
             fin: false,
+            values: VecDeque::new(),
             window: WINDOW,
             queued: false,
             writer: None,
@@ -171,6 +191,13 @@ impl Stream {
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         lock(&self.state)
+    }
+
+    /// It is about to run: whether it has been cancelled, and whether its time is over.
+    pub(crate) fn begin(&self) -> (bool, bool) {
+        let (mut state, now) = (self.state(), Instant::now());
+        state.began = Some(now);
+        (state.cancelled, state.children.deadline.is_some_and(|deadline| deadline <= now))
     }
 
     /// The answer is complete: the stream's id may come again.
@@ -220,10 +247,37 @@ impl Stream {
         state.outbox.head.is_some() && state.outbox.wants_turn()
     }
 
-    /// Puts the head and at most one chunk.
+    /// Sends a frame of a call. A large value waits for the stream's turn, so that small ones of other streams go first, and
+    /// what comes behind it waits with it.
+    pub(crate) fn put_value(self: &Arc<Self>, header: Header, payload: &Payload) {
+        let mut state = self.state();
+        let outbox = &mut state.outbox;
+        if payload.len() < LARGE && outbox.values.is_empty() {
+            drop(state);
+            return self.link.put_value(self.stamped(header, 1), payload);
+        }
+        let mut waiting = Waiting { header, payload: Spool::default(), total: payload.len() };
+        payload.parts().iter().for_each(|part| waiting.payload.push(part.clone()));
+        outbox.values.push_back(waiting);
+        let queued = std::mem::replace(&mut outbox.queued, true);
+        drop(state);
+        if !queued {
+            self.link.enqueue(self);
+        }
+    }
+
+    /// The last frame says what is left to do.
+    fn stamped(&self, header: Header, own: u16) -> Header {
+        if header.has(flag::FIN) { self.link.outgoing.stamp(header, own) } else { header }
+    }
+
+    /// Puts the head and at most one chunk, or a value or a piece of one.
     pub(crate) fn put_chunk(&self, out: &mut Spool, woken: &mut Woken) -> Turn {
         let mut state = self.state();
         let outbox = &mut state.outbox;
+        if !outbox.values.is_empty() {
+            return outbox.put_value(self, out);
+        }
         outbox.put_head(self.id, out.tail());
         let len = outbox.body.remaining().min(MAX_CHUNK).min(outbox.window as usize);
         let last = outbox.fin && len == outbox.body.remaining();
@@ -295,6 +349,26 @@ impl Outbox {
         self.head = None;
         self.body.clear();
         self.fin = false;
+    }
+
+    /// Forgets values that wait: their caller has lost interest.
+    pub(crate) fn clear_values(&mut self) {
+        self.values.clear();
+    }
+
+    fn put_value(&mut self, stream: &Stream, out: &mut Spool) -> Turn {
+        if let Some(Waiting { header, payload, total }) = self.values.front_mut() {
+            // An ERROR is never in pieces: it takes the place of what pieces have begun.
+            let left = payload.remaining();
+            if left > MAX_WHOLE && header.kind != Kind::Error {
+                out.put(Header::new(Kind::Piece, stream.id).aux(*total as u32), payload, PIECE);
+                return Turn::Again;
+            }
+            out.put(stream.stamped(*header, 0), payload, left);
+            self.values.pop_front();
+        }
+        self.queued = !self.values.is_empty();
+        if self.queued { Turn::Again } else { Turn::Wait }
     }
 
     fn wants_turn(&mut self) -> bool {
