@@ -5,9 +5,14 @@
 //! be the first to fall too far behind. The classic smooth round-robin is off by more than one with many shares.
 //!
 //! A change of shares does not begin anew: what everybody is behind by then is carried over, at once as far as the promise
-//! for the time after the change allows (for two: all of it), the rest at the changes to come: five that all change their
-//! shares every few turns are off by no more than six after 20,000 changes. Who has no share for a while keeps what was
-//! owed. Numbers are integers, so that nothing drifts.
+//! for the time after the change allows (for two: all of it), the rest at the changes to come. For two the sum over all
+//! changes stays within half a turn. For more it has no proven bound and grows slowly with their number: simulated, with
+//! shares that all change every few turns, to 3 to 4 turns for five after 200 changes and to 11 for eight after 20,000.
+//! Who has no share for a while keeps what was owed. Numbers are integers, so that nothing drifts.
+//!
+//! All shards of a proxy take their turns in the same [`Schedules`], or the error would grow with their number: one short
+//! lock a turn. Each says with its turn who has which weight, as shards may see different targets ready, or different
+//! snapshots, for a moment.
 
 use std::{
     collections::BTreeMap,
