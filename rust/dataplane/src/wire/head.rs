@@ -5,10 +5,7 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
-use super::{
-    Cursor, WireError,
-    params::{Params, params_at},
-};
+use super::{Cursor, WireError, params};
 
 const FIXED: usize = 32;
 const HTTPS: u8 = 1;
@@ -163,7 +160,7 @@ impl RequestHeadView {
             return Err(WireError::Malformed("request head"));
         }
         check_headers(&payload[ends[7] as usize..end as usize], header_count)?;
-        let params = if flags & PARAMS == 0 { (end, end) } else { params_at(&payload, end)? };
+        let params = if flags & PARAMS == 0 { (end, end) } else { params::params_at(&payload, end)? };
         let https = flags & HTTPS != 0;
         Ok(Self { payload, ends, params, http_version, https, client_port, server_port, header_count })
     }
@@ -229,8 +226,8 @@ impl RequestHeadView {
     }
 
     /// What the route's pattern found in the path, in its order.
-    pub fn params(&self) -> Params<'_> {
-        Params { bytes: &self.payload[self.params.0 as usize..self.params.1 as usize] }
+    pub fn params(&self) -> params::Params<'_> {
+        params::Params { bytes: &self.payload[self.params.0 as usize..self.params.1 as usize] }
     }
 
     /// What follows the head: the whole body if the frame had FIN.
@@ -393,8 +390,7 @@ mod tests {
         fn arbitrary_bytes_never_panic(bytes in some_bytes(200)) {
             if let Ok(view) = RequestHeadView::parse(Bytes::from(bytes.clone())) {
                 prop_assert_eq!(view.headers().count(), view.header_count());
-                let ends = view.params().map(|param| param.value.as_ptr_range().end).last();
-                prop_assert!(ends.is_none_or(|end| end == view.body().as_ptr()));
+                prop_assert!(view.params().last().is_none_or(|it| it.value.as_ptr_range().end == view.body().as_ptr()));
             }
             if let Ok(view) = ResponseHeadView::parse(Bytes::from(bytes)) {
                 prop_assert_eq!(view.headers().count(), view.header_count());
