@@ -195,6 +195,9 @@ class Call:
     def wait(self, timeout_s: float | None, main: bool) -> bool: ...
     def cancel(self) -> bool: ...
     def outcome(self) -> Any: ...
+    def sealed_outcome(self) -> Any:
+        """The same, with a value as `("value", pickle, buffers)`."""
+
 
 @final
 class Chooser:

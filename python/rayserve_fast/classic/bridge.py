@@ -156,7 +156,7 @@ async def _made(callee: Callee, texts: Texts, packed: answers.Packed) -> Sealed:
     except asyncio.CancelledError:  # by ray.cancel(ref)
         begun.cancel()
         raise
-    outcome = begun.outcome()
+    outcome = begun.sealed_outcome()
     if outcome[0] == "value":
         return Sealed(*outcome[1:])
     handle = DeploymentHandle(deployment, app)

@@ -59,7 +59,7 @@ class Batches:
                         f"Method '{head.method}' cannot be called with `handle.options(stream=True)`: its deployment "
                         "sets max_batch_size, and a batch has one result for each call."
                     )
-                self._calls.is_sync(head.method, False)
+                self._calls.find_method(head.method, False)
                 args, kwargs = read_arguments(head)
             except Exception as error:
                 failures.append((head, error))
@@ -73,7 +73,7 @@ class Batches:
 
     def _together(self, heads: Sequence[CallHead], rows: list[tuple[Any, ...]], named: list[dict[str, Any]]) -> Group:
         first = heads[0]
-        method, sync = self._calls.method(first.method)
+        method, sync = self._calls.find_method(first.method, False)
         columns = [list(column) for column in zip(*rows, strict=True)]
         by_name = {name: [kwargs[name] for kwargs in named] for name in named[0]}
         call: Callable[[], Any] = partial(method, *columns, **by_name)

@@ -70,10 +70,6 @@ class Calls:
             known = self._methods[name, streaming] = self._find(name, streaming)
         return known
 
-    def method(self, name: str) -> tuple[Callable[..., Any], bool]:
-        """A method that `is_sync` was asked for before, and the answer."""
-        return self._methods[name, False]
-
     def begin(self, head: CallHead) -> Coroutine[Any, Any, Any]:
         """The coroutine of an async method."""
         method = self._methods[head.method, head.streaming][0]

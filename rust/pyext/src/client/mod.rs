@@ -235,7 +235,14 @@ impl Call {
     /// What became of the call: a word and what belongs to it, such as the value, or None while it runs.
     fn outcome<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
         let Some(outcome) = self.pending.outcome() else { return Ok(None) };
-        let told = self.told.get_or_try_init(py, || tell(py, outcome).map(Bound::unbind))?;
+        let told = self.told.get_or_try_init(py, || tell(py, outcome, value_itself).map(Bound::unbind))?;
+        Ok(Some(told.bind(py).clone()))
+    }
+
+    /// The same, with a value as its pickle and buffers: for somebody who only passes it on.
+    fn sealed_outcome<'py>(&self, py: Python<'py>) -> PyResult<Option<Bound<'py, PyAny>>> {
+        let Some(outcome) = self.pending.outcome() else { return Ok(None) };
+        let told = self.told.get_or_try_init(py, || tell(py, outcome, value_sealed).map(Bound::unbind))?;
         Ok(Some(told.bind(py).clone()))
     }
 }
@@ -251,12 +258,25 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn tell<'py>(py: Python<'py>, outcome: &Outcome) -> PyResult<Bound<'py, PyAny>> {
+fn value_itself(py: Python<'_>, value: Value) -> PyResult<Bound<'_, PyAny>> {
+    Ok((intern!(py, "value"), value::load(py, value)?).into_pyobject(py)?.into_any())
+}
+
+fn value_sealed(py: Python<'_>, value: Value) -> PyResult<Bound<'_, PyAny>> {
+    let (pickle, buffers) = value::of_result(py, value)?;
+    Ok((intern!(py, "value"), pickle, buffers).into_pyobject(py)?.into_any())
+}
+
+fn tell<'py>(
+    py: Python<'py>,
+    outcome: &Outcome,
+    of_value: fn(Python<'py>, Value) -> PyResult<Bound<'py, PyAny>>,
+) -> PyResult<Bound<'py, PyAny>> {
     Ok(match outcome {
         Outcome::Value(value) => {
             let value = lock(value).take();
             let value = value.ok_or_else(|| PyRuntimeError::new_err("the value has been taken"))?;
-            (intern!(py, "value"), value::load(py, value)?).into_pyobject(py)?.into_any()
+            of_value(py, value)?
         }
         Outcome::End => ("end",).into_pyobject(py)?.into_any(),
         Outcome::Fault(fault, payload) => {
