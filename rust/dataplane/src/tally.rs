@@ -32,6 +32,7 @@ pub struct Tally {
     full: Counter,
     waited: Counter,
     requests: Counter,
+    wait_us: Counter,
     sizes: Powers,
     waits: Powers,
 }
@@ -43,9 +44,11 @@ impl Tally {
             Reason::Full => self.full.up(),
             Reason::Waited => self.waited.up(),
         }
+        let wait_us = u64::try_from(wait.as_micros()).unwrap_or(u64::MAX / 2);
         self.requests.add(size as u64);
+        self.wait_us.add(wait_us);
         self.sizes.add(size as u64);
-        self.waits.add(u64::try_from(wait.as_micros()).unwrap_or(u64::MAX / 2));
+        self.waits.add(wait_us);
     }
 }
 
@@ -63,48 +66,62 @@ impl Tallies {
         Arc::clone(all.entry(deployment.to_owned()).or_default())
     }
 
-    /// All of them, summed over the shards: by deployment batches and requests, how many batches were released because they
-    /// were full or had waited, and pairs of upper bound and count for the size and for the wait in microseconds.
-    pub fn sum<'t>(shards: impl Iterator<Item = &'t Self>) -> Value {
-        let mut sums: BTreeMap<String, Sum> = BTreeMap::new();
+    /// All of them by deployment, summed over the shards.
+    pub fn sum<'t>(shards: impl Iterator<Item = &'t Self>) -> BTreeMap<String, Batches> {
+        let mut sums: BTreeMap<String, Batches> = BTreeMap::new();
         for shard in shards {
             for (name, tally) in &*shard.0.lock().unwrap_or_else(PoisonError::into_inner) {
                 sums.entry(name.clone()).or_default().add(tally);
             }
         }
-        sums.into_iter().map(|(name, sum)| (name, sum.json())).collect::<serde_json::Map<_, _>>().into()
+        sums
     }
 }
 
 /// Several tallies at one moment.
-#[derive(Default)]
-struct Sum {
-    full: u64,
-    waited: u64,
-    requests: u64,
-    sizes: [u64; BUCKETS],
-    waits: [u64; BUCKETS],
+#[derive(Debug, Default)]
+pub struct Batches {
+    /// Released because they were full.
+    pub full: u64,
+    /// Released because their first request had waited.
+    pub waited: u64,
+    /// In all of them.
+    pub requests: u64,
+    /// Microseconds that the first requests of all have waited.
+    pub wait_us: u64,
+    /// How many were so large, by powers of two.
+    pub sizes: [u64; BUCKETS],
+    /// Of how many the first request has waited for so many microseconds, by powers of two.
+    pub waits_us: [u64; BUCKETS],
 }
 
-impl Sum {
+impl Batches {
     fn add(&mut self, tally: &Tally) {
         self.full += tally.full.value();
         self.waited += tally.waited.value();
         self.requests += tally.requests.value();
-        for (sums, powers) in [(&mut self.sizes, &tally.sizes), (&mut self.waits, &tally.waits)] {
+        self.wait_us += tally.wait_us.value();
+        for (sums, powers) in [(&mut self.sizes, &tally.sizes), (&mut self.waits_us, &tally.waits)] {
             sums.iter_mut().zip(&powers.0).for_each(|(sum, counter)| *sum += counter.value());
         }
     }
 
-    fn json(&self) -> Value {
-        let pairs = |counts: &[u64; BUCKETS]| -> Vec<(u64, u64)> {
-            let counted = counts.iter().enumerate().filter(|(_, count)| **count > 0);
-            counted.map(|(power, count)| (1 << power, *count)).collect()
-        };
+    /// What Python is told: `_core.Proxy.batches`.
+    pub fn json(&self) -> Value {
         json!({"batches": self.full + self.waited, "requests": self.requests,
             "released": {"full": self.full, "waited": self.waited},
-            "size": pairs(&self.sizes), "wait_us": pairs(&self.waits)})
+            "size": pairs(&self.sizes), "wait_us": pairs(&self.waits_us)})
     }
+}
+
+fn pairs(counts: &[u64; BUCKETS]) -> Vec<(u64, u64)> {
+    let counted = counts.iter().enumerate().filter(|(_, count)| **count > 0);
+    counted.map(|(power, count)| (1 << power, *count)).collect()
+}
+
+/// [`Batches::json`] by deployment.
+pub fn json(sums: &BTreeMap<String, Batches>) -> Value {
+    sums.iter().map(|(name, batches)| (name.clone(), batches.json())).collect::<serde_json::Map<_, _>>().into()
 }
 
 #[cfg(test)]
@@ -118,7 +135,7 @@ mod tests {
         shards[0].of("a#D").add(3, Duration::from_millis(5), Reason::Waited);
         shards[1].of("a#D").add(1, Duration::ZERO, Reason::Waited);
         assert_eq!(
-            Tallies::sum(shards.iter()),
+            super::json(&Tallies::sum(shards.iter())),
             json!({"a#D": {"batches": 3, "requests": 36, "released": {"full": 1, "waited": 2},
                 "size": [[1, 1], [4, 1], [32, 1]], "wait_us": [[1, 1], [1024, 1], [8192, 1]]}})
         );

@@ -55,10 +55,21 @@ fn what_has_waited_for_a_slot_goes_together_and_each_gets_its_own_answer() {
     for (i, mut client) in clients.into_iter().enumerate() {
         assert_eq!(client.response().text(), format!("/{i}"));
     }
-    let tally = &served.proxy.batches()["default#D"];
+    let told: serde_json::Value = serde_json::from_str(&served.proxy.batches()).expect("JSON");
+    let tally = &told["default#D"];
     assert_eq!((&tally["batches"], &tally["requests"]), (&json!(3), &json!(5)));
     assert_eq!(tally["released"], json!({"full": 1, "waited": 2}));
     assert_eq!(tally["size"], json!([[1, 2], [4, 1]]));
+    let page = served.proxy.metrics_text();
+    let labels = "application=\"default\",deployment=\"D\"";
+    for line in [
+        format!("ray_serve_router_batches_total{{{labels},reason=\"full\"}} 1"),
+        format!("ray_serve_router_batch_size_sum{{{labels}}} 5.0"),
+        format!("ray_serve_router_batch_size_bucket{{le=\"2.0\",{labels}}} 2"),
+        format!("ray_serve_router_batch_wait_ms_count{{{labels}}} 3"),
+    ] {
+        assert!(page.lines().any(|known| known == line), "{line} in {page}");
+    }
 }
 
 #[test]

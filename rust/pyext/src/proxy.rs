@@ -59,7 +59,7 @@ impl Proxy {
 
     /// What is counted of batches, as JSON.
     fn batches(&self) -> String {
-        self.0.batches().to_string()
+        self.0.batches()
     }
 
     fn choices_fileno(&self) -> RawFd {

@@ -13,16 +13,19 @@ use super::Shared;
 use crate::{
     histogram::Latency,
     metrics::{Kind, Metrics},
+    tally::Batches,
     traffic::{SplitTotals, TargetTotals},
 };
 
 pub(super) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 /// Upper bounds of the exported histogram in microseconds, as powers of two: 128 µs to 134 s.
 const BOUNDS: std::ops::RangeInclusive<u32> = 7..=27;
+/// Powers of two up to the largest batch, 16,384.
+const SIZES: usize = 15;
 
 /// The page's text.
 pub(super) fn text(shared: &Shared) -> String {
-    let page = Page { counters: shared.counters(), splits: shared.traffic() };
+    let page = Page { counters: shared.counters(), splits: shared.traffic(), batches: shared.batches() };
     let mut registry = Registry::default();
     registry.register_collector(Box::new(page));
     let mut text = String::new();
@@ -34,10 +37,19 @@ pub(super) fn text(shared: &Shared) -> String {
 struct Page {
     counters: BTreeMap<&'static str, u64>,
     splits: BTreeMap<String, SplitTotals>,
+    batches: BTreeMap<String, Batches>,
 }
 
 impl Collector for Page {
     fn encode(&self, mut encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        self.encode_counters(&mut encoder)?;
+        self.encode_splits(&mut encoder)?;
+        self.encode_batches(&mut encoder)
+    }
+}
+
+impl Page {
+    fn encode_counters(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         for (name, kind, help) in Metrics::DESCRIBED {
             let (name, help, value) =
                 (format!("ray_serve_proxy_{name}"), help.trim_end_matches('.'), self.counters[name]);
@@ -52,6 +64,10 @@ impl Collector for Page {
                 }
             }
         }
+        Ok(())
+    }
+
+    fn encode_splits(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
         let help = "Requests of a split that have ended";
         let mut family = encoder.encode_descriptor("ray_serve_traffic_requests", help, None, MetricType::Counter)?;
         self.targets(&mut family, |mut metric, target| {
@@ -85,9 +101,31 @@ impl Collector for Page {
         }
         Ok(())
     }
-}
 
-impl Page {
+    fn encode_batches(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "Batches of the router, by why they were released";
+        let mut family = encoder.encode_descriptor("ray_serve_router_batches", help, None, MetricType::Counter)?;
+        for (name, batches) in &self.batches {
+            for (reason, count) in [("full", batches.full), ("waited", batches.waited)] {
+                let [app, deployment] = deployment_labels(name);
+                let labels = [app, deployment, ("reason", reason.to_owned())];
+                family.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&count, None)?;
+            }
+        }
+        let help = "Requests in a batch of the router";
+        let mut family = encoder.encode_descriptor("ray_serve_router_batch_size", help, None, MetricType::Histogram)?;
+        for (name, batches) in &self.batches {
+            put_powers(&mut family, name, &batches.sizes[..SIZES], batches.requests, float)?;
+        }
+        let help = "Milliseconds that the first request of a batch has waited for others";
+        let mut family =
+            encoder.encode_descriptor("ray_serve_router_batch_wait_ms", help, None, MetricType::Histogram)?;
+        for (name, batches) in &self.batches {
+            put_powers(&mut family, name, &batches.waits_us, batches.wait_us, milliseconds)?;
+        }
+        Ok(())
+    }
+
     fn targets(
         &self,
         family: &mut MetricEncoder<'_>,
@@ -106,6 +144,27 @@ fn labels(split: &str, target: &str) -> impl EncodeLabelSet + use<> {
     [("route", escaped(split)), ("target", escaped(target))]
 }
 
+/// Of `{app}#{deployment}`.
+fn deployment_labels(key: &str) -> [(&'static str, String); 2] {
+    let (app, deployment) = key.rsplit_once('#').unwrap_or(("", key));
+    [("application", escaped(app)), ("deployment", escaped(deployment))]
+}
+
+/// A histogram of counts by powers of two, in another unit; its bounds are the same at each scrape.
+fn put_powers(
+    family: &mut MetricEncoder<'_>,
+    deployment: &str,
+    counts: &[u64],
+    sum: u64,
+    unit: fn(u64) -> f64,
+) -> fmt::Result {
+    let bounds = (0..counts.len()).map(|power| unit(1 << power));
+    let buckets: Vec<_> = bounds.zip(counts.iter().copied()).chain([(f64::MAX, 0)]).collect();
+    let labels = deployment_labels(deployment);
+    let mut metric = family.encode_family(&labels)?;
+    metric.encode_histogram::<NoLabelSet>(unit(sum), counts.iter().sum(), &buckets, None)
+}
+
 /// The library writes values as they are.
 fn escaped(value: &str) -> String {
     value.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
@@ -121,9 +180,13 @@ fn coarse(latency: &Latency) -> Vec<(f64, u64)> {
     buckets
 }
 
-#[expect(clippy::cast_precision_loss, reason = "a sum above 2^53 microseconds is 285 years")]
 fn milliseconds(us: u64) -> f64 {
-    us as f64 / 1000.0
+    float(us) / 1000.0
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a sum above 2^53 microseconds is 285 years")]
+fn float(value: u64) -> f64 {
+    value as f64
 }
 
 #[cfg(test)]

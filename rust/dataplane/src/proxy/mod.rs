@@ -51,7 +51,7 @@ use crate::{
     engine::{Assigned, Candidate, Schedules},
     metrics::Metrics,
     snapshot::{self, Snapshot, SnapshotError},
-    tally::Tallies,
+    tally::{self, Batches, Tallies},
     traffic::SplitTotals,
 };
 
@@ -101,6 +101,10 @@ impl Shared {
             metrics.traffic.add_to(&mut sums);
         }
         sums
+    }
+
+    fn batches(&self) -> BTreeMap<String, Batches> {
+        Tallies::sum(self.metrics().iter().map(|metrics| &metrics.batches))
     }
 
     fn links(&self) -> std::sync::MutexGuard<'_, HashMap<String, usize>> {
@@ -252,9 +256,9 @@ impl Proxy {
         metrics_page::text(&self.shared)
     }
 
-    /// What is counted of batches, as [`Tallies::sum`] says.
-    pub fn batches(&self) -> serde_json::Value {
-        Tallies::sum(self.shared.metrics().iter().map(|metrics| &metrics.batches))
+    /// What is counted of batches, as JSON: see [`tally::json`].
+    pub fn batches(&self) -> String {
+        tally::json(&self.shared.batches()).to_string()
     }
 
     /// A descriptor that is readable while [`Self::choices`] has something.

@@ -8,6 +8,7 @@ use std::{sync::Arc, time::Instant};
 use rayserve_dataplane::{
     engine::{Batch, Lease},
     error::Error,
+    tally::{self, Tallies},
 };
 
 use super::{
@@ -86,6 +87,6 @@ impl Caller {
     /// What is counted of the batches of this process's calls, as JSON.
     pub(super) fn batches(&self) -> String {
         let state = self.lock();
-        rayserve_dataplane::tally::Tallies::sum(std::iter::once(&state.router.tallies)).to_string()
+        tally::json(&Tallies::sum(std::iter::once(&state.router.tallies))).to_string()
     }
 }
