@@ -198,7 +198,6 @@ class Call:
     def sealed_outcome(self) -> Any:
         """The same, with a value as `("value", pickle, buffers)`."""
 
-
 @final
 class Chooser:
     """What routers in Python, broadcasts and `choose_replica` see of the replicas, and how they take a slot."""
@@ -368,6 +367,7 @@ def head_parts(
     tuple[str, int | None] | None,
     str,
     str,
+    dict[str, Any],
 ]:
     """What `RequestHead.encoded` holds, in the order of `replica.portable.PARTS`. ValueError: it is no head."""
 

@@ -186,7 +186,7 @@ def test_pandas_read_json_takes_its_options_from_the_query() -> None:
 
 
 def request_of(body: bytes, query: bytes = b"") -> Request:
-    parts = ["POST", "/x", b"/x", query, "", [(b"a", b"b")], ("c", 1), None, "http", "1.1"]
+    parts = ["POST", "/x", b"/x", query, "", [(b"a", b"b")], ("c", 1), None, "http", "1.1", {"n": 7}]
     return rebuild(parts, body)
 
 
@@ -196,10 +196,10 @@ def test_a_request_that_was_sent_on_is_a_request() -> None:
 
     request = cloudpickle.loads(cloudpickle.dumps(request_of(b"[1]", b"q=1")))
     assert (request.method, request.url.path, request.query_params["q"]) == ("POST", "/x", "1")
-    assert request.headers["a"] == "b"
+    assert (request.headers["a"], request.path_params) == ("b", {"n": 7})
     assert asyncio.run(request.json()) == [1]
     again = cloudpickle.loads(cloudpickle.dumps(request))  # its scope has been built meanwhile
-    assert (again.url.path, asyncio.run(again.body())) == ("/x", b"[1]")
+    assert (again.url.path, again.path_params, asyncio.run(again.body())) == ("/x", {"n": 7}, b"[1]")
     assert asyncio.run(pieces(request_of(b"body"))) == [b"body", b""]
     assert not asyncio.run(request.is_disconnected())
 

@@ -229,12 +229,12 @@ def test_the_numbers_of_batches_change_in_place_but_to_begin_or_end_batching_tak
     assert w.act() == [Reconfigure("r1")]
     w.run()
     assert w.d.version == version
-    built = json.loads(snapshot.build((1, 1), [w.app]))
+    built = json.loads(snapshot.build((1, 1), {"app": w.app}, Traffic()))
     assert built["deployments"]["app#D"]["batch"] == {"max_size": 8, "wait_s": 0.01, "concurrent": 2}
     w.deploy("v1", max_batch_size=None)
     assert w.d.version != version
     assert Stop("r1") in w.act()
-    assert json.loads(snapshot.build((1, 2), [w.app]))["deployments"]["app#D"]["batch"] is None
+    assert json.loads(snapshot.build((1, 2), {"app": w.app}, Traffic()))["deployments"]["app#D"]["batch"] is None
 
 
 def test_once_a_replica_has_run_starting_others_is_never_given_up() -> None:

@@ -157,12 +157,11 @@ async def _made(callee: Callee, texts: Texts, packed: answers.Packed) -> Sealed:
         begun.cancel()
         raise
     outcome = begun.sealed_outcome()
-    if outcome[0] == "value":
-        return Sealed(*outcome[1:])
-    handle = DeploymentHandle(deployment, app)
-    handle._options = replace(handle._options, method_name=method)
-    DeploymentResponse(handle, owner, begun)._read(*outcome)
-    raise AssertionError("an outcome that is no value is an error")
+    if outcome[0] != "value":
+        handle = DeploymentHandle(deployment, app)
+        handle._options = replace(handle._options, method_name=method)
+        DeploymentResponse(handle, owner, begun)._raise(*outcome)
+    return Sealed(*outcome[1:])
 
 
 class Sealed:

@@ -7,6 +7,7 @@ most deployments look at the body only.
 from __future__ import annotations
 
 import pickle
+from collections.abc import MutableMapping
 from typing import TYPE_CHECKING, Any
 
 from rayserve_fast import values
@@ -31,6 +32,7 @@ PARTS = (
     "server",
     "scheme",
     "http_version",
+    "path_params",
 )
 
 
@@ -47,9 +49,8 @@ def reduce(request: Request) -> tuple[Any, ...]:
     if body is None:
         raise TypeError("A request can be sent on once its body is there: `await request.body()` first.")
     scope = state.get("scope")
-    head = request._head.encoded if scope is None else [scope[name] for name in PARTS]
-    rest = () if scope is None or not scope.get("path_params") else (scope["path_params"],)
-    return rebuild, (head, pickle.PickleBuffer(body) if len(body) >= BESIDE_BYTES else body, *rest)
+    head = request._head.encoded if scope is None else _parts(scope)
+    return rebuild, (head, pickle.PickleBuffer(body) if len(body) >= BESIDE_BYTES else body)
 
 
 def arguments(request: Request) -> bytes | None:
@@ -58,8 +59,8 @@ def arguments(request: Request) -> bytes | None:
     Written by hand, as all but the two byte strings in it is always the same: 1 us instead of 9.
     """
     _, parts = reduce(request)
-    head, body, *rest = parts
-    if rest or type(head) is not bytes or type(body) is not bytes:
+    head, body = parts
+    if type(head) is not bytes or type(body) is not bytes:
         return None
     return b"".join((_BEGIN, len(head).to_bytes(4, "little"), head, b"B", len(body).to_bytes(4, "little"), body, _END))
 
@@ -70,23 +71,24 @@ _BEGIN = f"\x80\x05c{__name__}\nrebuild\nB".encode("latin-1")
 _END = b"\x86R\x85}\x86."
 
 
-def rebuild(encoded: bytes | list[Any], body: Any, path_params: dict[str, Any] | None = None) -> Request:
+def rebuild(encoded: bytes | list[Any], body: Any) -> Request:
     """The request where it arrives; `encoded`: by the proxy, or the parts themselves."""
-    request = Request(PortableHead(encoded, body))
-    if path_params:
-        request.scope["path_params"] = path_params
-    return request
+    return Request(PortableHead(encoded, body))
 
 
 def empty_request() -> Request:
     """A request of nobody's: GET / without headers and body."""
-    return rebuild(["GET", "/", b"/", b"", "", [], None, None, "http", "1.1"], b"")
+    return rebuild(["GET", "/", b"/", b"", "", [], None, None, "http", "1.1", {}], b"")
 
 
 async def copy(request: StarletteRequest) -> Request:
     """A request of anybody's, with its body, as one of ours that can be sent on."""
-    scope = request.scope
-    return rebuild([scope.get(name) for name in PARTS], await request.body(), scope.get("path_params"))
+    return rebuild(_parts(request.scope), await request.body())
+
+
+def _parts(scope: MutableMapping[str, Any]) -> list[Any]:
+    """What a scope says of each part; whoever looks for a route in it sets the parameters of its path."""
+    return [scope.get(name) for name in PARTS[:-1]] + [scope.get("path_params", {})]
 
 
 class PortableHead:
@@ -102,6 +104,7 @@ class PortableHead:
     server: tuple[str, int | None] | None
     scheme: str
     http_version: str
+    path_params: dict[str, Any]
     #: Nobody here would know.
     disconnected = False
 

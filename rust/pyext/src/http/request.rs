@@ -111,11 +111,7 @@ impl RequestHead {
     /// What the route's pattern found in the path, converted as it says; mostly nothing.
     #[getter]
     pub(super) fn path_params<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
-        let found = PyDict::new(py);
-        for param in self.view.params() {
-            found.set_item(text(py, param.name), converted(py, param)?)?;
-        }
-        Ok(found)
+        params(py, &self.view)
     }
 
     fn scope<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyDict>> {
@@ -322,8 +318,18 @@ pub(crate) fn head_parts<'py>(py: Python<'py>, encoded: &[u8]) -> PyResult<Bound
         address(py, view.server()),
         scheme(py, &view),
         version(py, &view),
+        params(py, &view)?,
     )
         .into_pyobject(py)
+}
+
+/// What the route's pattern has found in the path.
+fn params<'py>(py: Python<'py>, view: &RequestHeadView) -> PyResult<Bound<'py, PyDict>> {
+    let found = PyDict::new(py);
+    for param in view.params() {
+        found.set_item(text(py, param.name), converted(py, param)?)?;
+    }
+    Ok(found)
 }
 
 fn version<'py>(py: Python<'py>, view: &RequestHeadView) -> &'py Bound<'py, PyString> {
