@@ -207,6 +207,13 @@ pub enum SnapshotError {
     },
 }
 
+impl Deployment {
+    /// What [`Snapshot::deployments`] holds it by.
+    pub fn key(&self) -> String {
+        format!("{}#{}", self.app, self.name)
+    }
+}
+
 impl Snapshot {
     /// Reads and checks what a controller published.
     ///

@@ -231,3 +231,38 @@ fn a_shadow_that_does_not_read_its_socket_slows_nobody() {
             .sum::<u64>();
     assert!(open <= OPEN, "{open}");
 }
+
+fn batched() -> Value {
+    json!({"batch": {"max_size": 4, "wait_s": 0.0, "concurrent": 1}})
+}
+
+#[test]
+fn the_shadow_of_a_batched_target_has_its_copy_while_the_client_still_waits() {
+    let served = Served::empty(json!({}));
+    let (a, c) = (Replica::start(served.dir.path(), "a", 5), Replica::start(served.dir.path(), "c", 5));
+    served.publish_split(&shadowed(1.0), &[("a", batched(), vec![a.address()]), ("c", json!({}), vec![c.address()])]);
+    served.linked_ids(&["a", "c"]);
+    let mut client = served.client();
+    client.get("/x");
+    let batch = a.batch();
+    let copy = c.request();
+    c.answer(&copy, "c");
+    served.counts("shadows", "c", "/answered", 1);
+    a.answer(&batch[0], "a");
+    assert_eq!(client.response().text(), "a");
+}
+
+#[test]
+fn a_copy_for_a_batched_shadow_counts_when_it_is_sent() {
+    let served = Served::empty(json!({}));
+    let (a, c) = (Auto::start(served.dir.path(), "a", 5), Replica::start(served.dir.path(), "c", 5));
+    let deployments = [("a", json!({}), vec![a.address.clone()]), ("c", batched(), vec![c.address()])];
+    served.publish_split(&shadowed(1.0), &deployments);
+    served.linked_ids(&["a", "c"]);
+    ask(&mut served.client(), 1);
+    let batch = c.batch();
+    served.counts("shadows", "c", "/copied", 1);
+    served.counts("shadows", "c", "/answered", 0);
+    c.answer(&batch[0], "c");
+    served.counts("shadows", "c", "/answered", 1);
+}

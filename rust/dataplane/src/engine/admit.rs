@@ -67,6 +67,10 @@ impl<W> Queue<W> {
         for waiting in self.waiting.iter_mut().rev().take_while(|waiting| waiting.since.is_none()) {
             waiting.since = Some(now);
         }
+        // One that came back from before its deployment batched stands in front of those that have been told.
+        if let Some(first) = self.waiting.front_mut() {
+            first.since.get_or_insert(now);
+        }
     }
 
     /// Since when the first in order has waited.

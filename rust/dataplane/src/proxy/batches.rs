@@ -14,6 +14,7 @@ use super::{
 };
 use crate::{
     engine::{Batch, DeploymentKey, Lease},
+    snapshot::Deployment,
     tally::Tally,
     wire::{Header, Kind, batch::put_batch, flag, put},
 };
@@ -25,13 +26,15 @@ pub(super) struct Packed {
     pub(super) body: Bytes,
     /// Nothing follows the frame.
     pub(super) whole: bool,
+    /// Its request has something to do once it is sent.
+    pub(super) wake: bool,
     pub(super) deadline: Option<Instant>,
 }
 
 impl Packed {
-    /// A request of which nothing follows `request`, its head and its body.
-    pub(super) fn whole(request: BytesMut, deadline: Option<Instant>) -> Self {
-        Self { head: request, body: Bytes::new(), whole: true, deadline }
+    /// A copy of a request, its head and its body, which counts when it is sent.
+    pub(super) fn copy(request: BytesMut, deadline: Option<Instant>) -> Self {
+        Self { head: request, body: Bytes::new(), whole: true, wake: true, deadline }
     }
 
     /// The frame's header on this stream; `None`: the time of the request is over.
@@ -106,8 +109,9 @@ impl Shard {
                 });
                 match opened {
                     Ok(stream) => {
-                        // Whoever has a body to send is woken now, others when there is an answer.
-                        let reader = if packed.whole { waiting.waker.take() } else { None };
+                        // Whoever has more to do is woken now, others when there is an answer.
+                        let asleep = packed.whole && !packed.wake;
+                        let reader = if asleep { waiting.waker.take() } else { None };
                         let packed = waiting.packed.take();
                         link.with(stream.id(), |entry| (entry.packed, entry.reader) = (packed, reader));
                         sent.push(stream.id());
@@ -130,7 +134,7 @@ impl Shard {
     fn tally(&self, key: DeploymentKey) -> Arc<Tally> {
         let mut tallies = self.tallies.borrow_mut();
         let tally = tallies.entry(key).or_insert_with(|| {
-            let name = self.engine.borrow_mut().config(key).map(|config| format!("{}#{}", config.app, config.name));
+            let name = self.engine.borrow_mut().config(key).map(Deployment::key);
             self.metrics.batches.of(&name.unwrap_or_default())
         });
         Arc::clone(tally)

@@ -82,10 +82,14 @@ async fn handle(
     let work = dispatch(conn, parts, incoming, marks, deadline);
     let result = match deadline {
         None => work.await,
-        Some((instant, seconds)) => timeout_at(instant, work).await.unwrap_or_else(|_| {
-            let request_id = String::from_utf8_lossy(marks.id.as_bytes()).into_owned();
-            Err(Error::Deadline { request_id, seconds })
-        }),
+        Some((instant, seconds)) => match timeout_at(instant, work).await {
+            // The replica's clock may be the first to say so.
+            Ok(Err(Error::Deadline { .. })) | Err(_) => {
+                let request_id = String::from_utf8_lossy(marks.id.as_bytes()).into_owned();
+                Err(Error::Deadline { request_id, seconds })
+            }
+            Ok(result) => result,
+        },
     };
     match result {
         Ok((stream, Head { status, payload, view, whole })) => {

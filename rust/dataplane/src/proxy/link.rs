@@ -115,7 +115,9 @@ impl Link {
 
     /// Forgets a stream that has ended.
     pub(super) fn remove(&self, shard: &Shard, id: u32) {
-        if self.streams.borrow_mut().remove(id).is_some() {
+        // Dropped after the borrow: what waits in it may come back here.
+        let removed = self.streams.borrow_mut().remove(id);
+        if removed.is_some() {
             shard.metrics.streams.down();
             if self.leaving.get() {
                 self.wake();
@@ -241,6 +243,7 @@ impl Link {
             sleep(PING_PERIOD).await;
             if !self.heard.get() {
                 shard.engine.borrow_mut().silent(self.key, true);
+                shard.settle();
             }
         }
     }

@@ -153,7 +153,7 @@ impl Call<'_> {
         let wishes = Wishes::read(&self.parts.headers, self.shard.shared.config.session_header.as_bytes());
         let (model, session) = wishes.names();
         let deployment = match self.shard.engine.borrow_mut().config(self.route.deployment) {
-            Some(config) => format!("{}#{}", config.app, config.name),
+            Some(config) => config.key(),
             None => String::new(),
         };
         Choice {
@@ -192,12 +192,12 @@ impl Call<'_> {
         self.settled(came, body).await
     }
 
-    /// Takes a request whose deployment is gone to where its route leads by now. It may go on for as long as redeploys
-    /// rename the ingress: only the request's deadline ends that.
+    /// Takes a request whose deployment is gone, or has failed while others share its route, to where that leads by now. It
+    /// may go on for as long as redeploys rename the ingress: only the request's deadline ends that.
     async fn settled(&mut self, mut came: Result<Came, Error>, body: &Inbound) -> Result<Came, Error> {
         loop {
             match came {
-                Err(error) if error.retry() == Retry::Reroute => match self.shard.route(self.path) {
+                Err(error) if self.may_leave(&error) => match self.shard.route(self.path) {
                     Some(found) if found.0.fork.is_some() => return Box::pin(self.choose(Some(found), body)).await,
                     Some((route, params)) if route.deployment != self.route.deployment => {
                         (self.route, self.params) = (route, params);
@@ -210,6 +210,10 @@ impl Call<'_> {
         }
     }
 
+    fn may_leave(&self, error: &Error) -> bool {
+        error.retry() == Retry::Reroute || (self.watch.is_some() && matches!(error, Error::Unavailable(_)))
+    }
+
     /// The REQUEST for a batch.
     pub(super) fn pack(&self, body: &Inbound) -> Packed {
         let mut head = BytesMut::with_capacity(HEAD);
@@ -218,7 +222,7 @@ impl Call<'_> {
             Inbound::Whole(bytes) => (bytes.clone(), true),
             Inbound::Streamed(_) => (Bytes::new(), false),
         };
-        Packed { head, body, whole, deadline: self.deadline }
+        Packed { head, body, whole, wake: self.route.copied, deadline: self.deadline }
     }
 
     /// Writes the REQUEST; `None` if the lease's link has gone since.

@@ -150,7 +150,7 @@ impl Copy {
     async fn send(&self) -> Result<u32, Unanswered> {
         let refused = |_: Error| Unanswered::Refused;
         let describe = || self.choice.clone();
-        let pack = || Packed::whole(self.request.clone(), Some(self.until));
+        let pack = || Packed::copy(self.request.clone(), Some(self.until));
         let mut sent = false;
         let mut came = self.shard.admit(self.deployment, self.affinity, pack, describe).await.map_err(refused)?;
         loop {

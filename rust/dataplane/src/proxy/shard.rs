@@ -52,6 +52,8 @@ pub(super) struct Route {
     pub(super) fork: Option<Fork>,
     /// Counts the requests, where this is what a fork leads to.
     pub(super) meter: Option<Arc<TargetMeter>>,
+    /// Shadows get copies of them.
+    pub(super) copied: bool,
 }
 
 impl Route {
@@ -187,6 +189,7 @@ impl Shard {
             methods: route.methods.clone(),
             fork: None,
             meter: None,
+            copied: false,
         };
         if let Some(name) = &route.split {
             resolved.fork = Some(Fork::new(self, engine, &resolved, name, snapshot.splits.get(name)?)?);

@@ -51,6 +51,7 @@ impl Fork {
                 methods: None, // the fork's own route has let the request through
                 fork: None,
                 meter: Some(shard.metrics.traffic.target(name, &target.name)),
+                copied: split.shadows.iter().any(|shadow| shadow.share > 0.0),
             })
         });
         let targets = targets.collect();
@@ -166,7 +167,7 @@ impl Call<'_> {
                 Ok(Asked::Wait(waiting)) => {
                     waiting.pack(|| self.pack(body));
                     match self.unless_stranded(waiting).await {
-                        Some(Err(Error::Deleted(_))) | None => {}
+                        Some(Err(Error::Deleted(_) | Error::Unavailable(_))) | None => {}
                         Some(came) => return came,
                     }
                 }
@@ -179,7 +180,7 @@ impl Call<'_> {
     /// What comes of one that waits at a target once more, there or at another.
     pub(super) async fn stay(&mut self, waiting: Waiting, body: &Inbound) -> Result<Came, Error> {
         match self.unless_stranded(waiting).await {
-            Some(Err(Error::Deleted(_))) | None => self.choose(None, body).await,
+            Some(Err(Error::Deleted(_) | Error::Unavailable(_))) | None => self.choose(None, body).await,
             Some(came) => came,
         }
     }

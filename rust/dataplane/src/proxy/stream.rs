@@ -245,6 +245,8 @@ fn fault(fault: Fault, text: &[u8]) -> Error {
         // Nobody reads the answer to a CANCEL of ours: this one is the handler's own.
         Fault::User | Fault::Cancelled => Error::User,
         Fault::Aborted => Error::Aborted,
+        // Whose it is and how long it had is known where the request is answered.
+        Fault::Deadline => Error::Deadline { request_id: String::new(), seconds: 0.0 },
         _ => Error::Internal(String::from_utf8_lossy(text).into_owned().into()),
     }
 }

@@ -8,6 +8,7 @@ use std::{sync::Arc, time::Instant};
 use rayserve_dataplane::{
     engine::{Batch, Lease},
     error::Error,
+    snapshot::Deployment,
     tally::{self, Tallies},
 };
 
@@ -35,8 +36,9 @@ impl Router {
     }
 
     pub(super) fn send_batch(&mut self, batch: Batch<Arc<Pending>>) {
-        let Some((call, Lease { replica, granted, .. })) = batch.items.first() else { return };
-        let (tally, granted) = (self.tallies.of(&call.deployment), *granted);
+        let Some((_, Lease { replica, granted, place, .. })) = batch.items.first() else { return };
+        let name = self.engine.config(place.deployment).map(Deployment::key).unwrap_or_default();
+        let (tally, granted) = (self.tallies.of(&name), *granted);
         let Some(&index) = self.by_key.get(replica) else {
             for (call, lease) in batch.items {
                 let place = self.engine.returned(lease);
@@ -77,10 +79,10 @@ impl Caller {
         if std::mem::replace(&mut state.tender.alarm, alarm) == alarm || alarm.is_none() {
             return;
         }
-        if state.turn == Turn::Tender {
-            self.nudge(state);
-        } else {
+        if state.turn == Turn::Free {
             self.tender.notify_one();
+        } else {
+            self.nudge(state);
         }
     }
 

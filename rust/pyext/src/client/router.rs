@@ -168,7 +168,7 @@ impl Router {
                 }
                 self.settle_in(call, place.deployment);
             }
-            Err(error) if self.reroutes(call, &error) => {}
+            Err(error) if self.reroutes(call, &error, false) => {}
             Err(error) => self.finish(call, Outcome::Refused(error)),
         }
     }
@@ -309,7 +309,7 @@ impl Router {
                 match action {
                     Action::Start(call, lease) => self.send(&call, lease),
                     Action::Batch(batch) => self.send_batch(batch),
-                    Action::Refuse(call, error) if self.reroutes(&call, &error) => {}
+                    Action::Refuse(call, error) if self.reroutes(&call, &error, true) => {}
                     Action::Refuse(call, error) => self.finish(&call, Outcome::Refused(error)),
                     Action::Readiness => self.turn(),
                     Action::Open(key, replica) => self.open(key, replica),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use rayserve_dataplane::{
     engine::{DeploymentKey, SplitKey, Turn},
     error::{Error, Retry},
-    snapshot::{Snapshot, Split},
+    snapshot::{Deployment, Snapshot, Split},
 };
 
 use super::{
@@ -77,9 +77,10 @@ impl Router {
         leaves
     }
 
-    /// Whether a refused call has found another way.
-    pub(super) fn reroutes(&mut self, call: &Arc<Pending>, error: &Error) -> bool {
-        let found = error.retry() == Retry::Reroute && self.split_of(call).is_some();
+    /// Whether a refused call has found another way; one that has `waited` also leaves a target that has failed.
+    pub(super) fn reroutes(&mut self, call: &Arc<Pending>, error: &Error, waited: bool) -> bool {
+        let leaves = error.retry() == Retry::Reroute || (waited && matches!(error, Error::Unavailable(_)));
+        let found = leaves && self.split_of(call).is_some();
         if found {
             self.route(call);
         }
@@ -125,9 +126,7 @@ impl Router {
     /// The deployment at which a call waits: for one of a split that of its target.
     pub(super) fn whereabouts(&mut self, call: &Pending) -> String {
         match call.place() {
-            Place::Queued(place) => {
-                self.engine.config(place.deployment).map(|config| format!("{}#{}", config.app, config.name))
-            }
+            Place::Queued(place) => self.engine.config(place.deployment).map(Deployment::key),
             _ => None,
         }
         .unwrap_or_else(|| call.deployment.to_string())

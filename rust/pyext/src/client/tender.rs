@@ -149,7 +149,8 @@ impl Caller {
             let (woken, timeout) = self.tender.wait_timeout(state, slice).unwrap_or_else(PoisonError::into_inner);
             state = woken;
             state.look();
-            if slice == left || !timeout.timed_out() {
+            let due = state.router.alarm.is_some_and(|at| at < until);
+            if due || slice == left || !timeout.timed_out() {
                 return state;
             }
         }

@@ -1,20 +1,18 @@
 //! Requests that come as a batch: parked until all are there, admitted as one, sorted by what will be called.
 //!
 //! The streams of a batch share a slot, which is free when the last of them is answered. Where the user's code takes lists
-//! a batch becomes a call or a few (`group.rs`); elsewhere, as while a deployment changes, its requests run one by one.
+//! a batch becomes a call or a few (`group.rs`); elsewhere, as while a deployment changes, its requests are single ones.
 
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Instant;
 
 use pyo3::prelude::*;
-use rayserve_dataplane::wire::head::{MODEL_HEADER, is_named};
 use rayserve_dataplane::wire::{Fault, Kind, MAX_BATCH};
 
 use super::link::{Link, lock};
 use super::replica::{Replica, Request, Work, count};
-use super::run::{LATE, Running};
+use super::run::Running;
 use super::stream::Stream;
 use crate::convert::text;
 use crate::http::request::{CallHead, RequestHead};
@@ -67,6 +65,12 @@ impl Replica {
         requests: Vec<Request>,
         granted: bool,
     ) -> PyResult<()> {
+        if !self.batched {
+            for (at, request) in requests.into_iter().enumerate() {
+                self.take_in(request, granted && at == 0);
+            }
+            return self.run_ready(py);
+        }
         for _ in &requests {
             count(&self.counters.requests);
         }
@@ -77,13 +81,7 @@ impl Replica {
             for request in &requests {
                 request.stream.state().slot = Some(slot.clone());
             }
-            if self.batched {
-                self.call_batch(py, requests);
-            } else {
-                for request in requests {
-                    self.start(py, request);
-                }
-            }
+            self.call_batch(py, requests);
             self.leave_child(py)?;
         } else {
             for request in &requests {
@@ -97,10 +95,10 @@ impl Replica {
 
     /// Calls the user's code with the lists of these requests.
     pub(super) fn call_batch(self: &Arc<Self>, py: Python<'_>, requests: Vec<Request>) {
-        let (mut http, mut calls, now) = (Vec::with_capacity(requests.len()), Vec::new(), Instant::now());
+        let (mut http, mut calls) = (Vec::with_capacity(requests.len()), Vec::new());
         for request in requests {
             let stream = request.stream.clone();
-            match self.enter(py, request, now) {
+            match self.enter(py, request) {
                 Ok(Some(running @ Running::Http(_))) => http.push(running),
                 Ok(Some(running @ Running::Call(_))) => calls.push(running),
                 Ok(None) => {}
@@ -119,19 +117,14 @@ impl Replica {
     }
 
     /// A request in Python's hands, unless it is over before it begins.
-    fn enter(self: &Arc<Self>, py: Python<'_>, request: Request, now: Instant) -> PyResult<Option<Running>> {
+    fn enter(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<Option<Running>> {
         let Request { stream, work } = request;
-        let (cancelled, late) = {
-            let mut state = stream.state();
-            state.began = Some(now);
-            (state.cancelled, state.children.deadline.is_some_and(|deadline| deadline <= now))
-        };
-        if cancelled || late {
-            if late {
-                self.end_with(&stream, Fault::Deadline, LATE);
-            } else {
-                self.end_with(&stream, Fault::Cancelled, b"");
-            }
+        let (cancelled, late) = stream.begin();
+        if late {
+            return self.refuse_late(py, &stream).map(|()| None);
+        }
+        if cancelled {
+            self.end_with(&stream, Fault::Cancelled, b"");
             return self.release(py, &stream).map(|()| None);
         }
         let replica = self.clone();
@@ -147,10 +140,9 @@ fn by_model(items: Vec<Running>) -> Vec<(Vec<u8>, Vec<Running>)> {
     let mut groups: Vec<(Vec<u8>, Vec<Running>)> = Vec::with_capacity(1);
     for item in items {
         let model = match &item {
-            Running::Http(head) => head.get().view.headers().filter(|(name, _)| is_named(name, MODEL_HEADER)).last(),
-            Running::Call(_) => None,
+            Running::Http(head) => head.get().model(),
+            Running::Call(_) => b"",
         };
-        let model = model.map_or(&b""[..], |(_, value)| value);
         if let Some(at) = groups.iter().position(|(known, _)| known == model) {
             groups[at].1.push(item);
         } else {

@@ -184,7 +184,7 @@ impl Replica {
             }
             Ok((result, context)) => match self.results(it, result) {
                 Ok(values) => {
-                    for (item, value) in it.items.iter().zip(values.iter()) {
+                    for (item, value) in it.items.iter().zip(values) {
                         match failure(value) {
                             Ok(value) => self.finish_sync(py, item.clone_ref(py), value, context.clone_ref(py)),
                             Err(error) => self.finish(py, item, false, None, Err(error)),
@@ -228,7 +228,7 @@ impl Replica {
     ) {
         match outcome.and_then(|result| self.results(group, result)) {
             Ok(values) => {
-                for (item, value) in group.items.iter().zip(values.iter()) {
+                for (item, value) in group.items.iter().zip(values) {
                     self.finish(py, item, false, started, failure(value));
                 }
             }
@@ -236,13 +236,14 @@ impl Replica {
         }
     }
 
-    /// As many results as there are requests.
-    fn results<'py>(&self, group: &Group, result: Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {
-        match result.cast_into_exact::<PyList>() {
-            Ok(values) if values.len() == group.items.len() => Ok(values),
-            Ok(values) => self.judge(group, values.as_any()),
-            Err(other) => self.judge(group, &other.into_inner()),
-        }
+    /// As many results as there are requests; taken out of the user's list, which may change while they are sent.
+    fn results<'py>(&self, group: &Group, result: Bound<'py, PyAny>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        let values = match result.cast_into_exact::<PyList>() {
+            Ok(values) if values.len() == group.items.len() => values,
+            Ok(values) => self.judge(group, values.as_any())?,
+            Err(other) => self.judge(group, &other.into_inner())?,
+        };
+        Ok(values.iter().collect())
     }
 
     fn judge<'py>(&self, group: &Group, result: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyList>> {

@@ -247,3 +247,25 @@ fn numbers_change_in_place_and_a_deployment_may_end_to_batch() {
     assert_eq!(timed.it.waiters(), [2]);
     assert!(timed.it.engine.seal(timed.now).is_none(), "no alarm is left");
 }
+
+#[test]
+fn one_that_came_before_the_deployment_batched_starts_no_window_anew() {
+    let single = snapshot(1, 100, -1, &["r"]);
+    let mut timed = Timed::new(&single);
+    timed.it.request(0).expect("no limit");
+    let (_, lease) = timed.it.started.remove(0);
+    let mut snapshot = batched(8, 10 * MS, 1, &["r"]);
+    snapshot.version = Version(1, 2);
+    timed.it.engine.apply(&snapshot);
+    timed.it.settle();
+    timed.requests(1, 1);
+    let place = timed.it.engine.busy(lease, 1);
+    timed.it.again(place, 0);
+    timed.it.engine.credit(timed.it.keys["r"], 1);
+    timed.it.settle();
+    timed.seal();
+    timed.pass(9 * MS);
+    assert_eq!((timed.bound(), timed.next), (vec![], Some(timed.now + MS)));
+    timed.pass(MS);
+    assert_eq!(timed.bound(), [[0, 1]]);
+}
