@@ -53,6 +53,9 @@ class _Packed:
 class CodePickler(cloudpickle.CloudPickler):  # type: ignore[misc]
     """Ray's cloudpickle with the habits that the module's text names."""
 
+    #: Applications that the code mentions are written as those of `serve.ingress` are.
+    freezes = True
+
     def __init__(self, out: io.BytesIO, replace: Callable[[Application], DeploymentHandle] | None) -> None:
         super().__init__(out)
         self._replace = replace
@@ -64,6 +67,10 @@ class CodePickler(cloudpickle.CloudPickler):  # type: ignore[misc]
             return self._replace(obj).__reduce_ex__(5)
         if isinstance(obj, (type, FunctionType, ModuleType)):
             self._choose(obj.__name__ if isinstance(obj, ModuleType) else obj.__module__)
+        elif self.freezes and _is_application(obj):
+            from rayserve_fast.ingress import freeze
+
+            return cloudpickle.loads, (freeze(obj),)
         return super().reducer_override(obj)
 
     def _choose(self, name: str) -> None:
@@ -111,6 +118,11 @@ def dump_code(
         for module in pickler.by_value:
             cloudpickle.unregister_pickle_by_value(module)
     return out.getvalue()
+
+
+def _is_application(obj: Any) -> bool:
+    starlette = sys.modules.get("starlette.applications")
+    return starlette is not None and isinstance(obj, starlette.Starlette)
 
 
 def is_importable(module: ModuleType, name: str) -> bool:

@@ -203,6 +203,8 @@ def freeze(value: Any) -> bytes:
     from rayserve_fast.definition import CodePickler, dump_code
 
     class Freezer(CodePickler):
+        freezes = False
+
         def reducer_override(self, obj: Any) -> Any:
             if type(obj) in _LOCKS:
                 return _LOCKS[type(obj)], ()

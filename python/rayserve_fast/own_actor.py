@@ -25,28 +25,33 @@ class OwnActor:
     def __init__(self, kind: type, *args: Any) -> None:
         self._kind = kind
         self._args = args
-        self._actor: tuple[str, Any] | None = None  # with the id of this process in its Ray
+        self._actor: tuple[tuple[str, str], Any] | None = None  # with what names this process in its Ray
         self._lock = threading.Lock()
 
     def actor(self) -> Any:
         """The handle of the actor, which may still be starting."""
-        context = ray.get_runtime_context()
-        worker = context.get_worker_id()
+        here = _here()
         with self._lock:
-            if self._actor is None or self._actor[0] != worker:
+            if self._actor is None or self._actor[0] != here:
                 made = ray.remote(self._kind).options(
                     num_cpus=0,
                     max_concurrency=OPEN,
                     max_restarts=-1,
                     enable_task_events=False,
-                    scheduling_strategy=NodeAffinitySchedulingStrategy(context.get_node_id(), soft=True),
+                    scheduling_strategy=NodeAffinitySchedulingStrategy(here[0], soft=True),
                 )
-                self._actor = worker, made.remote(*self._args)
+                self._actor = here, made.remote(*self._args)
             return self._actor[1]
 
     def end(self) -> None:
         """Kill the actor, if there is one in this Ray; the next question makes a new one."""
         with self._lock:
             ended, self._actor = self._actor, None
-            if ended is not None and ended[0] == ray.get_runtime_context().get_worker_id():
+            if ended is not None and ended[0] == _here():
                 ray.kill(ended[1])
+
+
+def _here() -> tuple[str, str]:
+    """This node and this process in the Ray of now: a cluster's first driver has the same id in each of them."""
+    context = ray.get_runtime_context()
+    return context.get_node_id(), context.get_worker_id()

@@ -335,12 +335,13 @@ def once(value):
     ray.init(address="local", num_cpus=4, include_dashboard=False)
     serve.start(http_options={"port": 0})
     for repeat in range(2):
+        if repeat:
+            serve.shutdown()
+            serve.start(http_options={"port": 0})
         echo.deploy()
         handle = echo.get_handle()
         print(ray.get(handle.remote(value)))
-        serve.shutdown()
-        serve.start(http_options={"port": 0})
-    ray.shutdown()
+    ray.shutdown()  # with the bridge still there
 
 once("first")
 once("second")

@@ -37,6 +37,18 @@ def test_changes_after_decoration_do_not_count(serve: Serve) -> None:
     assert (ask("GET", "/before").json(), ask("GET", "/after").status_code) == ("before", 404)
 
 
+def test_a_method_may_mention_its_application(serve: Serve) -> None:
+    app = FastAPI()
+
+    @ingress(app)
+    class View:
+        @app.get("/items/{number}")
+        def item(self, number: int) -> str:
+            return str(app.url_path_for("item", number=str(number)))
+
+    assert serve(View)("GET", "/items/3").json() == "/items/3"
+
+
 def test_exceptions_of_handles_become_their_status(serve: Serve) -> None:
     app = FastAPI()
 

@@ -119,6 +119,13 @@ def test_weights_that_a_route_cannot_have_change_nothing(w: World, weights: Any,
     assert w.snapshot() == before
 
 
+@pytest.mark.parametrize("route", ["/x/", "/x/{name}", "/x y", "/x?a=1", "/x#a", "/-/healthz"])
+def test_a_route_that_no_request_would_find_is_refused(w: World, route: str) -> None:
+    with pytest.raises(ValueError, match="route: "):
+        w.set(route, {"b": 1.0})
+    w.set("/", {"b": 1.0})
+
+
 def test_thirds_sum_to_one(w: World) -> None:
     w.set("/x", {"a": 1 / 3, "b": 1 / 3, "c": 1 / 3})
 

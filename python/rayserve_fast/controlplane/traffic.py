@@ -18,6 +18,7 @@ from rayserve_fast.controlplane.rollout import Plan, Rollout
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.controlplane.state import Application
 from rayserve_fast.controlplane.traffic_checks import (
+    check_route,
     check_share,
     check_weights,
     endpoint_methods,
@@ -90,6 +91,8 @@ class Traffic:
             for endpoint, turned in self._turned(name, weights, apps).items():
                 self.assign(endpoint, turned, sticky, rules, apps)
             return
+        if is_route(name):
+            check_route(name)
         check_weights(name, weights)
         self._check_no_rollout(name)
         full = {**weights, **{str(r["target"]): 0.0 for r in rules if r["target"] not in weights}}
@@ -230,6 +233,7 @@ class Traffic:
             return self.splits[name]
         if not is_route(name):
             raise ValueError(f"Endpoint '{name}' is not registered.")
+        self._check_no_endpoint(name)
         raise RayServeException(
             f"Route {name!r} has no traffic settings; serve.set_traffic({name!r}, {{...}}) makes some."
         )
@@ -241,6 +245,12 @@ class Traffic:
             ValueError: a backend, with the words of the reference.
             RayServeException: any other application; names the route.
         """
+        for name, rollout in self.rollouts.items():
+            if rollout.active and app.name in rollout.before:
+                raise RayServeException(
+                    f'Application "{app.name}" is part of the rollout on {name} and cannot be deleted.'
+                    f" Wait for it, or call serve.get_rollout({name!r}).abort() first."
+                )
         for name, split in self.splits.items():
             if not split.uses(app.name):
                 continue
@@ -258,12 +268,6 @@ class Traffic:
                 f'Application "{app.name}" is a target of the traffic of route {name} and cannot be deleted.'
                 f" Call {how} first."
             )
-        for name, rollout in self.rollouts.items():
-            if rollout.active and app.name in rollout.before:
-                raise RayServeException(
-                    f'Application "{app.name}" is part of the rollout on {name} and cannot be deleted.'
-                    f" Wait for it, or call serve.get_rollout({name!r}).abort() first."
-                )
 
     def check_deploy(self, specs: Iterable[ApplicationSpec], apps: Mapping[str, Application]) -> None:
         """Refuse applications whose name or route is somebody else's.

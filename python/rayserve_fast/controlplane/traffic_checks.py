@@ -24,6 +24,18 @@ def is_route(name: str) -> bool:
     return name.startswith("/")
 
 
+def check_route(route: str) -> None:
+    """Refuse a route that no request would find, or that another one would hide."""
+    for wrong, why in (
+        (route != "/" and route.endswith("/"), "may not end with '/'"),
+        (any(c in route for c in "{}"), "may not contain wildcards; endpoints have them"),
+        (any(c in route for c in "?#") or any(c.isspace() for c in route), "is a path without a query and spaces"),
+        (route == "/-" or route.startswith("/-/"), "may not begin with '/-/', which are the proxy's own pages"),
+    ):
+        if wrong:
+            raise ValueError(f"route: {why}, got {route!r}.")
+
+
 def check_weights(name: str, weights: Any) -> None:
     """Refuse what is no distribution over targets.
 
