@@ -1,4 +1,5 @@
-"""Orders and decisions that cannot be saved change nothing; those that can are carried out once. Without Ray."""
+"""Orders and decisions that cannot be saved change nothing, those that can are carried out once; and how the end of a
+rollout is waited for. Without Ray."""
 
 from __future__ import annotations
 
@@ -12,11 +13,12 @@ import pytest
 import ray
 from test_traffic_state import app
 
-from rayserve_fast.controlplane import store
-from rayserve_fast.controlplane.rollout import Plan
+from rayserve_fast.controlplane import client, store
+from rayserve_fast.controlplane.rollout import Plan, RolloutStatus
 from rayserve_fast.controlplane.rollout_orders import RolloutOrders
 from rayserve_fast.controlplane.traffic import Traffic
 from rayserve_fast.exceptions import RayServeException
+from rayserve_fast.traffic import Rollout
 
 PLAN = Plan((0.5, 1.0), 0.05, 0.05, 1, 0.01, None, None)
 
@@ -215,3 +217,22 @@ def test_who_waits_for_a_rollout_is_answered_in_time_and_leaves_nothing_behind(k
         assert (await waiting).state == "ABORTED"
 
     asyncio.run(asyncio.wait_for(main(), 9))
+
+
+@pytest.mark.parametrize("timeout_s", [None, 60.0])
+def test_waiting_asks_again_until_the_rollout_is_over(monkeypatch: pytest.MonkeyPatch, timeout_s: float | None) -> None:
+    states, given = ["RUNNING", "PAUSED", "COMPLETED"], []
+
+    def ask(method: str, name: str, id: str, wait_s: float | None, *, timeout_s: float | None) -> RolloutStatus:
+        assert (method, name, id, wait_s) == ("rollout_over", "/x", "id", timeout_s), "the controller waits no longer"
+        given.append(wait_s)
+        return RolloutStatus("/x", "b", states[len(given) - 1], 1, (1.0,), 1.0, None, ())
+
+    monkeypatch.setattr(client, "ask", ask)
+    assert Rollout("/x", "id").wait(timeout_s).state == "COMPLETED"
+    assert given[0] == timeout_s
+    assert given == sorted(given, key=lambda left: -(left or 0.0)), "no answer makes the time longer"
+    with pytest.raises(TimeoutError, match="was not over after 0 s"):
+        states[:] = ["RUNNING"]
+        given.clear()
+        Rollout("/x", "id").wait(0)
