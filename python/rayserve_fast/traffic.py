@@ -122,7 +122,7 @@ def get_traffic(name: None = None) -> dict[str, RouteTraffic]: ...
 
 
 def get_traffic(name: str | None = None) -> RouteTraffic | dict[str, RouteTraffic]:
-    """Where requests go, and what the proxies counted: the sum over the proxies that run, since each has started.
+    """Where requests go, and what the proxies counted: the sum over those that answer in 2 s, since each has started.
 
     Args:
         name: a route or an endpoint; None: all that have targets.
