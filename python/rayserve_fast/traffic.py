@@ -1,15 +1,16 @@
 """Splitting the requests of a route over applications: weights, shadows, figures and rollouts.
 
 A *target* is an application by name, usually deployed with `route_prefix=None`; it sees the route as its root path.
-The functions here check their arguments and ask the controller, and return when every proxy knows. docs/traffic.md is
-the operator's page. None of this is in Ray Serve 2.60; `set_traffic` and `shadow_traffic` are what its versions before
-1.3 had for endpoints and backends, and take those too: a first argument that starts with `/` is a route, any other an
-endpoint.
+The functions here check their arguments and ask the controller, and return when every proxy knows, or after 2 s: one
+that has not answered by then is told when it is heard of again. docs/traffic.md is the operator's page. None of this is
+in Ray Serve 2.60; `set_traffic` and `shadow_traffic` are what its versions before 1.3 had for endpoints and backends,
+and take those too: a first argument that starts with `/` is a route, any other an endpoint.
 """
 
 from __future__ import annotations
 
 import secrets
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, overload
 
@@ -56,8 +57,9 @@ def set_traffic(
 ) -> None:
     """Say where the requests of a route go. What the last call said is replaced; shadows stay.
 
-    Takes effect without losing a request, and returns when every proxy has it. Each proxy keeps to the weights exactly:
-    no target is ever more than one request away from its share. A target without a ready replica gets no share.
+    Takes effect without losing a request, and returns when every proxy has it, or after 2 s, as when one hangs. Each
+    proxy keeps to the weights exactly: no target is ever more than one request away from its share. A target without a
+    ready replica gets no share.
 
     Args:
         route_or_endpoint: a route such as "/models", or the name of an endpoint.
@@ -120,7 +122,7 @@ def get_traffic(name: None = None) -> dict[str, RouteTraffic]: ...
 
 
 def get_traffic(name: str | None = None) -> RouteTraffic | dict[str, RouteTraffic]:
-    """Where requests go, and what the proxies counted: the sum over the proxies that run, since each has started.
+    """Where requests go, and what the proxies counted: the sum over those that answer in 2 s, since each has started.
 
     Args:
         name: a route or an endpoint; None: all that have targets.
@@ -275,7 +277,7 @@ class Rollout:
         _ask("order_rollout", self._name, self._id, "resume")
 
     def abort(self) -> None:
-        """Give every target the weight that it had before; returns when the proxies have that.
+        """Give every target the weight that it had before; returns when the proxies have that, or after 2 s.
 
         Raises:
             ValueError: it is over.
@@ -291,11 +293,17 @@ class Rollout:
         Raises:
             TimeoutError: it was not over in time; it goes on.
         """
-        try:
-            status: RolloutStatus = _ask("rollout_over", self._name, self._id, timeout_s=timeout_s)
-        except ray.exceptions.GetTimeoutError:
-            raise TimeoutError(f"The rollout on {self._name!r} was not over after {timeout_s} s.") from None
-        return status
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        left = timeout_s
+        while left is None or left >= 0:
+            try:
+                status: RolloutStatus = _ask("rollout_over", self._name, self._id, left, timeout_s=left)
+            except ray.exceptions.GetTimeoutError:
+                break
+            if status.over:
+                return status
+            left = None if until is None else until - time.monotonic()
+        raise TimeoutError(f"The rollout on {self._name!r} was not over after {timeout_s} s.")
 
 
 def _ask(method: str, *args: Any, timeout_s: float | None = None) -> Any:

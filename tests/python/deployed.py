@@ -46,8 +46,11 @@ def proxy_counters() -> dict[str, int]:
     return counters
 
 
-def wait_for(holds: Callable[[], bool], seconds: float = 20) -> None:
+def wait_for(
+    holds: Callable[[], bool], seconds: float = 20, so_far: Callable[[], object] = lambda: "it never came to hold"
+) -> None:
+    """Return when it holds; what `so_far` gives is in the error if it does not in time."""
     deadline = time.monotonic() + seconds
     while not holds():
-        assert time.monotonic() < deadline, "it never came to hold"
+        assert time.monotonic() < deadline, f"after {seconds} s: {so_far()}"
         time.sleep(0.02)  # no event tells

@@ -9,6 +9,8 @@ from collections import Counter
 from types import TracebackType
 from urllib.parse import urlsplit
 
+from deployed import wait_for
+
 
 class Load:
     """GET requests at a steady rate over keep-alive connections, while the `with` block runs.
@@ -41,6 +43,11 @@ class Load:
         """Requests answered so far."""
         with self._lock:
             return sum(self.answers.values())
+
+    def wait(self, more: int) -> None:
+        """Return when so many more requests have been answered."""
+        before = self.total
+        wait_for(lambda: self.total >= before + more, 60, lambda: f"{self.total - before} of {more} answers")
 
     @property
     def failures(self) -> dict[tuple[int, str], int]:

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +74,7 @@ def test_a_release_that_fails_is_taken_back(load: Load) -> None:
     assert "error rate 100.00% is above 1.00%" in status.reason
     assert weights() == {"old": 1.0, "new": 0.0}
     failed = sum(load.failures.values())
-    before = load.total
-    while load.total < before + 100:
-        time.sleep(0.02)
+    load.wait(100)
     assert sum(load.failures.values()) <= failed + 1, "one may have been on its way"
     serve.delete("new")
 

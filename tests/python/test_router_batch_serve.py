@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import ray
 import requests
-from deployed import proxy_counters
+from deployed import proxy_counters, wait_for
 from fastapi import FastAPI
 
 from rayserve_fast import serve
 from rayserve_fast.exceptions import RayServeException
+from rayserve_fast.local import applications
 from rayserve_fast.multiplex import get_multiplexed_model_id
 
 app = FastAPI()
@@ -208,3 +211,28 @@ class Generator:
 def test_what_cannot_be_called_with_lists_is_refused_when_it_is_deployed(deployment: Any, why: str) -> None:
     with pytest.raises(RayServeException, match=f"cannot set max_batch_size: .*{why}"):
         serve.run(deployment.bind(), _local_testing_mode=True)
+
+
+def test_a_batch_that_only_itself_keeps_alive_is_not_collected() -> None:
+    """What an event loop knows of a task is weak, and so is what is known of the future that this one awaits."""
+    begun: list[Any] = []
+
+    @serve.deployment(max_batch_size=2, batch_wait_timeout_s=30)
+    async def waiting(items: list[int]) -> list[int]:
+        future = asyncio.get_running_loop().create_future()
+        begun.append((asyncio.get_running_loop(), weakref.ref(future)))
+        await future
+        return items
+
+    handle = serve.run(waiting.bind(), _local_testing_mode=True)
+    try:
+        calls = [handle.remote(n) for n in range(2)]
+        wait_for(lambda: bool(begun))
+        ((loop, future),) = begun
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(10)  # by now it awaits
+        gc.collect()
+        assert future() is not None
+        loop.call_soon_threadsafe(lambda: future().set_result(None))
+        assert [call.result(timeout_s=20) for call in calls] == [0, 1]
+    finally:
+        applications.shutdown()

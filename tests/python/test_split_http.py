@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import Any
 
 import ray
-from deployed import get
+from deployed import get, wait_for
 from http_pair import exchange, proxy_config
 from worker_replica import TOKEN, serving
 
@@ -47,8 +46,12 @@ def test_a_target_sees_the_route_as_its_root_path_and_is_counted() -> None:
             )
             answer, failed = exchange(address, requests, "GET GET")
             assert (answer.body, failed.status) == (b"/root/x /root/x/y", 500)
-            while (target := json.loads(proxy.traffic())["/x"]["targets"]["a"])["requests"] < 2:
-                time.sleep(0.01)  # counted when the answer is on its way
+
+            def counted() -> Any:
+                return json.loads(proxy.traffic())["/x"]["targets"]["a"]
+
+            wait_for(lambda: counted()["requests"] == 2, so_far=counted)  # counted when the answer is on its way
+            target = counted()
             assert target["errors"] == 1
             bounds = [bound for bound, _ in target["latency"]]
             assert bounds == sorted(bounds)

@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import secrets
-import time
 from collections import Counter
 from typing import Any
 
@@ -84,9 +83,7 @@ def test_weights_change_under_load_and_no_request_is_lost(serve_instance: str, r
         for i in range(20):
             share = (i % 11) / 10
             serve.set_traffic(route, {"a": 1 - share, "b": share})
-            before = load.total
-            while load.total < before + 50:
-                time.sleep(0.01)
+            load.wait(50)
     assert load.failures == {}
     assert load.total >= 1000
     assert {body.split()[0] for _, body in load.answers} == {"a", "b"}

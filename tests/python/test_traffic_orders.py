@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import ray
-from deployed import actor_pid, code, get
+from deployed import actor_pid, code, get, wait_for
 
 from rayserve_fast import serve
 from rayserve_fast.application import RunTarget, build_target
@@ -76,3 +77,27 @@ def test_endpoints_and_backends_live_as_in_the_older_api(serve_instance: str, ba
     client.ask("delete_endpoint", "simple")
     serve.delete(backend)
     assert client.ask("applications", "backend") == {}
+
+
+def test_orders_that_the_death_of_the_controller_interrupts_are_carried_out_once(serve_instance: str) -> None:
+    serve.run(code("a"), name="a", route_prefix="/a")
+    serve.set_traffic("/a", {"a": 1.0})
+    client.ask("create_endpoint", "old", "/old")
+    (node,) = serve.status().proxies
+    controller, proxy = actor_pid("SERVE_CONTROLLER_ACTOR"), actor_pid(f"SERVE_PROXY_ACTOR-{node}")
+    before = client.require()
+    os.kill(proxy, signal.SIGSTOP)  # so that no order returns
+    try:
+        orders = [
+            before.create_endpoint.remote("new", "/new"),
+            before.delete_endpoint.remote("old"),
+            before.delete_traffic.remote("/a"),
+        ]
+        wait_for(lambda: set(client.ask("endpoints")) == {"new"} and not snapshot()["splits"].get("/a"), 1.5)
+        os.kill(controller, signal.SIGKILL)
+    finally:
+        os.kill(proxy, signal.SIGCONT)
+    for order in orders:
+        client.answer(order, 30)
+    assert set(client.ask("endpoints")) == {"new"}
+    assert set(serve.get_traffic()) == {"new"}

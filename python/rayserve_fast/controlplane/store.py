@@ -1,9 +1,9 @@
 """What a restarted controller must know, kept in the key-value store of Ray's GCS.
 
-Four kinds of keys: `meta` (epoch, cluster token), `app:{name}` (the target of one application), `traffic` (splits and
-endpoints), `replicas` (which replica actors exist and what they run). A replica list is written before its actors are
-made, so that no actor can exist that a restarted controller does not look for. Values are pickles of this package's
-own plain classes.
+Four kinds of keys: `meta` (epoch, cluster token), `app:{name}` (the target of one application), `traffic` (splits,
+endpoints, rollouts and the last orders), `replicas` (which replica actors exist and what they run). A replica list is
+written before its actors are made, so that no actor can exist that a restarted controller does not look for. Values are
+pickles of this package's own plain classes.
 """
 
 from __future__ import annotations
@@ -79,12 +79,12 @@ def load() -> dict[str, Application]:
 
 
 def save_traffic(traffic: Traffic) -> None:
-    """Remember the splits and the endpoints."""
+    """Remember the splits, the endpoints and what else is of traffic."""
     _internal_kv_put(b"traffic", pickle.dumps(traffic), overwrite=True, namespace=_SPACE)
 
 
 def load_traffic() -> Traffic:
-    """The splits and endpoints as they were last saved; none at the first start."""
+    """What `save_traffic` was last given; nothing at the first start."""
     raw = _internal_kv_get(b"traffic", namespace=_SPACE)
     traffic: Traffic = pickle.loads(raw) if raw else Traffic()
     return traffic

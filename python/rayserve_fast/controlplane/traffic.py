@@ -67,6 +67,7 @@ class Traffic:
     splits: dict[str, Split] = field(default_factory=dict)
     endpoints: dict[str, Endpoint] = field(default_factory=dict)
     rollouts: dict[str, Rollout] = field(default_factory=dict)  # the last one of each split
+    orders: list[str] = field(default_factory=list)  # ids of the last calls that changed any of it
 
     # -- orders -------------------------------------------------------------------------------------------------
 

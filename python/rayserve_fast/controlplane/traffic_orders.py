@@ -1,15 +1,21 @@
 """The part of the controller that takes orders about traffic and endpoints.
 
-An order is checked by `traffic` and taken whole or refused, is persisted, and then published; it returns when every
-proxy that listens has the new snapshot, so that who asked may rely on it. A proxy that does not confirm in time is not
-waited for: it gets the snapshot as soon as it is heard of again.
+An order changes a copy, which is persisted and only then takes the place of what was in force: one that is refused, or
+cannot be saved, has changed nothing. It returns when every proxy that listens has the new snapshot, or after
+`CONFIRM_S`: a proxy that does not confirm in time gets it as soon as it is heard of again.
+
+Ray repeats a call whose controller died. The last orders are persisted with what they changed, so that one that had
+been carried out is not refused the second time, as "already registered", but only waits for the proxies again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import ray
 
 from rayserve_fast.controlplane import store
 from rayserve_fast.controlplane.figures import (
@@ -26,6 +32,8 @@ from rayserve_fast.controlplane.traffic import Split, Traffic
 
 #: How long an order waits for the proxies to have it.
 CONFIRM_S = 2.0
+#: So many orders are remembered: more than can wait at the moment when a controller dies.
+REMEMBERED = 256
 
 
 class TrafficOrders:
@@ -48,21 +56,15 @@ class TrafficOrders:
         rules: Sequence[Mapping[str, str | None]] = (),
     ) -> None:
         """Give a route or an endpoint its targets. Raises what `Traffic.assign` raises."""
-        await self._recovered.wait()
-        self._traffic.assign(name, weights, sticky, rules, self._apps)
-        await self._take_effect()
+        await self._order(lambda traffic: traffic.assign(name, weights, sticky, rules, self._apps))
 
     async def shadow_traffic(self, name: str, target: str, share: float) -> None:
         """Copy a share of the requests to one more target. Raises what `Traffic.shadow` raises."""
-        await self._recovered.wait()
-        self._traffic.shadow(name, target, share, self._apps)
-        await self._take_effect()
+        await self._order(lambda traffic: traffic.shadow(name, target, share, self._apps))
 
     async def delete_traffic(self, route: str) -> None:
         """Forget the targets of a route. Raises what `Traffic.remove` raises."""
-        await self._recovered.wait()
-        self._traffic.remove(route)
-        await self._take_effect()
+        await self._order(lambda traffic: traffic.remove(route))
 
     async def traffic(self, name: str | None = None) -> dict[str, RouteTraffic]:
         """Targets and counts of one route or endpoint, or of all. Raises what `Traffic.split` raises."""
@@ -79,15 +81,11 @@ class TrafficOrders:
         traffic: Mapping[str, float] | None = None,
     ) -> None:
         """Register an endpoint, with these weights if given. Raises what `Traffic.create_endpoint` raises."""
-        await self._recovered.wait()
-        self._traffic.create_endpoint(name, route, methods, traffic, self._apps)
-        await self._take_effect()
+        await self._order(lambda held: held.create_endpoint(name, route, methods, traffic, self._apps))
 
     async def delete_endpoint(self, name: str) -> None:
         """Forget an endpoint; its backends stay. Raises ValueError if there is none of that name."""
-        await self._recovered.wait()
-        self._traffic.delete_endpoint(name)
-        await self._take_effect()
+        await self._order(lambda traffic: traffic.delete_endpoint(name))
 
     async def endpoints(self) -> dict[str, dict[str, Any]]:
         """Each endpoint's `route` (None: handles only), `methods`, `traffic` (weights) and `shadows` (shares)."""
@@ -124,6 +122,25 @@ class TrafficOrders:
         app = self._apps.get(target)
         return len(app.deployments[app.routed].among("RUNNING")) if app else 0
 
-    async def _take_effect(self) -> None:
-        store.save_traffic(self._traffic)
+    async def _order(self, change: Callable[[Traffic], object]) -> None:
+        """Carry out what a driver asked for, once, and wait for the proxies."""
+        await self._recovered.wait()
+        call = ray.get_runtime_context().get_task_id()  # a repeated call has the id of the first
+
+        def once(traffic: Traffic) -> None:
+            change(traffic)
+            traffic.orders = [*traffic.orders[1 - REMEMBERED :], call]
+
+        if call not in self._traffic.orders:
+            self._change(once)
+        await self._confirmed()
+
+    def _change(self, change: Callable[[Traffic], object]) -> None:
+        """Change what is in force, if the change is allowed and can be saved."""
+        changed = copy.deepcopy(self._traffic)
+        change(changed)
+        store.save_traffic(changed)
+        self._traffic = changed
+
+    async def _confirmed(self) -> None:
         await within(CONFIRM_S, self.publish())

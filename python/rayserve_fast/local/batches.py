@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextvars import Context
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from rayserve_fast.replica import batches
@@ -113,7 +112,7 @@ class LocalGroup:
 
     def follow(self, coroutine: Any) -> None:
         """Run the coroutine as a task of the running loop."""
-        self._task = asyncio.get_running_loop().create_task(coroutine)  # the loop keeps a weak reference only
+        self._task = asyncio.get_running_loop().create_task(coroutine)  # kept alive by whoever keeps this group
         self._task.add_done_callback(self._ended_task)
 
     def _ended_task(self, task: asyncio.Task[Any]) -> None:
@@ -144,4 +143,4 @@ def countdown(count: int, then: Callable[[], None]) -> Callable[[], None]:
         if next(left) == 0:
             then()
 
-    return partial(ended)
+    return ended

@@ -55,8 +55,9 @@ class LocalReplica:
             world_size=1,
             code_version=spec.code_version,
         )
-        self._changed = threading.Condition()  # guards the next four
+        self._changed = threading.Condition()  # guards the next five
         self._running: set[LocalHead] = set()
+        self._groups: set[LocalGroup] = set()  # that run: a loop keeps no task alive, and nobody else knows theirs
         self._waiting: deque[LocalHead] = deque()
         self._open = True
         batched = spec.config.max_batch_size is not None
@@ -183,11 +184,14 @@ class LocalReplica:
         groups, failures = Batches(self._calls).group([call for call in batch if call.outcome is None])
         for call, error in failures:
             self._tell(call, None, error)
-        ended = countdown(len(groups), partial(self._batch_ended, batch))
-        if not groups:
-            self._batch_ended(batch)
-        for group in groups:
-            local = LocalGroup(group, self._enter_group, self._tell, ended)
+        served: list[LocalGroup] = []
+        ended = countdown(len(groups), partial(self._batch_ended, batch, served))
+        served += [LocalGroup(group, self._enter_group, self._tell, ended) for group in groups]
+        with self._changed:
+            self._groups.update(served)
+        if not served:
+            self._batch_ended(batch, served)
+        for local in served:
             if local.sync:
                 self._jobs.put(LocalGroup.run, local)
             else:
@@ -201,10 +205,12 @@ class LocalReplica:
         if call.outcome is None:
             call.finish(*self._answer(call, result, error))
 
-    def _batch_ended(self, batch: list[LocalHead]) -> None:
+    def _batch_ended(self, batch: list[LocalHead], served: list[LocalGroup]) -> None:
         """All of its calls are answered: its slot goes to the next."""
         with self._changed:
             self._running.difference_update(batch)
+            self._groups.difference_update(served)
+            served.clear()  # they hold this list by what they call at their end
             released = []
             if self._batcher is not None:
                 self._batcher.running -= 1

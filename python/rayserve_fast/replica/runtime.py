@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray import cloudpickle
 
-from rayserve_fast import batch_metrics, caller, multiplex
+from rayserve_fast import caller, multiplex
 from rayserve_fast._core import Worker
 from rayserve_fast.context import ReplicaContext, _serve_request_context, _set_replica_context
 from rayserve_fast.controlplane.options import session_header
@@ -140,10 +140,6 @@ class ReplicaRuntime:
     def counters(self) -> dict[str, int]:
         """What the worker counts: requests, running, held, links, streams, errors and others."""
         return {} if self._worker is None else self._worker.counters()
-
-    def batches(self) -> list[tuple[str, dict[str, Any]]]:
-        """The metrics of each function of `serve.batch` that the user's code has called, with its name."""
-        return batch_metrics.read_all()
 
     def _construct(self) -> Servable:
         definition: Definition = cloudpickle.loads(self._spec.deployment.definition)
