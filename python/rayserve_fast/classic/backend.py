@@ -82,9 +82,9 @@ class Backend:
         for method, places in self._groups(arrived, name, results):
             group = [arrived[place] for place in places]
             prepared = self._all_ready(group, method) or self._now(self._prepare_all(group, method))
-            places, given = _without_failed(results, places, prepared)
+            places, rows = _without_failed(results, places, prepared)
             try:
-                some = method.call_batch(given)
+                some = method.call_batch(rows)
                 _put(results, places, self._now(some) if method.is_async else some)
             except Exception as error:
                 _put(results, places, _for_each(error, places, arrived))
@@ -103,10 +103,10 @@ class Backend:
         for method, places in self._groups(arrived, name, results):
             group = [arrived[place] for place in places]
             prepared = self._all_ready(group, method) or await self._prepare_all(group, method)
-            places, given = _without_failed(results, places, prepared)
+            places, rows = _without_failed(results, places, prepared)
             try:
-                call = method.call_batch if method.is_async else partial(asyncio.to_thread, method.call_batch)
-                _put(results, places, await call(given))
+                some = method.call_batch(rows) if method.is_async else asyncio.to_thread(method.call_batch, rows)
+                _put(results, places, await some)
             except Exception as error:
                 _put(results, places, _for_each(error, places, arrived))
         return results
@@ -123,7 +123,7 @@ class Backend:
         for (called, _), places in groups.items():
             try:
                 method = self._method(called)
-            except RayServeException as error:
+            except Exception as error:
                 _put(results, places, [error] * len(places))
                 continue
             yield method, places
