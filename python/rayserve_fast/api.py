@@ -190,8 +190,8 @@ def start(
         logging_config: accepted, has no effect yet.
         tracing_config: accepted, has no effect yet.
         controller_options: `runtime_env.env_vars` of the controller.
-        kwargs: `detached=False`: Serve ends with the client that is returned, or with this process, if this call has
-            started it. Else it goes on, as with `detached=True`. `dedicated_cpu` is accepted.
+        kwargs: `detached=False`: Serve ends with this process, if this call has started it. Else it goes on, as with
+            `detached=True`. `dedicated_cpu` is accepted.
 
     Returns:
         A client with the functions of Ray Serve 1.0 to 1.2, where Ray Serve returns None today.
