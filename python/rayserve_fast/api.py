@@ -323,8 +323,8 @@ def get_deployment_handle(
         app_name = replica.app_name
     if (local := _local(app_name)) is not None:
         return local.deployment(DeploymentID(deployment_name, app_name), _check_exists)
-    if asyncio._get_running_loop() is not None and context._current_replica() is not None:
-        return DeploymentHandle(deployment_name, app_name)  # the loop must not wait; a call says it if there is none
+    if context._on_replica_loop():
+        return DeploymentHandle(deployment_name, app_name)
     controller = client.require()
     if _check_exists and not ray.get(controller.exists.remote(app_name, deployment_name)):
         raise KeyError(f"{DeploymentID(deployment_name, app_name)} does not exist.")
