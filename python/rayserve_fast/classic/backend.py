@@ -6,7 +6,8 @@ call by one of today's handles passes its arguments through. Which method is cal
 header X-SERVE-CALL-METHOD names.
 
 What is called is sync or async as the user's method is, so that sync code gets a thread and async code the loop. Where
-a header asks for a method of the other kind, it goes to the other place.
+a header asks for a method of the other kind, it goes to the other place. In a batch, what goes wrong before its call
+goes wrong for one request alone.
 """
 
 from __future__ import annotations
