@@ -190,8 +190,8 @@ def start(
         logging_config: accepted, has no effect yet.
         tracing_config: accepted, has no effect yet.
         controller_options: `runtime_env.env_vars` of the controller.
-        kwargs: `detached=False`: Serve ends with the client that is returned, or with this process, if this call has
-            started it. Else it goes on, as with `detached=True`. `dedicated_cpu` is accepted.
+        kwargs: `detached=False`: Serve ends with this process, if this call has started it. Else it goes on, as with
+            `detached=True`. `dedicated_cpu` is accepted.
 
     Returns:
         A client with the functions of Ray Serve 1.0 to 1.2, where Ray Serve returns None today.
@@ -323,8 +323,8 @@ def get_deployment_handle(
         app_name = replica.app_name
     if (local := _local(app_name)) is not None:
         return local.deployment(DeploymentID(deployment_name, app_name), _check_exists)
-    if asyncio._get_running_loop() is not None and context._current_replica() is not None:
-        return DeploymentHandle(deployment_name, app_name)  # the loop must not wait; a call says it if there is none
+    if context._on_replica_loop():
+        return DeploymentHandle(deployment_name, app_name)
     controller = client.require()
     if _check_exists and not ray.get(controller.exists.remote(app_name, deployment_name)):
         raise KeyError(f"{DeploymentID(deployment_name, app_name)} does not exist.")

@@ -28,6 +28,7 @@ from rayserve_fast.controlplane.spec import (
 from rayserve_fast.deployment import Application, Deployment
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.ingress import asgi_app_of
+from rayserve_fast.replica.calls import handler_of
 
 if TYPE_CHECKING:
     from rayserve_fast.handle import DeploymentHandle
@@ -255,8 +256,7 @@ def call_builder(builder: Application | Callable[[Any], Application], args: Mapp
 
 def _refuse_to_batch(deployment: Deployment, is_asgi: bool) -> None:
     """Refuse `max_batch_size` for what cannot take lists and return one."""
-    target = deployment.func_or_class
-    handler = target if inspect.isfunction(target) else getattr(target, "__call__", None)  # noqa: B004
+    handler = handler_of(deployment.func_or_class)
     if is_asgi:
         what = "it is a FastAPI or ASGI ingress, which answers each request by itself"
     elif inspect.isgeneratorfunction(handler) or inspect.isasyncgenfunction(handler):

@@ -7,6 +7,7 @@ Treat it as read-only all the same: it is shared by everything that the request 
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 from dataclasses import dataclass
 from typing import Any
@@ -117,6 +118,11 @@ def get_replica_context() -> ReplicaContext:
 
 def _current_replica() -> ReplicaContext | None:
     return _local_replica.get() or _replica_context
+
+
+def _on_replica_loop() -> bool:
+    """Whether this is a replica's event loop, which must not wait for the controller: a call says what is not there."""
+    return asyncio._get_running_loop() is not None and _current_replica() is not None
 
 
 def _set_replica_context(context: ReplicaContext | None) -> None:

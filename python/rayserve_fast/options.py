@@ -36,8 +36,8 @@ _ACTOR_OPTIONS = {
     "runtime_env",
 }
 
-
-_OF_BATCHES = {"batch_wait_timeout_s", "max_concurrent_batches"}
+#: Options that say how a batch is put together.
+_OF_BATCHES = ("batch_wait_timeout_s", "max_concurrent_batches")
 
 #: The largest batch that travels; `MAX_BATCH` of the wire.
 MAX_BATCH = 16 * 1024
@@ -141,7 +141,7 @@ class DeploymentOptions(BaseModel):
 
     def _check_batch(self) -> None:
         if self.max_batch_size is None:
-            for option in ("batch_wait_timeout_s", "max_concurrent_batches"):
+            for option in _OF_BATCHES:
                 if option in self.model_fields_set:
                     raise ValueError(f"{option} has no meaning without max_batch_size: set that too, or leave it out.")
         elif self.request_router_config.plain().get("custom"):
@@ -234,9 +234,6 @@ _AS_THEY_ARE = (
     "rolling_update_percentage",
     "user_config",
 )
-
-
-_OF_BATCHES = {"batch_wait_timeout_s", "max_concurrent_batches"}
 
 
 def _settled(given: dict[str, Any]) -> dict[str, Any]:

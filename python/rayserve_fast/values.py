@@ -27,6 +27,9 @@ from ray.exceptions import RayError, RayTaskError
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
+#: Bytes of this length and more travel beside the pickle that they belong to, not within it: that saves copying them.
+BESIDE_BYTES = 64 * 1024
+
 SCALARS = frozenset({bytes, str, int, float, bool, type(None)})
 
 

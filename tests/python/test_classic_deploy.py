@@ -13,6 +13,7 @@ import requests
 
 from rayserve_fast import serve
 from rayserve_fast.application import RunTarget, build_target
+from rayserve_fast.classic import deploy
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.handle import RayServeHandle, RayServeSyncHandle
 
@@ -98,6 +99,22 @@ def test_versions_decide_what_a_redeploy_replaces(serve_instance: str) -> None:
     before = state("v")[2]
     unversioned.deploy()
     assert state("v")[2] != before
+
+
+def test_of_two_drivers_one_replaces_a_version(serve_instance: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Greeter.options(name="v", version="1")
+    first.deploy("one")
+    labels = deploy._labels
+
+    def overtaken(deployment: Any) -> dict[str, Any]:
+        monkeypatch.undo()
+        first.options(version="2", prev_version="1").deploy("two")  # between the other's look and its order
+        return labels(deployment)
+
+    monkeypatch.setattr(deploy, "_labels", overtaken)
+    with pytest.raises(ValueError, match=r"prev_version '1' is not the version .* which is '2'"):
+        first.options(version="3", prev_version="1").deploy("three")
+    assert state("v")[0] == "two world"
 
 
 def test_a_name_or_route_of_another_era_is_refused(serve_instance: str) -> None:

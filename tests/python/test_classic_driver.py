@@ -168,6 +168,29 @@ def test_adapters_that_need_no_fastapi_do_without() -> None:
     assert all(_direct(adapter) is None for adapter in through)
 
 
+def test_a_sync_adapter_does_not_hold_up_the_loop() -> None:
+    seen: list[bool] = []
+
+    def blocking(request: Request) -> Any:
+        seen.append(asyncio._get_running_loop() is None)
+        asyncio.run_coroutine_threadsafe(asyncio.sleep(0), loop).result(timeout=10)  # which the loop runs meanwhile
+        return request.method
+
+    def nothing() -> str:
+        seen.append(asyncio._get_running_loop() is None)
+        return "nothing"
+
+    async def inputs() -> list[Any]:
+        nonlocal loop
+        loop = asyncio.get_running_loop()
+        adapters = [_direct(blocking), _direct(nothing), _direct(http_adapters.json_request)]
+        return [await adapter(request_of(b"[1]")) for adapter in adapters if adapter is not None]
+
+    loop: Any = None
+    assert asyncio.run(inputs()) == ["POST", "nothing", [1]]
+    assert seen == [True, True]
+
+
 def test_adapters_are_plain_functions_too() -> None:
     arrays = http_adapters.json_to_multi_ndarray({"a": http_adapters.NdArray(array=[[1]], dtype="int8")})
     assert (arrays["a"].dtype, arrays["a"].tolist()) == (np.int8, [[1]])

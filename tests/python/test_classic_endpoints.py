@@ -13,6 +13,7 @@ import requests
 from deployed import wait_for
 
 from rayserve_fast import serve
+from rayserve_fast.classic import backends
 from rayserve_fast.exceptions import RayServeException
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
@@ -87,6 +88,21 @@ def test_wrong_endpoints_are_refused(flask: Url) -> None:
     with pytest.raises(KeyError, match="Endpoint 'nothing' does not exist"):
         serve.get_handle("nothing")
     assert list(serve.list_endpoints()) == ["taken"]
+
+
+def test_of_two_drivers_one_creates_a_backend(flask: Url, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = backends._spec
+
+    def overtaken(*args: Any) -> Any:
+        monkeypatch.undo()
+        serve.create_backend("raced", text("first"))  # between the other's look and its order
+        return spec(*args)
+
+    monkeypatch.setattr(backends, "_spec", overtaken)
+    with pytest.raises(ValueError, match="Backend 'raced' is already registered"):
+        serve.create_backend("raced", text("second"))
+    serve.create_endpoint("raced", "/raced", backend="raced")
+    assert requests.get(f"{flask}/raced", timeout=10).text == "first"
 
 
 def test_wrong_backends_are_refused_and_leave_nothing(flask: Url) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import types
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -238,14 +240,100 @@ def test_requests_of_a_batch_go_to_their_methods_and_come_back_in_order() -> Non
     assert run_on_loop(Batched, STARLETTE, "single", batch) == [[0, None], [1, None]]
 
 
+@serve.accept_batch
+async def sums_async(flask_requests: list[Any], x: list[int]) -> list[int]:
+    return sums(flask_requests, x)
+
+
+def run_on_thread(user: Callable[..., Any], flavour: str, name: str, *args: Any) -> Any:
+    """What a sync backend makes of a call, on a thread beside the loop."""
+
+    async def call() -> Any:
+        return await asyncio.to_thread(SyncBackend(user, (), flavour)._run_sync, name, *args)
+
+    return asyncio.run(call())
+
+
+async def ref_of_a_failed_task() -> Any:
+    raise KeyError("the task failed")
+
+
+@pytest.mark.parametrize(("function", "run"), [(sums, run_on_thread), (sums_async, run_on_loop)], ids=["sync", "async"])
+def test_an_argument_that_failed_fails_its_own_request(
+    function: Any, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rayserve_fast.classic.backend.ObjectRef", types.CoroutineType)  # awaited as one is
+    arguments = [1, ref_of_a_failed_task(), 3]
+    first, failed, last = run(function, FLASK, "__call__", [HandleRequest(None, {"x": x}) for x in arguments])
+    assert (first, last) == (2, 6)
+    assert isinstance(failed, KeyError)
+
+
+@pytest.mark.parametrize(("function", "run"), [(sums, run_on_thread), (sums_async, run_on_loop)], ids=["sync", "async"])
+def test_other_keyword_arguments_are_another_call(function: Any, run: Any) -> None:
+    calls = [HandleRequest(None, {"x": 1}), HandleRequest(None, {"y": 1}), HandleRequest(None, {"x": 2})]
+    first, failed, last = run(function, FLASK, "__call__", calls)
+    assert (first, last) == (2, 4)
+    assert isinstance(failed, TypeError)
+
+
+class Failing:
+    def __call__(self, request: Any) -> Any:
+        return 1 / request.data
+
+    async def later(self, request: Any) -> Any:
+        return 1 / request.data
+
+
+@pytest.mark.parametrize("name", ["__call__", "later"])
+@pytest.mark.parametrize("run", [run_on_thread, run_on_loop])
+def test_a_method_that_takes_no_batch_fails_for_one_request_alone(run: Any, name: str) -> None:
+    first, failed, last = run(Failing, STARLETTE, name, [HandleRequest(n, {}) for n in (1, 0, 2)])
+    assert (first, last) == (1, 0.5)
+    assert isinstance(failed, ZeroDivisionError)
+
+
+class Sizes:
+    @serve.accept_batch
+    def __call__(self, flask_requests: list[Any]) -> list[Any]:
+        return [len(request.data) for request in flask_requests]
+
+    @serve.accept_batch
+    def raising(self, flask_requests: list[Any]) -> list[Any]:
+        raise KeyError("all of them")
+
+
+class SizesAsync(Sizes):
+    @serve.accept_batch
+    async def __call__(self, flask_requests: list[Any]) -> list[Any]:  # type: ignore[override]
+        return super().__call__(flask_requests)
+
+
+@pytest.mark.parametrize(("user", "kind"), [(Sizes, SyncBackend), (SizesAsync, AsyncBackend)], ids=["sync", "async"])
+def test_a_client_that_is_wrong_does_not_fail_the_batch(user: Any, kind: type[Backend]) -> None:
+    batching = {"max_batch_size": 4, "batch_wait_timeout_s": 10.0}
+    sent = [
+        {"data": "good"},
+        {"headers": {"X-SERVE-CALL-METHOD": "nonsense"}},
+        {"headers": {"X-SERVE-CALL-METHOD": "raising"}},
+        {"data": "no boundary in it", "headers": {"content-type": "multipart/form-data; boundary=b"}},
+    ]
+    with ours(kind, "/", "", user, (), FLASK, **batching) as (host, port), ThreadPoolExecutor(4) as pool:
+        url = f"http://{host}:{port}"
+        answers = list(pool.map(lambda given: requests.post(url, timeout=30, **given), sent))
+    assert [answer.status_code for answer in answers[:3]] == [200, 500, 500]
+    assert answers[0].text == "4"
+    assert answers[3].status_code >= 400
+
+
 @pytest.mark.parametrize(
     ("result", "text"),
     [
-        ([1], "input has length 2 but the returned list has length 1"),
-        ({1, 2}, "must return a list"),
-        ({"a": 1, "b": 2}, "must return a list"),
-        ("ab", "must return a list"),
-        (5, "must return a list"),
+        ([1], "input list has length 2 but the returned list has length 1"),
+        ({1, 2}, "returned a set of length 2. Return a list"),
+        ({"a": 1, "b": 2}, "returned a dict of length 2. Return a list"),
+        ("ab", "returned a str of length 2. Return a list"),
+        (5, "returned a int. Return a list"),
     ],
 )
 def test_a_batch_must_come_back_as_a_list_of_its_length(result: Any, text: str) -> None:

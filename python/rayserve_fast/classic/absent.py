@@ -10,6 +10,7 @@ import inspect
 from typing import Any
 
 from rayserve_fast.context import get_replica_context
+from rayserve_fast.replica.calls import handler_of
 
 
 class NoArguments:
@@ -20,8 +21,7 @@ class NoArguments:
 
 
 def _arguments() -> tuple[Any, ...]:
-    target = get_replica_context().servable_object
-    method = target if inspect.isfunction(target) else getattr(target, "__call__", None)  # noqa: B004
+    method = handler_of(get_replica_context().servable_object)
     if method is None:
         return ()
     needed = [

@@ -6,14 +6,15 @@ call by one of today's handles passes its arguments through. Which method is cal
 header X-SERVE-CALL-METHOD names.
 
 What is called is sync or async as the user's method is, so that sync code gets a thread and async code the loop. Where
-a header asks for a method of the other kind, it goes to the other place.
+a header asks for a method of the other kind, it goes to the other place. In a batch, what goes wrong before its call
+goes wrong for one request alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -23,6 +24,7 @@ from rayserve_fast.classic.requests import MULTIPART, FlaskRequest, HandleReques
 from rayserve_fast.classic.session import FLASK
 from rayserve_fast.context import _batch_size, _RequestContext, _serve_request_context
 from rayserve_fast.exceptions import RayServeException
+from rayserve_fast.replica import batches
 from rayserve_fast.replica.calls import is_async
 from rayserve_fast.replica.request import Request
 
@@ -78,11 +80,15 @@ class Backend:
             result = method.call(*given, **named)
             return self._now(result) if method.is_async else result
         results = _entered(arrived)
-        for called, places in _by_method(arrived, name).items():
-            method = self._method(called)
-            prepared = [self._prepared_now(arrived[place], method) for place in places]
-            some = method.call_batch(prepared)
-            _put(results, places, self._now(some) if method.is_async else some)
+        for method, places in self._groups(arrived, name, results):
+            group = [arrived[place] for place in places]
+            prepared = self._all_ready(group, method) or self._now(self._prepare_all(group, method))
+            places, rows = _without_failed(results, places, prepared)
+            try:
+                some = method.call_batch(rows)
+                _put(results, places, self._now(some) if method.is_async else some)
+            except Exception as error:
+                _put(results, places, _for_each(error, places, arrived))
         return results
 
     async def _run_async(self, name: str, *args: Any, **kwargs: Any) -> Any:
@@ -95,16 +101,33 @@ class Backend:
             given, named = self._ready(arrived, method) or await self._prepare(arrived, method)
             return await (method.call(*given, **named) if method.is_async else _later(method, given, named))
         results = _entered(arrived)
-        for called, places in _by_method(arrived, name).items():
-            method = self._method(called)
-            prepared = [
-                self._ready(arrived[place], method) or await self._prepare(arrived[place], method) for place in places
-            ]
-            if method.is_async:
-                _put(results, places, await method.call_batch(prepared))
-            else:
-                _put(results, places, await asyncio.to_thread(method.call_batch, prepared))
+        for method, places in self._groups(arrived, name, results):
+            group = [arrived[place] for place in places]
+            prepared = self._all_ready(group, method) or await self._prepare_all(group, method)
+            places, rows = _without_failed(results, places, prepared)
+            try:
+                some = method.call_batch(rows) if method.is_async else asyncio.to_thread(method.call_batch, rows)
+                _put(results, places, await some)
+            except Exception as error:
+                _put(results, places, _for_each(error, places, arrived))
         return results
+
+    def _groups(self, batch: list[Arrived], name: str, results: list[Any]) -> Iterator[tuple[Method, list[int]]]:
+        """The places in a batch that one call serves: one method, and keyword arguments of the same names.
+
+        Who names a method that is not there has that as the result.
+        """
+        groups: dict[tuple[str, frozenset[str]], list[int]] = {}
+        for place, arrived in enumerate(batch):
+            by_name = arrived.query_params if self._flask and isinstance(arrived, HandleRequest) else ()
+            groups.setdefault((_named(arrived) or name, frozenset(by_name)), []).append(place)
+        for (called, _), places in groups.items():
+            try:
+                method = self._method(called)
+            except Exception as error:
+                _put(results, places, [error] * len(places))
+                continue
+            yield method, places
 
     def _method(self, name: str) -> Method:
         if self._is_function:
@@ -137,6 +160,15 @@ class Backend:
         if body is None or (kind is not None and kind.startswith(MULTIPART.encode())):
             return None
         return method.given(FlaskRequest(arrived, body))
+
+    def _all_ready(self, group: list[Arrived], method: Method) -> list[Arguments] | None:
+        """The arguments for each request if all of them are ready."""
+        prepared = [self._ready(arrived, method) for arrived in group]
+        return None if None in prepared else prepared  # type: ignore[return-value]
+
+    async def _prepare_all(self, group: list[Arrived], method: Method) -> list[Arguments | BaseException]:
+        """The arguments for each request, or what keeps it from having some; nobody waits for another's body."""
+        return await asyncio.gather(*(self._prepare(arrived, method) for arrived in group), return_exceptions=True)
 
     async def _prepare(self, arrived: Arrived, method: Method) -> Arguments:
         """The arguments for one request, once all of it is there."""
@@ -203,29 +235,29 @@ class Method:
     def call_batch(self, prepared: list[Arguments]) -> Any:
         """The results of a batch, or what gives them when awaited; one by one if the method takes no batch.
 
+        Args:
+            prepared: the arguments for each request, all of the same names.
+
         Raises:
             RayServeException: the result is no list of the batch's length.
         """
-        if not self.takes_batch:
-            results = [self.call(*args, **kwargs) for args, kwargs in prepared]
-            return _all(results) if self.is_async else results
-        size, names = len(prepared), set(prepared[0][1])
-        if any(set(kwargs) != names for _, kwargs in prepared):
-            raise RayServeException("The calls of one batch must have the same keyword arguments.")
+        if not prepared or not self.takes_batch:
+            return _each_later(self, prepared) if self.is_async else _each(self, prepared)
+        size = len(prepared)
         args = [list(column) for column in zip(*(args for args, _ in prepared), strict=True)]
-        kwargs = {name: [kwargs[name] for _, kwargs in prepared] for name in names}
+        kwargs = {name: [kwargs[name] for _, kwargs in prepared] for name in prepared[0][1]}
         if self.is_async:
             return self._checked_later(size, args, kwargs)
         token = _batch_size.set(size)
         try:
-            return checked(self.call(*args, **kwargs), size)
+            return batches.results(self.call(*args, **kwargs), size)
         finally:
             _batch_size.reset(token)
 
     async def _checked_later(self, size: int, args: list[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         token = _batch_size.set(size)
         try:
-            return checked(await self.call(*args, **kwargs), size)
+            return batches.results(await self.call(*args, **kwargs), size)
         finally:
             _batch_size.reset(token)
 
@@ -234,26 +266,6 @@ def accepts_batch(function: Callable[..., Any]) -> bool:
     """Whether `@serve.accept_batch` stands over a function, a method, or the `__call__` of a class."""
     call = function.__call__ if inspect.isclass(function) else function
     return bool(getattr(call, "_serve_accept_batch", False))
-
-
-def checked(result: Any, size: int) -> list[Any]:
-    """The results of a batch, one for each request.
-
-    Raises:
-        RayServeException: it is not that.
-    """
-    if isinstance(result, (str, bytes, Mapping, set, frozenset)) or not hasattr(result, "__iter__"):
-        raise RayServeException(
-            f"A handler that accepts batches must return a list of results, one for each request; this one returned a "
-            f"{type(result).__name__} for {size}."
-        )
-    results = list(result)
-    if len(results) != size:
-        raise RayServeException(
-            f"Worker doesn't preserve batch size. The input has length {size} but the returned list has length "
-            f"{len(results)}. Please return a list of results with length equal to the batch size."
-        )
-    return results
 
 
 def _arrived(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Arrived | list[Arrived] | None:
@@ -270,17 +282,29 @@ def _entered(batch: list[Arrived]) -> list[Any]:
     return [None] * len(batch)
 
 
-def _by_method(batch: list[Arrived], name: str) -> dict[str, list[int]]:
-    """The places in the batch of the requests to each method."""
-    found: dict[str, list[int]] = {}
-    for place, arrived in enumerate(batch):
-        found.setdefault(_named(arrived) or name, []).append(place)
-    return found
-
-
 def _put(results: list[Any], places: list[int], some: Iterable[Any]) -> None:
     for place, result in zip(places, some, strict=True):
         results[place] = result
+
+
+def _without_failed(
+    results: list[Any], places: list[int], prepared: Sequence[Arguments | BaseException]
+) -> tuple[list[int], list[Arguments]]:
+    """The places whose arguments are there, and those; what another has instead is its result."""
+    _put(results, places, prepared)
+    kept = [(place, one) for place, one in zip(places, prepared, strict=True) if not isinstance(one, BaseException)]
+    return [place for place, _ in kept], [arguments for _, arguments in kept]
+
+
+def _for_each(error: Exception, places: list[int], batch: list[Arrived]) -> list[Exception]:
+    """The error of a call as the result of each request that it served.
+
+    Raises:
+        Exception: that error, if it served all of them: the replica logs it once then.
+    """
+    if len(places) == len(batch):
+        raise error
+    return [error] * len(places)
 
 
 def _named(arrived: Arrived) -> str | None:
@@ -309,8 +333,20 @@ async def _awaited(awaitable: Awaitable[Any]) -> Any:
     return await awaitable
 
 
-async def _all(results: list[Awaitable[Any]]) -> list[Any]:
-    return await asyncio.gather(*results)
+def _each(method: Method, prepared: list[Arguments]) -> list[Any]:
+    """The result of a sync method for each request, or the error."""
+    results: list[Any] = []
+    for args, kwargs in prepared:
+        try:
+            results.append(method.call(*args, **kwargs))
+        except Exception as error:
+            results.append(error)
+    return results
+
+
+async def _each_later(method: Method, prepared: list[Arguments]) -> list[Any]:
+    """The result of an async method for each request, or the error."""
+    return await asyncio.gather(*(_later(method, *arguments) for arguments in prepared), return_exceptions=True)
 
 
 async def _later(method: Method, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -20,9 +20,10 @@ from rayserve_fast.classic.backend import AsyncBackend, SyncBackend, accepts_bat
 from rayserve_fast.classic.config import BackendConfig, CondaEnv
 from rayserve_fast.classic.spelling import warn_older
 from rayserve_fast.controlplane import client
+from rayserve_fast.controlplane.seen import OvertakenError
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.exceptions import RayServeException
-from rayserve_fast.replica.calls import is_async
+from rayserve_fast.replica.calls import handler_of, is_async
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -80,11 +81,14 @@ def create(
     if not (inspect.isfunction(func_or_class) or inspect.isclass(func_or_class)):
         raise TypeError(f"Backend must be a function or class, it is {type(func_or_class)}.")
     began, controller = time.monotonic(), session.require()
+    registered = f"Cannot create backend. Backend '{tag}' is already registered."
     if tag in session.ask("applications", ERA):
-        raise ValueError(f"Cannot create backend. Backend '{tag}' is already registered.")
+        raise ValueError(registered)  # before anything is pickled for nothing
     spec = _spec(tag, func_or_class, init_args, _actor_options(ray_actor_options, env), given, requests)
     try:
-        client.deploy(controller, [spec], True, began)
+        client.deploy(controller, [spec], True, began, {tag: None})
+    except OvertakenError:
+        raise ValueError(registered) from None
     except RuntimeError:
         session.ask("delete", [tag])
         raise
@@ -214,7 +218,7 @@ def _spec(
     from rayserve_fast.deployment import Application, Deployment
 
     batches = accepts_batch(func_or_class)
-    handler = func_or_class if inspect.isfunction(func_or_class) else getattr(func_or_class, "__call__", None)  # noqa: B004
+    handler = handler_of(func_or_class)
     kind = AsyncBackend if handler is not None and is_async(handler) else SyncBackend
     options = _options(given, actor_options, batches)
     deployment = Deployment(tag, options, kind, (func_or_class, init_args, requests), _internal=True)

@@ -31,8 +31,6 @@ from rayserve_fast.own_actor import OwnActor
 if TYPE_CHECKING:
     from rayserve_fast.handle import DeploymentHandle
 
-#: Pickles of this many bytes and more travel beside Ray's own, not within it: that saves copying them.
-BESIDE_BYTES = 64 * 1024
 #: What is in every pickle that holds a reference to something of Ray's.
 RAYS_OWN = re.compile(rb"ray\._private\.serialization")
 
@@ -108,7 +106,7 @@ def _pack(callee: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> answ
 
 
 def _beside(encoded: Any) -> Any:
-    return pickle.PickleBuffer(encoded) if memoryview(encoded).nbytes >= BESIDE_BYTES else encoded
+    return pickle.PickleBuffer(encoded) if memoryview(encoded).nbytes >= values.BESIDE_BYTES else encoded
 
 
 class Bridge:

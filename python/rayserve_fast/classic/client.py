@@ -1,12 +1,12 @@
 """The Client API: `serve.start` and `serve.connect` give a `Client`, whose methods are about endpoints and backends.
 
-A client holds no connection; all of them speak of the one instance that runs in the Ray cluster. Only one that was
-started with `detached=False` has a meaning of its own: the instance ends with it.
+A client holds no connection; all of them speak of the one instance that runs in the Ray cluster. One that was started
+with `detached=False` ends with this process: not with the client, which most programs never kept.
 """
 
 from __future__ import annotations
 
-import weakref
+import atexit
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -33,12 +33,11 @@ def connect() -> Client:
 
 
 def connected(tied: bool = False) -> Client:
-    """A client of the Serve that is known to run; `tied`: which ends when the client does."""
+    """A client of the Serve that is known to run; `tied`: which ends with this process."""
     session.speak(session.STARLETTE)
-    made = Client()
     if tied:
-        weakref.finalize(made, _end, session.require()._actor_id)
-    return made
+        atexit.register(_end, session.require()._actor_id)
+    return Client()
 
 
 class Client:
@@ -150,7 +149,7 @@ def _backends() -> dict[str, dict[str, Any]]:
 
 
 def _end(controller_id: Any) -> None:
-    """A client that its instance was tied to is gone, or the script ends; another instance is none of its business."""
+    """The program ends, and with it the instance that was tied to it; another one is none of its business."""
     from rayserve_fast import api
 
     controller = client.find()

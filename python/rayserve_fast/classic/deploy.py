@@ -5,7 +5,6 @@ Kept in the application's labels is what another driver needs to speak of it aga
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import time
 from dataclasses import replace
@@ -19,6 +18,7 @@ from rayserve_fast.application import with_runtime_env
 from rayserve_fast.classic.handles import older_handle
 from rayserve_fast.classic.spelling import OlderOptions
 from rayserve_fast.controlplane import client
+from rayserve_fast.controlplane.seen import OvertakenError
 from rayserve_fast.definition import dump_code
 from rayserve_fast.handle import DeploymentHandle, RayServeHandle
 
@@ -35,13 +35,15 @@ def deploy(deployment: Deployable, blocking: bool) -> None:
     began = time.monotonic()
     client.connect_ray()
     controller = client.find() or client.start(api._cluster_options(None, None))
-    labels = client.ask("applications", ERA).get(deployment._name)
-    _check_previous(deployment, labels)
-    if labels is not None and deployment.version is not None and labels["version"] == deployment.version:
-        spec = reconfigured(client.ask("specification", deployment._name), deployment)
-    else:
-        spec = deployment._built(dict(ray.get_runtime_context().runtime_env))
-    client.deploy(controller, [replace(spec, era=ERA, labels=_labels(deployment))], blocking, began)
+    while True:
+        labels = client.ask("applications", ERA).get(deployment._name)
+        _check_previous(deployment, labels)
+        spec = replace(_spec(deployment, labels), era=ERA, labels=_labels(deployment))
+        try:
+            client.deploy(controller, [spec], blocking, began, {spec.name: labels})
+        except OvertakenError:
+            continue  # with what the other driver has made of it
+        return
 
 
 def delete(name: str) -> None:
@@ -53,7 +55,7 @@ def delete(name: str) -> None:
 def handle(name: str, sync: bool) -> RayServeHandle:
     """A handle whose calls give ObjectRefs; errors as for `Deployment.get_handle`."""
     ingress = name
-    if asyncio._get_running_loop() is None or context._current_replica() is None:
+    if not context._on_replica_loop():
         known(name)
         ingress = client.ask("ingress", name)
     return older_handle(DeploymentHandle(ingress, name), sync)
@@ -82,6 +84,15 @@ def reconfigured(spec: ApplicationSpec, deployment: Deployable) -> ApplicationSp
     *callees, ingress = spec.deployments
     config = with_runtime_env(deployment._deployed_options().plain(), ingress.driver.runtime_env)
     return replace(spec, route_prefix=deployment.route_prefix, deployments=(*callees, replace(ingress, config=config)))
+
+
+def _spec(deployment: Deployable, labels: dict[str, Any] | None) -> ApplicationSpec:
+    """What replaces the deployment with these labels."""
+    if labels is not None and deployment.version is not None and labels["version"] == deployment.version:
+        there: ApplicationSpec | None = client.ask("specification", deployment._name)
+        if there is not None:  # or it has gone meanwhile
+            return reconfigured(there, deployment)
+    return deployment._built(dict(ray.get_runtime_context().runtime_env))
 
 
 def _labels(deployment: Deployable) -> dict[str, Any]:

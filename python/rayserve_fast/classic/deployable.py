@@ -27,7 +27,7 @@ class Deployable:
 
     @property
     def version(self) -> str | None:
-        """What `.deploy()` compares with what is there."""
+        """What `.deploy()` compares with what is there; None for deployments of `serve.run`."""
         return self._older.version
 
     @property

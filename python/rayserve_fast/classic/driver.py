@@ -7,6 +7,7 @@ request costs what an ingress costs that calls a handle by itself.
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import typing
 from collections.abc import Awaitable, Callable, Mapping
@@ -17,6 +18,7 @@ from rayserve_fast.classic.graph import Node
 from rayserve_fast.deployment import Application, Deployment
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.options import DeploymentOptions
+from rayserve_fast.replica.calls import is_async
 from rayserve_fast.replica.responses import Ready
 
 if TYPE_CHECKING:
@@ -163,10 +165,13 @@ def _direct(adapter: Adapter) -> Callable[[Request], Awaitable[Any]] | None:
     takes_request = len(parameters) == 1 and _annotation(adapter, parameters[0]) is Request
     if parameters and not takes_request:
         return None
+    on_loop = is_async(adapter)
 
     async def call(request: Request) -> Any:
         await request.body()  # as FastAPI does for whoever wants a request
-        made = adapter(request) if takes_request else adapter()
+        given = (request,) if takes_request else ()
+        # Sync ones are the user's own, and may take their time: as FastAPI has them, they do not hold up the loop.
+        made = adapter(*given) if on_loop else await asyncio.to_thread(adapter, *given)
         return await made if inspect.isawaitable(made) else made
 
     return call

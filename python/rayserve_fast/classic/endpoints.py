@@ -6,7 +6,6 @@ left is to ask, and to make handles whose calls reach a backend as requests.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -137,9 +136,7 @@ def handle(name: str, missing_ok: bool, sync: bool) -> EndpointHandle:
     """`get_handle` for both APIs."""
     from rayserve_fast.handle import DeploymentHandle
 
-    # A replica's loop must not wait for the controller; a call says it if there is none.
-    on_loop = asyncio._get_running_loop() is not None and context._current_replica() is not None
-    if not (missing_ok or on_loop) and name not in session.ask("endpoints"):
+    if not (missing_ok or context._on_replica_loop()) and name not in session.ask("endpoints"):
         raise KeyError(f"Endpoint '{name}' does not exist.")
     target = DeploymentHandle(name, "", _key=f"split:{name}")
     bridge.prepare()

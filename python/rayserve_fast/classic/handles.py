@@ -83,12 +83,8 @@ class RayServeHandle:
         """
         asked = {"method_name": method_name, "session_id": shard_key, "multiplexed_model_id": multiplexed_model_id}
         given: dict[str, Any] = {name: value for name, value in asked.items() if value is not _UNSET}
-        handle = self._handle
-        if given:
-            handle = handle.options(**given)
-            handle._key = self._handle._key  # an endpoint's, if it is one that is called
         return type(self)(
-            handle,
+            self._handle.options(**given) if given else self._handle,
             self._sync,
             self._http_method if http_method is _UNSET else http_method,
             self._http_headers if http_headers is _UNSET else http_headers,
@@ -121,14 +117,7 @@ class RayServeHandle:
         return args, kwargs
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (
-            type(self),
-            self._handle,
-            self._handle._key,
-            self._sync,
-            self._http_method,
-            self._http_headers,
-        )
+        return type(self), (self._handle, self._sync, self._http_method, self._http_headers)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(deployment='{self.deployment_name}')"
@@ -157,8 +146,3 @@ def older_handle(handle: DeploymentHandle, sync: bool) -> RayServeHandle:
 
 async def _given(ref: ObjectRef[Any]) -> ObjectRef[Any]:
     return ref
-
-
-def _restore(kind: type[RayServeHandle], handle: DeploymentHandle, key: str, *rest: Any) -> RayServeHandle:
-    handle._key = key
-    return kind(handle, *rest)

@@ -18,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayTaskError
 
 from rayserve_fast.controlplane.options import CONTROLLER_NAME, NAMESPACE, SHUTDOWN_WAIT_S, ClusterOptions
 from rayserve_fast.controlplane.process import wait_gone
+from rayserve_fast.controlplane.seen import Seen
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.exceptions import RayServeException
 
@@ -125,18 +126,22 @@ def ready(controller: Any) -> tuple[ClusterOptions, tuple[str, int] | None]:
     return found
 
 
-def deploy(controller: Any, specs: Sequence[ApplicationSpec], wait: bool, began: float) -> None:
+def deploy(
+    controller: Any, specs: Sequence[ApplicationSpec], wait: bool, began: float, seen: Seen | None = None
+) -> None:
     """Deploy applications and, with `wait`, return when they all run and the proxies serve.
 
     Args:
         began: `time.monotonic()` when the caller was called, for the line that says where the time went.
+        seen: of applications that may only be replaced as they were seen, their labels; see `seen.py`.
 
     Raises:
         RayServeException: a route prefix is taken.
+        OvertakenError: an application is not as it was seen.
         RuntimeError: an application failed to deploy, with the user's traceback, or the HTTP port is taken.
     """
     sent = time.monotonic()
-    accepted = controller.deploy.remote(list(specs))
+    accepted = controller.deploy.remote(list(specs), seen)
     options, address = ready(controller)
     answer(accepted)
     for spec in specs if wait else ():

@@ -27,6 +27,7 @@ from rayserve_fast.controlplane.process import Place
 from rayserve_fast.controlplane.proxies import Fleet, within
 from rayserve_fast.controlplane.replicas import Replicas
 from rayserve_fast.controlplane.rollout_orders import RolloutOrders
+from rayserve_fast.controlplane.seen import Seen
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.controlplane.state import Application, Deployment, Replica
 from rayserve_fast.controlplane.status import (
@@ -88,16 +89,17 @@ class Controller(RolloutOrders):
         """The options in force and the address of the head's proxy. Raises OSError if its port is taken."""
         return self._options, await self._fleet.ready()
 
-    async def deploy(self, specs: Sequence[ApplicationSpec]) -> None:
-        """Take new targets; what follows is told by `progress`.
+    async def deploy(self, specs: Sequence[ApplicationSpec], seen: Seen | None = None) -> None:
+        """Take new targets, if applications are still as they were `seen`; what follows is told by `progress`.
 
         Raises:
             RayServeException: a name or a route prefix belongs to another. Then nothing has changed.
+            OvertakenError: one that was seen is another by now. Then nothing has changed.
         """
         await self._recovered.wait()
         if self._closing:
             raise RayServeException("Serve is being shut down.")
-        self._traffic.check_deploy(specs, self._apps)
+        self._traffic.check_deploy(specs, self._apps, seen)
         for spec in specs:
             self._target(spec)
         self.publish()

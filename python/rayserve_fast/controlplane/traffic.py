@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from rayserve_fast.controlplane.rollout import Plan, Rollout
+from rayserve_fast.controlplane.seen import Seen, check_seen
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.controlplane.state import Application
 from rayserve_fast.controlplane.traffic_checks import (
@@ -270,11 +271,14 @@ class Traffic:
                 f" Call {how} first."
             )
 
-    def check_deploy(self, specs: Iterable[ApplicationSpec], apps: Mapping[str, Application]) -> None:
-        """Refuse applications whose name or route is somebody else's.
+    def check_deploy(
+        self, specs: Iterable[ApplicationSpec], apps: Mapping[str, Application], seen: Seen | None = None
+    ) -> None:
+        """Refuse applications whose name or route is somebody else's, or that have changed since they were `seen`.
 
         Raises:
             RayServeException: names the holder.
+            OvertakenError: another driver was faster.
         """
         owners = {a.spec.route_prefix: a.name for a in apps.values() if not a.deleting}
         for spec in specs:
@@ -285,6 +289,7 @@ class Traffic:
                 raise RayServeException(
                     f'The name "{spec.name}" is held by {what}; {how.format(spec.name)} gives it back.'
                 )
+            check_seen(spec, None if old is None or old.deleting else old.spec, seen or {})
             owner = owners.get(route) if route is not None else None
             if owner is not None and owner != spec.name:
                 raise RayServeException(

@@ -120,6 +120,11 @@ class Calls:
         return method, not is_async(method)
 
 
+def handler_of(target: Any) -> Any:
+    """What answers its requests: a function itself, else the `__call__` of a class or an instance; None: nothing."""
+    return target if inspect.isfunction(target) else getattr(target, "__call__", None)  # noqa: B004
+
+
 def is_async(function: Callable[..., Any]) -> bool:
     """Whether calling it gives a coroutine; looks through an object to its ``__call__``."""
     return _any(inspect.iscoroutinefunction, function)

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from starlette.requests import Request as StarletteRequest
     from starlette.types import Message, Receive
 
-#: Bodies of this many bytes and more travel beside the pickle, not within it.
-BESIDE_BYTES = 64 * 1024
 #: What the head of a request knows, in the order in which it travels.
 PARTS = (
     "method",
@@ -50,7 +48,7 @@ def reduce(request: Request) -> tuple[Any, ...]:
         raise TypeError("A request can be sent on once its body is there: `await request.body()` first.")
     scope = state.get("scope")
     head = request._head.encoded if scope is None else _parts(scope)
-    return rebuild, (head, pickle.PickleBuffer(body) if len(body) >= BESIDE_BYTES else body)
+    return rebuild, (head, pickle.PickleBuffer(body) if len(body) >= values.BESIDE_BYTES else body)
 
 
 def arguments(request: Request) -> bytes | None:
