@@ -1,4 +1,4 @@
-"""What a driver had seen of an application when it decided to deploy: of two at once, one is told to look again.
+"""What a driver had seen of an application when it chose to deploy: of two drivers at once, one is told to look again.
 
 A driver reads, decides and then deploys; only the controller does one thing after the other, so it compares. The labels
 stand for the application, as they are all that the older APIs decide by. Pure, and part of `Traffic.check_deploy`.
