@@ -67,7 +67,8 @@ async def drive(url: str, rate: float, seconds: float, body: bytes, content_type
     async def one(due: float) -> None:
         nonlocal refused, lost
         try:
-            refused += await asyncio.wait_for(client.send(), GIVE_UP_S) != 200
+            status = await asyncio.wait_for(client.send(), GIVE_UP_S)
+            refused += status != 200
         except (OSError, EOFError, ValueError, asyncio.TimeoutError):
             lost += 1
         times.append(clock() - due)

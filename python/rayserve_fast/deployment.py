@@ -110,6 +110,11 @@ class Deployment(Deployable):
         return self._name
 
     @property
+    def version(self) -> str | None:
+        """What `.deploy()` compares with what is there; None for deployments of `serve.run`."""
+        return self._older.version
+
+    @property
     def func_or_class(self) -> Callable[..., Any]:
         """What the replicas run."""
         return self._func_or_class

@@ -23,6 +23,7 @@ from wire_client import (
     FIN,
     GRANTED,
     REQUEST,
+    RESPONSE,
     Link,
     Refused,
     request_head,
@@ -162,11 +163,18 @@ def test_a_request_without_a_batch_is_a_list_of_one() -> None:
         assert replica.link().get(1, b"four").body == b"4"
 
 
-def test_a_replica_that_does_not_take_lists_runs_a_batch_one_by_one_in_one_slot() -> None:
-    with serving(single, max_ongoing_requests=1) as replica:
+def test_a_replica_that_does_not_take_lists_runs_a_batch_as_single_requests_within_its_limit() -> None:
+    with serving(single, max_ongoing_requests=2) as replica:
         link = replica.link()
-        streams = post(link, b"a", b"b")
-        assert [link.answer(stream).body for stream in streams] == [b"a", b"b"]
+        one, two, three = post(link, b"a", b"b", b"c")
+        assert {(frame.kind, frame.stream) for frame in (link.frame() for _ in range(4))} == {
+            (RESPONSE, one),
+            (RESPONSE, two),
+            (BUSY, three),
+            (CREDIT, 0),
+        }
+        link.request(three, b"c", method="POST", flags=GRANTED)
+        assert link.answer(three).body == b"c"
         settles(replica)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,10 +37,15 @@ def test_redeploys_that_rename_the_ingress_lose_none_of_500_requests_a_second(se
     assert list(serve.status().applications["default"].deployments) == ["Code5"]
 
 
-def test_what_queues_behind_a_long_request_of_a_renamed_ingress_does_not_wait_for_it(serve_instance: str) -> None:
+def test_what_queues_behind_a_long_request_of_a_renamed_ingress_does_not_wait_for_it(
+    serve_instance: str, tmp_path: Path
+) -> None:
+    signal = tmp_path / "go"
+
     @serve.deployment(name="Old", max_ongoing_requests=1)
     async def old(request: Any) -> str:
-        await asyncio.sleep(5)
+        while not signal.exists():
+            await asyncio.sleep(0.02)
         return "old"
 
     serve.run(old.bind())
@@ -48,7 +54,8 @@ def test_what_queues_behind_a_long_request_of_a_renamed_ingress_does_not_wait_fo
         for _ in range(3):
             pool.submit(lambda: order.append(get(serve_instance)[1].split()[0]))
         wait_for(lambda: proxy_counters()["requests_open"] == 3)
-        serve.run(code("new", "New"))
+        pool.submit(lambda: (wait_for(lambda: len(order) == 2), signal.touch()))
+        serve.run(code("new", "New"))  # returns when the old one has gone
     assert order == ["new", "new", "old"]
 
 

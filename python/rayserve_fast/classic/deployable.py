@@ -26,11 +26,6 @@ class Deployable:
     _older: OlderOptions
 
     @property
-    def version(self) -> str | None:
-        """What `.deploy()` compares with what is there; None for deployments of `serve.run`."""
-        return self._older.version
-
-    @property
     def prev_version(self) -> str | None:
         """The version that must be there when `.deploy()` replaces it; None: any."""
         return self._older.prev_version
