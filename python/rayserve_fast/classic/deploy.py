@@ -88,7 +88,7 @@ def reconfigured(spec: ApplicationSpec, deployment: Deployable) -> ApplicationSp
 
 def _spec(deployment: Deployable, labels: dict[str, Any] | None) -> ApplicationSpec:
     """What replaces the deployment with these labels."""
-    if labels is not None and deployment.version is not None and labels["version"] == deployment.version:
+    if labels is not None and deployment._older.version is not None and labels["version"] == deployment._older.version:
         there: ApplicationSpec | None = client.ask("specification", deployment._name)
         if there is not None:  # or it has gone meanwhile
             return reconfigured(there, deployment)
@@ -98,7 +98,7 @@ def _spec(deployment: Deployable, labels: dict[str, Any] | None) -> ApplicationS
 def _labels(deployment: Deployable) -> dict[str, Any]:
     problem = f"Could not serialize the options of the deployment {deployment._name}"
     options = dump_code((deployment._options, replace(deployment._older, prev_version=None)), None, problem)
-    return {"version": deployment.version, "options": base64.b64encode(options).decode()}
+    return {"version": deployment._older.version, "options": base64.b64encode(options).decode()}
 
 
 def _check_previous(deployment: Deployable, labels: dict[str, Any] | None) -> None:
