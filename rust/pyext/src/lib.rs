@@ -2,6 +2,7 @@
 //!
 //! No thread of this crate ever attaches to the interpreter by itself; Rust touches Python only when Python called it.
 
+mod awaited;
 mod batcher;
 mod client;
 mod convert;

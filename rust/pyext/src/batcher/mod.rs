@@ -19,12 +19,12 @@ use std::time::{Duration, Instant};
 use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyList, PyString, PyTuple, PyType};
 use rayserve_dataplane::engine::batch::{Verdict, Window};
 
 use self::queue::{Queue, Taken};
 pub(crate) use self::ticket::Ticket;
+use crate::awaited::is_in_task;
 use crate::http::request::{CallHead, RequestHead};
 use crate::worker::flush::STALE;
 use crate::worker::link::lock;
@@ -362,10 +362,4 @@ fn window(max_size: usize, wait_s: f64) -> Window {
 /// A size among those of the user's measure.
 fn size_of(count: usize) -> f64 {
     f64::from(u32::try_from(count).unwrap_or(u32::MAX))
-}
-
-/// Whether a task runs on this thread now.
-fn is_in_task(py: Python<'_>) -> PyResult<bool> {
-    static CURRENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    Ok(!CURRENT.import(py, "asyncio", "current_task")?.call0()?.is_none())
 }

@@ -1,7 +1,6 @@
 //! `Ticket`: one call of a batched function, from the queue to its result, and what its caller waits on meanwhile.
 //!
-//! It is awaited by the protocol of `asyncio.Future` that tasks know (`_asyncio_future_blocking`), so the caller's task is
-//! stepped where the results come in, all callers of a batch in one callback of the loop. Awaiting is over when there is
+//! It is awaited as tasks await futures (`awaited.rs`), so the caller's task is stepped where the results come in, all callers of a batch in one callback of the loop. Awaiting is over when there is
 //! something to take: the result; or one item after the other, until the end of the stream; or the error, which comes last.
 
 use std::collections::VecDeque;
@@ -14,6 +13,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use super::Batcher;
+use crate::awaited::{self, Awaited, call_soon, without};
 use crate::worker::link::lock;
 
 pyo3::import_exception!(asyncio, CancelledError);
@@ -48,9 +48,7 @@ struct Inner {
     end: Option<End>,
     /// It is among those whose callers are to be stepped.
     woken: bool,
-    /// Set while a task takes it over, by the protocol.
-    blocking: bool,
-    callbacks: Vec<(Py<PyAny>, Option<Py<PyAny>>)>,
+    awaited: Awaited,
 }
 
 /// How it ends behind the last value: an error and its traceback, or simply so.
@@ -63,7 +61,7 @@ impl Inner {
 
     /// Whether somebody waits who has not been told; then that is done.
     fn is_to_be_woken(&mut self) -> bool {
-        !self.callbacks.is_empty() && !std::mem::replace(&mut self.woken, true)
+        self.awaited.is_watched() && !std::mem::replace(&mut self.woken, true)
     }
 }
 
@@ -82,8 +80,7 @@ impl Ticket {
             values: VecDeque::new(),
             end: None,
             woken: false,
-            blocking: false,
-            callbacks: Vec::new(),
+            awaited: Awaited::default(),
         };
         Self { batcher, context, since: Instant::now(), skip, inner: Mutex::new(inner) }
     }
@@ -128,22 +125,12 @@ impl Ticket {
 
     /// Steps whoever waits: at once, or soon if no task can be entered here.
     pub(super) fn wake(&self, this: &Bound<'_, Self>, event_loop: &Bound<'_, PyAny>, soon: bool) -> PyResult<()> {
-        let py = this.py();
         let callbacks = {
             let mut inner = lock(&self.inner);
             inner.woken = false;
-            std::mem::take(&mut inner.callbacks)
+            inner.awaited.take()
         };
-        let mut outcome = Ok(());
-        for (callback, context) in callbacks {
-            let called = match context {
-                _ if soon => call_soon(this, event_loop, &callback, context),
-                Some(context) => context.call_method1(py, intern!(py, "run"), (callback, this)).map(drop),
-                None => callback.call1(py, (this,)).map(drop),
-            };
-            outcome = outcome.and(called);
-        }
-        outcome
+        awaited::step(this, callbacks, soon.then_some(event_loop), &mut |_| Ok(()))
     }
 
     /// Its only argument, if it has one positional one and no other.
@@ -238,22 +225,19 @@ impl Ticket {
         if inner.is_ready() {
             return Ok(None);
         }
-        if inner.blocking {
-            return Err(PyRuntimeError::new_err("await wasn't used with future"));
-        }
-        inner.blocking = true;
+        inner.awaited.block()?;
         drop(inner);
         Ok(Some(slf))
     }
 
     #[getter]
     fn _asyncio_future_blocking(&self) -> bool {
-        lock(&self.inner).blocking
+        lock(&self.inner).awaited.blocking
     }
 
     #[setter(_asyncio_future_blocking)]
     fn set_blocking(&self, blocking: bool) {
-        lock(&self.inner).blocking = blocking;
+        lock(&self.inner).awaited.blocking = blocking;
     }
 
     fn get_loop<'py>(&self, py: Python<'py>) -> Bound<'py, PyAny> {
@@ -264,24 +248,17 @@ impl Ticket {
     fn add_done_callback(slf: &Bound<'_, Self>, callback: Py<PyAny>, context: Option<Py<PyAny>>) -> PyResult<()> {
         let mut inner = lock(&slf.get().inner);
         if !inner.is_ready() {
-            inner.callbacks.push((callback, context));
+            inner.awaited.watch((callback, context));
             return Ok(());
         }
         drop(inner);
-        call_soon(slf, &slf.get().get_loop(slf.py()), &callback, context)
+        call_soon(&slf.get().get_loop(slf.py()), (callback, context), slf)
     }
 
     fn remove_done_callback(&self, callback: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let callbacks = std::mem::take(&mut lock(&self.inner).callbacks);
-        let before = callbacks.len();
-        let mut left = Vec::new();
-        for (other, context) in callbacks {
-            if !other.bind(callback.py()).eq(callback)? {
-                left.push((other, context));
-            }
-        }
-        let gone = before - left.len();
-        lock(&self.inner).callbacks = left;
+        let callbacks = lock(&self.inner).awaited.take();
+        let (left, gone) = without(callbacks, callback)?;
+        lock(&self.inner).awaited.put_back(left);
         Ok(gone)
     }
 
@@ -313,15 +290,4 @@ impl Ticket {
         }
         if inner.is_ready() { Ok(()) } else { Err(PyRuntimeError::new_err("Result is not ready.")) }
     }
-}
-
-fn call_soon(
-    ticket: &Bound<'_, Ticket>,
-    event_loop: &Bound<'_, PyAny>,
-    callback: &Py<PyAny>,
-    context: Option<Py<PyAny>>,
-) -> PyResult<()> {
-    let keywords = PyDict::new(ticket.py());
-    keywords.set_item("context", context)?;
-    event_loop.call_method("call_soon", (callback, ticket), Some(&keywords)).map(drop)
 }

@@ -20,8 +20,12 @@ use rayserve_dataplane::{
     },
 };
 
-use super::{Call, lock, pending::Pending, turns::Caller};
-use crate::{http::request as http, value, worker::stream::Stream};
+use super::{Call, pending::Pending, turns::Caller};
+use crate::{
+    http::request as http,
+    value,
+    worker::{link::lock, stream::Stream},
+};
 
 /// Room for the head of most calls and a few plain values.
 const SMALL: usize = 256;

@@ -23,7 +23,7 @@ mod waiting;
 
 use std::{
     os::fd::{AsRawFd, RawFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -53,7 +53,7 @@ use self::{
     waiting::Waiting,
 };
 use crate::value;
-use crate::worker::replica::Replica;
+use crate::worker::{link::lock, replica::Replica};
 
 /// How long the main thread sleeps before it looks for signals; other threads get none.
 const SIGNALS: Duration = Duration::from_millis(100);
@@ -252,10 +252,6 @@ impl Client {
     pub(crate) fn settle_in(&self, replica: &Arc<Replica>) {
         *lock(&self.caller.home) = Arc::downgrade(replica);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn value_itself(py: Python<'_>, value: Value) -> PyResult<Bound<'_, PyAny>> {

@@ -1,19 +1,18 @@
 //! What `await response` waits on: a future of asyncio's kind, resolved by whoever reads the answer on the loop's thread.
 //!
 //! A task that waits is stepped right where its answer is read, instead of by way of `loop.call_soon`: what it sends next
-//! shares the flush of the same tick. It goes by the protocol of `asyncio.Future` that tasks know (`_asyncio_future_blocking`),
-//! and belongs to one wait of one task; the call itself knows nothing of it.
+//! shares the flush of the same tick. It is awaited as tasks await futures (`awaited.rs`), and belongs to one wait of one task; the call itself knows nothing of it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use pyo3::exceptions::PyRuntimeError;
-use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::sync::PyOnceLock;
-use pyo3::types::{PyDict, PyWeakrefMethods, PyWeakrefReference};
+use pyo3::types::{PyWeakrefMethods, PyWeakrefReference};
 use slab::Slab;
 
 use super::{mailbox::Mailbox, pending::Pending, turns::Caller};
+use crate::awaited::{Awaited, Stepped, call_soon, is_in_task, step, without};
+use crate::worker::link::lock;
 
 pyo3::import_exception!(asyncio, CancelledError);
 
@@ -31,13 +30,8 @@ enum State {
 #[derive(Default)]
 struct Inner {
     state: State,
-    /// Set while a task takes it over, by the protocol.
-    blocking: bool,
-    callbacks: Vec<(Py<PyAny>, Option<Py<PyAny>>)>,
+    awaited: Awaited,
 }
-
-/// Hears of a step, by the context of the task.
-pub(crate) type Stepped<'a> = &'a mut dyn FnMut(&Bound<'_, PyAny>) -> PyResult<()>;
 
 /// One wait for one call.
 #[pyclass(frozen, freelist = 128, module = "rayserve_fast._core")]
@@ -80,10 +74,6 @@ impl Waits {
 
 fn index_of(token: u64) -> usize {
     (token & ((1 << INDEX_BITS) - 1)) as usize
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Desk {
@@ -130,7 +120,7 @@ impl Desk {
         if tokens.is_empty() {
             return Ok(());
         }
-        let entered = current_task(py)?;
+        let entered = is_in_task(py)?;
         let mut outcome = Ok(());
         for token in tokens {
             let waiting = lock(&self.waits).remove(token);
@@ -142,45 +132,23 @@ impl Desk {
     }
 }
 
-/// Whether a task of this loop runs on this thread now: somebody runs the loop from within it.
-fn current_task(py: Python<'_>) -> PyResult<bool> {
-    static CURRENT: PyOnceLock<Py<PyAny>> = PyOnceLock::new();
-    Ok(!CURRENT.import(py, "asyncio", "current_task")?.call0()?.is_none())
-}
-
 impl Waiting {
     /// Ends the wait and steps whoever waits: at once, or soon if no task can be entered here.
     fn end(&self, this: &Bound<'_, Self>, state: State, soon: bool, stepped: Stepped<'_>) -> PyResult<()> {
-        let py = this.py();
         let callbacks = {
             let mut inner = lock(&self.inner);
             if inner.state != State::Pending {
                 return Ok(());
             }
             inner.state = state;
-            std::mem::take(&mut inner.callbacks)
+            inner.awaited.take()
         };
-        let mut outcome = Ok(());
-        for (callback, context) in callbacks {
-            let called = match context {
-                _ if soon => self.call_soon(this, &callback, context),
-                Some(context) => {
-                    let context = context.into_bound(py);
-                    let called = context.call_method1(intern!(py, "run"), (callback, this)).map(drop);
-                    called.and(stepped(&context))
-                }
-                None => callback.call1(py, (this,)).map(drop),
-            };
-            outcome = outcome.and(called);
+        if !soon {
+            return step(this, callbacks, None, stepped);
         }
-        outcome
-    }
-
-    fn call_soon(&self, this: &Bound<'_, Self>, callback: &Py<PyAny>, context: Option<Py<PyAny>>) -> PyResult<()> {
-        let keywords = PyDict::new(this.py());
-        keywords.set_item("context", context)?;
-        let Some(event_loop) = self.desk.event_loop.bind(this.py()).upgrade() else { return Ok(()) };
-        event_loop.call_method("call_soon", (callback, this), Some(&keywords)).map(drop)
+        // Without its loop nobody can be stepped any more.
+        let Some(event_loop) = self.get_loop(this.py()) else { return Ok(()) };
+        step(this, callbacks, Some(&event_loop), stepped)
     }
 }
 
@@ -199,9 +167,8 @@ impl Waiting {
         match inner.state {
             State::Done => Ok(None),
             State::Cancelled => Err(CancelledError::new_err(())),
-            State::Pending if inner.blocking => Err(PyRuntimeError::new_err("await wasn't used with future")),
             State::Pending => {
-                inner.blocking = true;
+                inner.awaited.block()?;
                 drop(inner);
                 Ok(Some(slf))
             }
@@ -210,12 +177,12 @@ impl Waiting {
 
     #[getter]
     fn _asyncio_future_blocking(&self) -> bool {
-        lock(&self.inner).blocking
+        lock(&self.inner).awaited.blocking
     }
 
     #[setter(_asyncio_future_blocking)]
     fn set_blocking(&self, blocking: bool) {
-        lock(&self.inner).blocking = blocking;
+        lock(&self.inner).awaited.blocking = blocking;
     }
 
     fn get_loop<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
@@ -227,24 +194,17 @@ impl Waiting {
         let this = slf.get();
         let mut inner = lock(&this.inner);
         if inner.state == State::Pending {
-            inner.callbacks.push((callback, context));
+            inner.awaited.watch((callback, context));
             return Ok(());
         }
         drop(inner);
-        this.call_soon(slf, &callback, context)
+        this.get_loop(slf.py()).map_or(Ok(()), |event_loop| call_soon(&event_loop, (callback, context), slf))
     }
 
     fn remove_done_callback(&self, callback: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let callbacks = std::mem::take(&mut lock(&self.inner).callbacks);
-        let before = callbacks.len();
-        let mut left = Vec::new();
-        for (other, context) in callbacks {
-            if !other.bind(callback.py()).eq(callback)? {
-                left.push((other, context));
-            }
-        }
-        let gone = before - left.len();
-        lock(&self.inner).callbacks = left;
+        let callbacks = lock(&self.inner).awaited.take();
+        let (left, gone) = without(callbacks, callback)?;
+        lock(&self.inner).awaited.put_back(left);
         Ok(gone)
     }
 
