@@ -8,10 +8,7 @@ use std::{rc::Rc, sync::Arc};
 use bytes::{Bytes, BytesMut};
 use tokio::time::{Instant, timeout_at};
 
-use super::{
-    link::Link,
-    shard::{Came, Shard},
-};
+use super::{link::Link, shard::Shard, waiting::Came};
 use crate::{
     engine::{Batch, DeploymentKey, Lease},
     snapshot::Deployment,

@@ -21,6 +21,7 @@ mod shard;
 mod split;
 mod stream;
 mod vigil;
+mod waiting;
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},

@@ -17,9 +17,10 @@ use super::{
     http::Wishes,
     listen::Conn,
     sender::Sender,
-    shard::{Came, Route, Shard, Waiting},
+    shard::{Route, Shard},
     split::Watch,
     stream::{Head, Outcome, StreamRef},
+    waiting::{Came, Waiting},
 };
 use crate::{
     engine::{Affinity, Lease, Place},

@@ -15,8 +15,9 @@ use super::{
     body::Inbound,
     choose::Choice,
     relay::Call,
-    shard::{Came, Shard},
+    shard::Shard,
     stream::{Outcome, StreamRef},
+    waiting::Came,
 };
 use crate::{
     engine::{Affinity, DeploymentKey, Engine},

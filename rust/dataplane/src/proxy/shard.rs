@@ -8,7 +8,6 @@ use std::{
     collections::HashMap,
     rc::Rc,
     sync::Arc,
-    task::{Poll, Waker},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -17,19 +16,17 @@ use tokio::{sync::Notify, time::Instant};
 
 use super::{
     Shared,
-    batches::{Packed, left_ms},
-    choose::Choice,
+    batches::left_ms,
     link::Link,
     listen::Conn,
     shadow::Lane,
     split::Fork,
     stream::StreamRef,
     vigil::Events,
+    waiting::{Came, Waiter},
 };
 use crate::{
-    engine::{
-        Action, Admission, Affinity, DeploymentKey, Engine, Lease, Place, ReplicaKey, RouteTable, pattern::Pattern,
-    },
+    engine::{Action, DeploymentKey, Engine, Lease, ReplicaKey, RouteTable, pattern::Pattern},
     error::Error,
     metrics::Metrics,
     snapshot::{self, Snapshot},
@@ -72,35 +69,6 @@ impl Route {
 
 /// A route, and what its pattern found in the path.
 pub(super) type Found = (Rc<Route>, Vec<u8>);
-
-/// What comes of waiting for a replica.
-pub(super) enum Came {
-    /// A slot: the REQUEST may be sent.
-    Lease(Lease),
-    /// The REQUEST was sent with its batch.
-    Sent(StreamRef, Place),
-    /// The request has to wait again.
-    Again(Place),
-}
-
-/// A request that waits for a replica.
-pub(super) struct Waiter {
-    pub(super) waker: Option<Waker>,
-    /// Its frame, if it is to go in a batch.
-    pub(super) packed: Option<Box<Packed>>,
-    came: Option<Result<Came, Error>>,
-    /// It has left the queue, though its place may be there again already: that of a batch that came back.
-    left: bool,
-}
-
-impl Waiter {
-    pub(super) fn tell(&mut self, came: Result<Came, Error>) {
-        (self.came, self.left) = (Some(came), true);
-        if let Some(waker) = self.waker.take() {
-            waker.wake();
-        }
-    }
-}
 
 /// See the module.
 pub(super) struct Shard {
@@ -234,7 +202,7 @@ impl Shard {
     }
 
     /// Has batches bound after every connection that is ready now.
-    fn seal_soon(&self) {
+    pub(super) fn seal_soon(&self) {
         if self.engine.borrow().is_due() {
             self.sealing.notify_one();
         }
@@ -256,59 +224,6 @@ impl Shard {
             links.resize(key.index() + 1, None);
         }
         links[key.index()] = link;
-    }
-
-    /// A lease for a new request, as soon as there is one; a frame made by `pack` is sent as soon as its batch is bound.
-    pub(super) async fn admit(
-        self: &Rc<Self>,
-        deployment: DeploymentKey,
-        affinity: Affinity,
-        pack: impl FnOnce() -> Packed,
-        describe: impl Fn() -> Choice,
-    ) -> Result<Came, Error> {
-        match self.ask(deployment, affinity)? {
-            Asked::Go(lease) => Ok(Came::Lease(lease)),
-            Asked::Wait(waiting) => {
-                waiting.pack(pack);
-                waiting.end(describe).await
-            }
-        }
-    }
-
-    /// A lease for a new request, or its place in the queue.
-    #[inline]
-    pub(super) fn ask(self: &Rc<Self>, deployment: DeploymentKey, affinity: Affinity) -> Result<Asked, Error> {
-        let mut waiting = None;
-        let admission =
-            self.engine.borrow_mut().request(deployment, affinity, |place| self.wait(place, &mut waiting))?;
-        match (admission, waiting) {
-            (Admission::Go(lease), _) => Ok(Asked::Go(lease)),
-            (Admission::Wait(_), Some(waiting)) => {
-                self.metrics.queued.up();
-                Ok(Asked::Wait(waiting))
-            }
-            (Admission::Wait(_), None) => unreachable!("the engine asks for a waiter before it says that one waits"),
-        }
-    }
-
-    /// A request that came back takes its old place at once, so that a credit on the heels of its BUSY finds it.
-    pub(super) fn again(self: &Rc<Self>, place: Place, packed: Option<Box<Packed>>) -> Result<Waiting, Error> {
-        let mut waiting = None;
-        let admission = self.engine.borrow_mut().again(place, |place| self.wait(place, &mut waiting))?;
-        if let Admission::Go(lease) = admission {
-            let key = self.wait(place, &mut waiting);
-            self.waiters.borrow_mut()[key].tell(Ok(Came::Lease(lease)));
-        }
-        let waiting = waiting.expect("the engine asks for a waiter unless the request goes");
-        self.waiters.borrow_mut()[waiting.key].packed = packed;
-        self.seal_soon();
-        Ok(waiting)
-    }
-
-    fn wait(self: &Rc<Self>, place: Place, waiting: &mut Option<Waiting>) -> usize {
-        let key = self.waiters.borrow_mut().insert(Waiter { waker: None, packed: None, came: None, left: false });
-        *waiting = Some(Waiting { shard: Rc::clone(self), place, key });
-        key
     }
 
     /// Writes a REQUEST whose payload `fill` writes; `None` if the lease's link has gone since.
@@ -341,61 +256,5 @@ impl Shard {
     pub(super) fn release(self: &Rc<Self>, lease: Lease) {
         self.engine.borrow_mut().unsent(lease);
         self.settle();
-    }
-}
-
-/// What comes of asking for a lease.
-pub(super) enum Asked {
-    Go(Lease),
-    Wait(Waiting),
-}
-
-/// A place in the queue: left when the request goes away, and a lease that came too late is given back.
-pub(super) struct Waiting {
-    shard: Rc<Shard>,
-    place: Place,
-    key: usize,
-}
-
-impl Waiting {
-    /// Makes the frame ready if it is to go in a batch.
-    pub(super) fn pack(&self, pack: impl FnOnce() -> Packed) {
-        let batched = self.shard.engine.borrow_mut().is_batched(self.place.deployment);
-        let waiter = &mut self.shard.waiters.borrow_mut()[self.key];
-        if batched && waiter.packed.is_none() {
-            waiter.packed = Some(Box::new(pack()));
-            self.shard.seal_soon();
-        }
-    }
-
-    /// What comes of it, as soon as it does; a router in Python is told of the request that `describe` describes.
-    pub(super) async fn end(self, describe: impl Fn() -> Choice) -> Result<Came, Error> {
-        let shard = &self.shard;
-        if shard.engine.borrow_mut().is_custom(self.place.deployment) && shard.waiters.borrow()[self.key].came.is_none()
-        {
-            shard.shared.choices.ask(shard.index.get(), self.place, describe());
-        }
-        std::future::poll_fn(|cx| {
-            let mut waiters = self.shard.waiters.borrow_mut();
-            let waiter = &mut waiters[self.key];
-            if let Some(came) = waiter.came.take() {
-                return Poll::Ready(came);
-            }
-            waiter.waker = Some(cx.waker().clone());
-            Poll::Pending
-        })
-        .await
-    }
-}
-
-impl Drop for Waiting {
-    fn drop(&mut self) {
-        let waiter = self.shard.waiters.borrow_mut().remove(self.key);
-        if !waiter.left {
-            self.shard.engine.borrow_mut().cancel(self.place);
-        }
-        if let Some(Ok(Came::Lease(lease))) = waiter.came {
-            self.shard.release(lease);
-        }
     }
 }

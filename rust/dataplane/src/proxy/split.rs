@@ -12,8 +12,9 @@ use super::{
     body::Inbound,
     relay::{Call, carry},
     shadow::{Shadow, copy},
-    shard::{Asked, Came, Found, Route, Shard, Waiting},
+    shard::{Found, Route, Shard},
     stream::{Head, StreamRef},
+    waiting::{Asked, Came, Waiting},
 };
 use crate::{
     engine::{DeploymentKey, Engine, SplitKey, Turn, split::cookie},

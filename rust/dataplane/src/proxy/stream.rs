@@ -17,7 +17,8 @@ use super::{
     batches::Packed,
     link::{Link, is_final},
     sender::Sender,
-    shard::{Shard, Waiting},
+    shard::Shard,
+    waiting::Waiting,
 };
 use crate::{
     engine::Lease,
