@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from rayserve_fast.controlplane.spec import DeploymentID
 from rayserve_fast.controlplane.state import Application, Deployment
 from rayserve_fast.controlplane.traffic import Split, Traffic
 from rayserve_fast.controlplane.traffic_checks import is_route
@@ -72,7 +73,7 @@ def _split(split: Split, here: Mapping[str, Application]) -> dict[str, Any]:
 
 
 def _ingress(app: Application) -> str:
-    return f"{app.name}#{app.routed}"
+    return DeploymentID(app.routed, app.name).key
 
 
 def _deployment(d: Deployment) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
+from rayserve_fast.batching import columns_of
 from rayserve_fast.context import _batch_size, _RequestContext, _serve_request_context
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.replica import responses
@@ -133,8 +134,8 @@ def failed(replica: object, heads: Sequence[RequestHead], error: BaseException) 
 
 def _call(method: Callable[..., Any], given: list[Arguments]) -> Any:
     """Calls `method` with the list of what the calls have given each of its parameters."""
-    columns = [list(column) for column in zip(*(args for args, _ in given), strict=True)]
-    return method(*columns, **{name: [kwargs[name] for _, kwargs in given] for name in given[0][1]})
+    columns, by_name = columns_of(given)
+    return method(*columns, **by_name)
 
 
 async def _with_values(method: Callable[..., Any], given: list[Arguments]) -> Any:
