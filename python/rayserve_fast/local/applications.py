@@ -132,7 +132,7 @@ class Applications:
         def came(index: int, need: LocalHead) -> None:
             if need.outcome is None or need.outcome[0] != "value":
                 call.finish("argument", index)
-            ended()
+            ended()  # last: whoever routes must see that one has failed
 
         for index, (_, need) in enumerate(needs):
             need.when_ended(partial(came, index, need))
