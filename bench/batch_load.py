@@ -12,15 +12,14 @@ Poisson arrivals that do not wait for answers.
 from __future__ import annotations
 
 import argparse
-import asyncio
 from pathlib import Path
 
 from bench import envs, load, open_loop, peers
-from bench.traffic import FULL_S, LARGEST, MODEL_WINDOW_S
+from bench.traffic import MODEL_RATE, TURN_S
 
-RATES = (200.0, 0.8 * LARGEST / FULL_S)
+RATES = (200.0, MODEL_RATE)
 #: What the latency of 99 % must not exceed.
-BOUND_US = 2e6 * (MODEL_WINDOW_S + 2 * FULL_S)
+BOUND_US = 2e6 * TURN_S
 
 
 def measure(name: str, python: Path, seconds: float) -> None:
@@ -32,13 +31,13 @@ def measure(name: str, python: Path, seconds: float) -> None:
         url, body = f"http://127.0.0.1:{port}/model", b'{"record":1}'
         load.wait_for(url, body, body, "application/json")
         for rate in RATES:
-            times, refused, lost = asyncio.run(open_loop.drive(url, rate, seconds, body, "application/json"))
-            result = load.from_times(times.tobytes())
+            result = load.steady(url, rate, seconds, body, "application/json")
             verdict = "within" if result["p99_us"] <= BOUND_US else "beyond"
             print(
                 f"{peer.title}, {rate:.0f} requests/s: p50 {result['p50_us'] / 1e3:.0f} ms, "
                 f"p99 {result['p99_us'] / 1e3:.0f} ms ({verdict} {BOUND_US / 1e3:.0f} ms), "
-                f"{refused} refused, {lost} given up after {open_loop.GIVE_UP_S:.0f} s",
+                f"{result['errors']['status']} refused, "
+                f"{result['errors']['timeout']} given up after {open_loop.GIVE_UP_S:.0f} s",
                 flush=True,
             )
 

@@ -74,11 +74,8 @@ class Least:
         for (_, future), result in zip(batch, task.result(), strict=True):
             if not future.done():
                 future.set_result(result)
-        if len(self._waiting) >= SIZE:
-            self._asked = True
-            self._loop.call_soon(self._take)
-        elif self._waiting and self._timer is None:
-            self._timer = self._loop.call_later(WAIT_S, self._due)
+        if self._waiting:
+            self._ask()
 
 
 class Full(Least):

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bench.traffic import FULL_S, MODEL_WINDOW_S, SHARE
+from bench.traffic import SHARE, TURN_S
 
 US, DEFAULT, BEST, UVICORN = "rayserve-fast", "ray-serve", "ray-serve-best", "uvicorn"
 FRONTED, MOSEC = "haproxy-granian", "mosec"
@@ -72,7 +72,7 @@ def switches(cell: Cell, _: object) -> float:
 
 def steady_tail(cell: Cell, _: object) -> float:
     """p99 of the batched model over a window and the time of two full batches."""
-    return cell(US, "model", 1)["p99_us"] / 1e6 / (MODEL_WINDOW_S + 2 * FULL_S)
+    return cell(US, "model", 1)["p99_us"] / 1e6 / TURN_S
 
 
 def with_copies(cell: Cell, _: object) -> float:

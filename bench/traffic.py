@@ -16,6 +16,8 @@ LARGEST = 32  # items of a batch
 WINDOW_S = 0.005  # of the no-op batches
 MODEL_WINDOW_S, MODEL_S, ITEM_S = 0.010, 0.020, 0.0005  # the model that is measured at a fixed rate
 FULL_S = MODEL_S + LARGEST * ITEM_S
+MODEL_RATE = 0.8 * LARGEST / FULL_S  # requests per second, of what full batches can do
+TURN_S = MODEL_WINDOW_S + 2 * FULL_S  # a window and two full batches: p99 at that rate must not exceed twice that
 TARGETS = 5
 SHARE = 0.1  # of the requests that are copied to the shadow
 

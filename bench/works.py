@@ -14,7 +14,7 @@ from typing import Any
 
 from bench.apps import CHUNK, CHUNKS, ONE_MIB
 from bench.calls import EVENT, TEXT_LENGTH
-from bench.traffic import FULL_S, LARGEST
+from bench.traffic import MODEL_RATE
 
 # Which peers a work is for: all ASGI servers and serves; those with Ray Serve's API; those and Mosec; one of them.
 EVERYONE, SERVES, BATCHERS, OURS, BEST = "everyone", "serves", "batchers", "rayserve-fast", "ray-serve-best"
@@ -111,7 +111,7 @@ WORKS = (
         peers=SERVES,
         group=TRAFFIC,
         by=STEADY,
-        rate=0.8 * LARGEST / FULL_S,
+        rate=MODEL_RATE,
         stretch=3,
         **POSTED,
     ),

@@ -255,9 +255,8 @@ def delete(name: str, _blocking: bool = True) -> None:
     """
     if (local := _local(name)) is not None:
         return local.delete(name)
-    deleted = client.require().delete.remote([name], wait=_blocking)
     try:
-        client.answer(deleted, timeout_s=60)
+        client.ask("delete", [name], _blocking, timeout_s=60)
     except ray.exceptions.GetTimeoutError:
         raise TimeoutError(f"Some of these applications weren't deleted after 60s: {[name]}") from None
     return None
@@ -293,7 +292,7 @@ def get_app_handle(name: str) -> DeploymentHandle:
 
     if (local := _local(name)) is not None:
         return local.ingress(name)
-    ingress = ray.get(client.require().ingress.remote(name))
+    ingress = client.ask("ingress", name)
     if ingress is None:
         raise RayServeException(f"Application '{name}' does not exist.")
     return DeploymentHandle(ingress, name)

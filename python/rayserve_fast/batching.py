@@ -192,8 +192,7 @@ class BatchedFunction:
                     f"All calls of '{self.name}' must give the same parameters, because they are batched: "
                     "give a value also where the default would do, or to none of them."
                 )
-        columns = [list(column) for column in zip(*(args for args, _ in given), strict=True)]
-        return columns, {name: [kwargs[name] for _, kwargs in given] for name in given[0][1]}
+        return columns_of(given)
 
     def set_max_batch_size(self, new_max_batch_size: int) -> None:
         """Change `max_batch_size` from the next batch on; on any thread. Errors as those of `serve.batch`."""
@@ -285,6 +284,12 @@ class RuntimeSummaryStatistics:
     @property
     def num_requests(self) -> int:
         return len(self.start_times)
+
+
+def columns_of(given: list[tuple[tuple[Any, ...], dict[str, Any]]]) -> tuple[list[list[Any]], dict[str, list[Any]]]:
+    """Of each parameter, the list of what the calls have given it; all of them give the same ones."""
+    columns = [list(column) for column in zip(*(args for args, _ in given), strict=True)]
+    return columns, {name: [kwargs[name] for _, kwargs in given] for name in given[0][1]}
 
 
 class _Claim:

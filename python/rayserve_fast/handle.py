@@ -81,7 +81,7 @@ class DeploymentHandle:
         self._options = _options or _Options()
         self._local = _local
         #: What the snapshot knows it by; `split:{name}` for traffic that several deployments share.
-        self._key = _key or f"{app_name}#{deployment_name}"
+        self._key = _key or self.deployment_id.key
         self._kind = DeploymentResponseGenerator if self._options.stream else DeploymentResponse
         #: Whom the last call went through, and what it called there.
         self._owner: AnyCaller | None = None

@@ -30,8 +30,7 @@ Buffer: TypeAlias = "bytes | bytearray | memoryview"
 #: Bytes of this length and more travel beside the pickle that they belong to, not within it: that saves copying them.
 BESIDE_BYTES = 64 * 1024
 
-SCALARS = frozenset({bytes, str, int, float, bool, type(None)})
-
+_SCALARS = frozenset({bytes, str, int, float, bool, type(None)})
 
 #: Classes of this package whose objects C's pickler may write too, and the functions that make them again.
 _own: set[Any] = set()
@@ -89,7 +88,7 @@ def dumps(value: Any, refs: list[ObjectRef[Any]] | None = None) -> tuple[bytes, 
 
     The references to Ray objects in it are added to `refs`: they must be kept alive until the other side has them.
     """
-    if type(value) in SCALARS:
+    if type(value) in _SCALARS:
         return pickle.dumps(value, 5), []
     buffers: list[pickle.PickleBuffer] = []
     out = io.BytesIO()

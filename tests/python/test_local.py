@@ -20,6 +20,7 @@ from rayserve_fast import serve
 from rayserve_fast.exceptions import RayServeException, RequestCancelledError
 from rayserve_fast.handle import DeploymentHandle
 from rayserve_fast.local import applications
+from rayserve_fast.local.call import LocalHead
 
 
 @pytest.fixture(autouse=True)
@@ -304,6 +305,21 @@ def test_calls_cancelled_at_random_moments_leave_nothing_behind() -> None:
     while any(replica._running or replica._waiting for replica in replicas) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert [(len(replica._running), len(replica._waiting)) for replica in replicas] == [(0, 0)] * 2
+
+
+def test_an_argument_that_comes_while_another_one_fails_sends_nothing_off() -> None:
+    fails, comes = (LocalHead("default#Front", "call", ("", "", "", ""), False) for _ in range(2))
+
+    class Call(LocalHead):
+        def finish(self, *outcome: Any) -> bool:
+            comes.finish("value", b"", ())  # as another thread would, just before
+            return super().finish(*outcome)
+
+    call = Call("default#Back", "call", ("", "", "", ""), False)
+    applications._route_with(call, [(0, fails), (1, comes)])
+    fails.finish("fault", 2, b"")
+    assert call.outcome == ("argument", 0)
+    assert not call.relayed
 
 
 def test_what_needs_ray_or_several_replicas_is_refused() -> None:

@@ -91,10 +91,6 @@ class Tally:
                 return bound / 1000
         return None
 
-    @property
-    def error_rate(self) -> float:
-        return self.errors / self.requests if self.requests else 0.0
-
 
 def of_targets(reading: Reading, split: str) -> dict[str, dict[str, Tally]]:
     """The tallies of one split: proxy -> target -> tally."""

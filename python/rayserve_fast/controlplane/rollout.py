@@ -106,7 +106,6 @@ class Rollout:
     step_at: float
     state: str = "RUNNING"
     step: int = 0
-    held: bool = False  # that this step is held was said
     old_p99_ms: float | None = None  # the last that was known
     window: Window | None = None
     history: list[Decision] = field(default_factory=list)
@@ -142,10 +141,7 @@ class Rollout:
         if self.state == "PAUSED" or now - self.step_at < self.plan.step_duration_s or not full:
             return None
         if (lack := self._lack(window)) is not None:
-            if self.held:
-                return None
-            self.held = True
-            return self._decide(now, "hold", lack)
+            return None if self.history[-1].action == "hold" else self._decide(now, "hold", lack)
         good = _told(window)
         if self.step + 1 == len(self.plan.steps):
             self.state = "COMPLETED"
@@ -191,7 +187,7 @@ class Rollout:
         return self._decide(now, action, "ordered by an operator")
 
     def _begin(self, now: float, step: int) -> None:
-        self.step, self.step_at, self.held, self.window = step, now, False, None
+        self.step, self.step_at, self.window = step, now, None
 
     def _lack(self, window: Window) -> str | None:
         """What there must be more of before the step can pass, in words."""

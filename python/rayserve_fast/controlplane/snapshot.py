@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from rayserve_fast.controlplane.spec import DeploymentID
 from rayserve_fast.controlplane.state import Application, Deployment
 from rayserve_fast.controlplane.traffic import Split, Traffic
 from rayserve_fast.controlplane.traffic_checks import is_route
@@ -22,11 +23,12 @@ SHARD_KEY = {"header": "x-serve-shard-key"}
 def build(version: tuple[int, int], apps: Mapping[str, Application], traffic: Traffic) -> bytes:
     """The snapshot as JSON bytes."""
     deployments = [d for app in apps.values() for d in app.deployments.values()]
+    here = {name: app for name, app in apps.items() if not app.deleting}
     return json.dumps(
         {
             "version": version,
-            "routes": _routes(apps, traffic),
-            "splits": {name: _split(split, apps) for name, split in traffic.splits.items()},
+            "routes": _routes(here, traffic),
+            "splits": {name: _split(split, here) for name, split in traffic.splits.items()},
             "deployments": {d.key: _deployment(d) for d in deployments if not d.leaving},
             "draining_nodes": [],
         },
@@ -34,11 +36,11 @@ def build(version: tuple[int, int], apps: Mapping[str, Application], traffic: Tr
     ).encode()
 
 
-def _routes(apps: Mapping[str, Application], traffic: Traffic) -> list[dict[str, Any]]:
+def _routes(here: Mapping[str, Application], traffic: Traffic) -> list[dict[str, Any]]:
     """Those of applications, those of endpoints, and those that nobody owns but that have targets."""
     routes: dict[str, dict[str, Any]] = {}
-    for app in apps.values():
-        if (prefix := app.spec.route_prefix) is not None and not app.deleting:
+    for app in here.values():
+        if (prefix := app.spec.route_prefix) is not None:
             routes[prefix] = {"prefix": prefix, "app": app.name, "deployment": _ingress(app)}
     for endpoint in traffic.endpoints.values():
         if endpoint.route is not None:
@@ -58,11 +60,10 @@ def _routes(apps: Mapping[str, Application], traffic: Traffic) -> list[dict[str,
     return list(routes.values())
 
 
-def _split(split: Split, apps: Mapping[str, Application]) -> dict[str, Any]:
+def _split(split: Split, here: Mapping[str, Application]) -> dict[str, Any]:
     def named(app: Application) -> dict[str, Any]:
         return {"name": app.name, "deployment": _ingress(app)}
 
-    here = {name: app for name, app in apps.items() if not app.deleting}
     return {
         "targets": [{**named(here[t]), "weight": w} for t, w in split.weights.items() if t in here],
         "sticky": split.sticky or (None if is_route(split.name) else SHARD_KEY),
@@ -72,7 +73,7 @@ def _split(split: Split, apps: Mapping[str, Application]) -> dict[str, Any]:
 
 
 def _ingress(app: Application) -> str:
-    return f"{app.name}#{app.routed}"
+    return DeploymentID(app.routed, app.name).key
 
 
 def _deployment(d: Deployment) -> dict[str, Any]:

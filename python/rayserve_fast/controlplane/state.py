@@ -66,7 +66,7 @@ class Deployment:
 
     @property
     def key(self) -> str:
-        return f"{self.spec.app}#{self.spec.name}"
+        return self.spec.id.key
 
     @property
     def threshold(self) -> int:

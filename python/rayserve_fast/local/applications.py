@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayserve_fast.application import route_of
 from rayserve_fast.handle import DeploymentHandle, new_request_id
+from rayserve_fast.local.batches import countdown
 from rayserve_fast.local.build import LocalBuilder, warn
 from rayserve_fast.local.call import LocalCall, LocalHead
 from rayserve_fast.local.replica import LocalReplica
@@ -118,20 +119,20 @@ class Applications:
 
     def _route_with(self, call: LocalHead, needs: Sequence[tuple[int, LocalHead]]) -> None:
         """Route the call once its arguments are there."""
-        left, lock = len(needs), threading.Lock()
 
-        def came(index: int, need: LocalHead) -> None:
-            nonlocal left
-            with lock:
-                left -= 1
-                last = not left
-            if need.outcome is None or need.outcome[0] != "value":
-                call.finish("argument", index)
-            elif last and call.outcome is None:
-                for slot, other in needs:
-                    _, pickle, buffers = other.outcome or ()
+        def route() -> None:
+            if call.outcome is None:
+                for slot, need in needs:
+                    _, pickle, buffers = need.outcome or ()
                     call.relayed.append((slot, pickle, [bytearray(buffer) for buffer in buffers]))
                 self._route(call)
+
+        ended = countdown(len(needs), route)
+
+        def came(index: int, need: LocalHead) -> None:
+            if need.outcome is None or need.outcome[0] != "value":
+                call.finish("argument", index)
+            ended()  # last: whoever routes must see that one has failed
 
         for index, (_, need) in enumerate(needs):
             need.when_ended(partial(came, index, need))

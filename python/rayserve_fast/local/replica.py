@@ -19,7 +19,7 @@ from collections.abc import Callable, Coroutine
 from contextvars import Context
 from functools import partial
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rayserve_fast.context import ReplicaContext, _local_replica, _serve_request_context
 from rayserve_fast.controlplane.spec import ReplicaID, ReplicaRank
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from rayserve_fast.controlplane.spec import Definition, DeploymentSpec
 
 logger = logging.getLogger("ray.serve")
+
+#: Who is told how a job on a thread has ended: with a result, which its context comes with, or with an error.
+Ends: TypeAlias = "tuple[Callable[[Any, Context], None], Callable[[BaseException], None]]"
 
 
 class LocalReplica:
@@ -63,7 +66,7 @@ class LocalReplica:
         batched = spec.config.max_batch_size is not None
         self._batcher = Batcher(spec.config, self._waiting, self._look_later) if batched else None
         self._loop = UserLoop(f"serve-{spec.name}")
-        self._jobs = _Jobs(SyncPool(f"serve-{spec.name}-sync"), self)
+        self._jobs = _Jobs(SyncPool(f"serve-{spec.name}-sync"))
         self._user = Servable(self._loop, self._context)
         self._loop.start()
         try:
@@ -154,7 +157,7 @@ class LocalReplica:
     def _start(self, call: LocalHead) -> None:
         """Run a call that has a slot."""
         if self._calls.find_method(call.method, call.streaming)[1]:
-            self._jobs.put(self._run, call)
+            self._jobs.put(self._run, call, (partial(self._ran, call), partial(self._ended, call, None)))
         else:
             self._loop.loop.call_soon_threadsafe(self._begin, call, context=Context())
 
@@ -193,7 +196,7 @@ class LocalReplica:
             self._batch_ended(batch, served)
         for local in served:
             if local.sync:
-                self._jobs.put(LocalGroup.run, local)
+                self._jobs.put(LocalGroup.run, local, (partial(local.ran, loop=self._loop.loop), local.fail))
             else:
                 local.start()
 
@@ -287,21 +290,20 @@ class LocalReplica:
 class _Jobs:
     """What `SyncPool` takes its jobs from; there is always a thread for a job, as running calls are bounded."""
 
-    def __init__(self, pool: SyncPool, replica: LocalReplica) -> None:
+    def __init__(self, pool: SyncPool) -> None:
         self._pool = pool
-        self._replica = replica
-        self._queue: SimpleQueue[tuple[Any, Any, Any] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[Callable[[Any], Any], object, Ends] | None] = SimpleQueue()
         self._lock = threading.Lock()
         self._threads = self._busy = 0
         pool.worker = self
 
-    def put(self, call: Callable[[Any], Any], argument: LocalHead | LocalGroup) -> None:
-        """Have a thread call it."""
+    def put(self, call: Callable[[Any], Any], argument: object, ends: Ends) -> None:
+        """Have a thread call it, and tell one of the two what came of it."""
         with self._lock:
             self._busy += 1
             more = self._busy > self._threads
             self._threads += more
-        self._queue.put((call, argument, argument))
+        self._queue.put((call, argument, ends))
         if more:
             self._pool.spawn()
 
@@ -309,22 +311,18 @@ class _Jobs:
         """End the threads."""
         self._pool.stop()
 
-    def take(self) -> tuple[Any, Any, Any] | None:
+    def take(self) -> tuple[Callable[[Any], Any], object, Ends] | None:
         return self._queue.get()
 
-    def done(self, head: Any, result: Any, context: Context) -> None:
+    def done(self, head: Ends, result: Any, context: Context) -> None:
         self._leave()
-        if isinstance(head, LocalGroup):
-            head.ran(result, context, self._replica._loop.loop)
-        else:
-            self._replica._ran(head, result, context)
+        ran, _ = head
+        ran(result, context)
 
-    def fail(self, head: Any, error: BaseException) -> None:
+    def fail(self, head: Ends, error: BaseException) -> None:
         self._leave()
-        if isinstance(head, LocalGroup):
-            head.fail(error)
-        else:
-            self._replica._ended(head, error=error)
+        _, failed = head
+        failed(error)
 
     def stop_pool(self) -> None:
         for _ in range(self._threads):

@@ -13,16 +13,21 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from ray import ObjectRef
-
+from rayserve_fast.batching import columns_of
 from rayserve_fast.context import _batch_size, _RequestContext, _serve_request_context
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.replica import responses
-from rayserve_fast.replica.calls import WrongKindError, read_arguments
+from rayserve_fast.replica.calls import (
+    WrongKindError,
+    await_references,
+    get_references,
+    has_references,
+    read_arguments,
+)
 
 if TYPE_CHECKING:
     from rayserve_fast._core import RequestHead
-    from rayserve_fast.replica.calls import CallHead, Calls
+    from rayserve_fast.replica.calls import Arguments, CallHead, Calls
 
 H = TypeVar("H", bound="CallHead")
 
@@ -50,7 +55,7 @@ class Batches:
 
     def group(self, heads: Sequence[H]) -> tuple[list[Group], list[tuple[H, Exception]]]:
         """The groups of these calls, and the calls that have failed already."""
-        groups: dict[Any, tuple[list[H], list[tuple[Any, ...]], list[dict[str, Any]]]] = {}
+        groups: dict[Any, tuple[list[H], list[Arguments]]] = {}
         failures: list[tuple[H, Exception]] = []
         for head in heads:
             try:
@@ -65,21 +70,18 @@ class Batches:
                 failures.append((head, error))
                 continue
             key = head.method, head.multiplexed_model_id, len(args), frozenset(kwargs) if kwargs else None
-            together, rows, named = groups.setdefault(key, ([], [], []))
+            together, given = groups.setdefault(key, ([], []))
             together.append(head)
-            rows.append(args)
-            named.append(kwargs)
+            given.append((args, kwargs))
         return [self._together(*group) for group in groups.values()], failures
 
-    def _together(self, heads: Sequence[CallHead], rows: list[tuple[Any, ...]], named: list[dict[str, Any]]) -> Group:
+    def _together(self, heads: list[H], given: list[Arguments]) -> Group:
         first = heads[0]
         method, sync = self._calls.find_method(first.method, False)
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        by_name = {name: [kwargs[name] for kwargs in named] for name in named[0]}
-        call: Callable[[], Any] = partial(method, *columns, **by_name)
-        if any(type(value) is ObjectRef for column in (*columns, *by_name.values()) for value in column):
-            call = partial(_run_with_values if sync else _with_values, method, columns, by_name)
-        return Group(list(heads), sync, call, first.multiplexed_model_id)
+        call: Callable[..., Any] = _call
+        if any(has_references(args, kwargs) for args, kwargs in given):
+            call = _run_with_values if sync else _with_values
+        return Group(heads, sync, partial(call, method, given), first.multiplexed_model_id)
 
 
 def run(call: Callable[[], Any]) -> Any:
@@ -130,24 +132,16 @@ def failed(replica: object, heads: Sequence[RequestHead], error: BaseException) 
     return responses.failure(error)
 
 
-async def _with_values(method: Callable[..., Any], columns: list[list[Any]], by_name: dict[str, list[Any]]) -> Any:
-    """Calls `method` with the values of the references among the arguments."""
-    lists = await asyncio.gather(*(_values(column) for column in (*columns, *by_name.values())))
-    return await method(*lists[: len(columns)], **dict(zip(by_name, lists[len(columns) :], strict=True)))
+def _call(method: Callable[..., Any], given: list[Arguments]) -> Any:
+    """Calls `method` with the list of what the calls have given each of its parameters."""
+    columns, by_name = columns_of(given)
+    return method(*columns, **by_name)
 
 
-async def _values(column: list[Any]) -> list[Any]:
-    return list(await asyncio.gather(*(_value(value) for value in column)))
+async def _with_values(method: Callable[..., Any], given: list[Arguments]) -> Any:
+    """The same with the values of the references among the arguments."""
+    return await _call(method, await asyncio.gather(*(await_references(args, kwargs) for args, kwargs in given)))
 
 
-async def _value(given: Any) -> Any:
-    return await given if type(given) is ObjectRef else given
-
-
-def _run_with_values(method: Callable[..., Any], columns: list[list[Any]], by_name: dict[str, list[Any]]) -> Any:
-    import ray
-
-    def read(column: list[Any]) -> list[Any]:
-        return [ray.get(value) if type(value) is ObjectRef else value for value in column]
-
-    return method(*map(read, columns), **{name: read(column) for name, column in by_name.items()})
+def _run_with_values(method: Callable[..., Any], given: list[Arguments]) -> Any:
+    return _call(method, [get_references(args, kwargs) for args, kwargs in given])

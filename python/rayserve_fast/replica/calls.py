@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     CallHead: TypeAlias = _core.CallHead | LocalHead
 
+#: Positional and keyword arguments of a call.
+Arguments: TypeAlias = "tuple[tuple[Any, ...], dict[str, Any]]"
+
 # The `Fault` codes of the wire that this file gives; ARCHITECTURE.md lists them.
 USER, CANCELLED, NO_METHOD, WRONG_KIND, UNPICKLABLE = 2, 4, 6, 7, 8
 
@@ -76,7 +79,7 @@ class Calls:
         args, kwargs = read_arguments(head)
         if head.streaming:
             return _begin_stream(head, method, args, kwargs)
-        if any(type(value) is ObjectRef for value in (*args, *kwargs.values())):
+        if has_references(args, kwargs):
             return _with_values(method, args, kwargs)
         coroutine: Coroutine[Any, Any, Any] = method(*args, **kwargs)
         return coroutine
@@ -84,11 +87,8 @@ class Calls:
     def run(self, head: CallHead) -> Any:
         """The result of a sync method."""
         args, kwargs = read_arguments(head)
-        if any(type(value) is ObjectRef for value in (*args, *kwargs.values())):
-            import ray
-
-            args = tuple(ray.get(value) if type(value) is ObjectRef else value for value in args)
-            kwargs = {key: ray.get(value) if type(value) is ObjectRef else value for key, value in kwargs.items()}
+        if has_references(args, kwargs):
+            args, kwargs = get_references(args, kwargs)
         result = self._methods[head.method, head.streaming][0](*args, **kwargs)
         return _run_stream(head, result) if head.streaming else result
 
@@ -139,8 +139,8 @@ def _any(test: Callable[[Any], bool], function: Callable[..., Any]) -> bool:
     return test(function) or test(getattr(function, "__call__", None))  # noqa: B004
 
 
-def read_arguments(head: CallHead) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a call; once.
+def read_arguments(head: CallHead) -> Arguments:
+    """The arguments of a call; once.
 
     Raises:
         UnpicklableError: they cannot be decoded here.
@@ -150,6 +150,33 @@ def read_arguments(head: CallHead) -> tuple[tuple[Any, ...], dict[str, Any]]:
     except Exception as error:
         raise UnpicklableError(f"The arguments of '{head.method}' cannot be read at the replica: {error!r}") from error
     return args, kwargs
+
+
+def has_references(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether there are references among the top-level arguments: the method gets the values that they stand for."""
+    return any(type(value) is ObjectRef for value in (*args, *kwargs.values()))
+
+
+def get_references(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The arguments with the values of their references; on a thread that may block."""
+    import ray
+
+    def value_of(given: Any) -> Any:
+        return ray.get(given) if type(given) is ObjectRef else given
+
+    return tuple(map(value_of, args)), {name: value_of(given) for name, given in kwargs.items()}
+
+
+async def await_references(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """The same on a loop."""
+    given = (*args, *kwargs.values())
+    found = iter(await asyncio.gather(*(_value(value) for value in given)))
+    args = tuple(next(found) for _ in args)
+    return args, dict(zip(kwargs, found, strict=True))
+
+
+async def _value(given: Any) -> Any:
+    return await given if type(given) is ObjectRef else given
 
 
 def _dump(result: Any) -> tuple[bytes, list[memoryview]]:
@@ -164,28 +191,16 @@ def _dump(result: Any) -> tuple[bytes, list[memoryview]]:
 
 
 async def _with_values(method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Calls `method` with the values of the references among its top-level arguments."""
-    args, kwargs = await _values(args, kwargs)
+    args, kwargs = await await_references(args, kwargs)
     return await method(*args, **kwargs)
-
-
-async def _values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    given = (*args, *kwargs.values())
-    found = iter(await asyncio.gather(*(_value(value) for value in given)))
-    args = tuple(next(found) for _ in args)
-    return args, dict(zip(kwargs, found, strict=True))
-
-
-async def _value(given: Any) -> Any:
-    return await given if type(given) is ObjectRef else given
 
 
 async def _begin_stream(
     head: CallHead, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Calls an async method of a streaming call, and sends the items of the generator that it gives."""
-    if any(type(value) is ObjectRef for value in (*args, *kwargs.values())):
-        args, kwargs = await _values(args, kwargs)
+    if has_references(args, kwargs):
+        args, kwargs = await await_references(args, kwargs)
     result = method(*args, **kwargs)
     if not isinstance(result, AsyncGeneratorType):
         result = await result

@@ -25,7 +25,7 @@ from rayserve_fast.controlplane.options import session_header
 from rayserve_fast.controlplane.spec import Definition, DeploymentConfig, ReplicaAddress, ReplicaSpec
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.replica import batches, responses
-from rayserve_fast.replica.calls import Calls, is_async
+from rayserve_fast.replica.calls import Calls, handler_of, is_async
 from rayserve_fast.replica.loop import UserLoop
 from rayserve_fast.replica.servable import Servable
 from rayserve_fast.replica.sync_pool import SyncPool
@@ -216,7 +216,7 @@ class ReplicaRuntime:
     def _http_handler(self, user: Servable) -> HttpHandler:
         if user.asgi is not None:
             return HttpHandler("asgi", user.asgi, None)
-        handler = user.target if user.is_function else getattr(user.target, "__call__", None)  # noqa: B004
+        handler = handler_of(user.target)
         if handler is None:
             return HttpHandler("async", self._no_call, None)
         from rayserve_fast.replica.request import Request
