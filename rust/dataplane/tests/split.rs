@@ -244,6 +244,22 @@ fn those_who_wait_at_a_target_whose_last_replica_dies_go_to_another() {
 }
 
 #[test]
+fn one_that_leaves_a_target_for_a_route_without_targets_is_counted_nowhere() {
+    let served = Served::empty(json!({}));
+    let plain = Replica::start(served.dir.path(), "plain", 5);
+    served.publish_split(&split(&[("a", 1.0)]), &[("a", json!({}), vec![])]);
+    let mut client = served.client();
+    client.get("/x");
+    served.settles("queued", 1);
+    served.publish(json!({}), &[&plain]);
+    let got = plain.request();
+    plain.answer(&got, "plain");
+    assert_eq!(client.response().text(), "plain");
+    served.settles("requests_open", 0);
+    assert_eq!(served.traffic("targets", "a")["requests"], 0);
+}
+
+#[test]
 fn a_request_that_comes_back_unbegun_or_may_be_repeated_goes_to_a_ready_target() {
     for returned in [true, false] {
         let served = Served::empty(json!({}));

@@ -17,7 +17,6 @@ use super::{
     listen::{Conn, Open},
     relay::{Call, Marks, X_REQUEST_ID, relay},
     sender::Sender,
-    split::relay_to_targets,
     stream::{Head, StreamRef},
 };
 use crate::{
@@ -162,12 +161,10 @@ async fn dispatch(
     route.takes(parts.method.as_str())?;
     let body = Inbound::read(source, config.max_body_bytes).await?;
     let deadline = deadline.map(|(instant, _)| instant);
-    let mut call = Call { shard, conn, route, params, path: &path, parts, marks, deadline, watch: None };
-    if call.route.fork.is_some() {
-        // In a box: what several targets need must not make every request's future larger.
-        return Box::pin(relay_to_targets(call, body)).await;
-    }
-    relay(&mut call, body).await
+    let mut call = Call { shard, conn, route, params, path: &path, parts, marks, deadline, aimed: None };
+    let mut result = relay(&mut call, body).await;
+    call.end(&mut result);
+    result
 }
 
 /// What a client's headers ask of the proxy, found in one pass.

@@ -4,7 +4,7 @@
 //! leads by now. Begun and dead is tried once more if the method is idempotent, the deployment allows it, nothing was
 //! answered and the body is still whole. Where a route has several targets, `split.rs` chooses and chooses again.
 
-use std::{future::poll_fn, rc::Rc, task::Poll};
+use std::{future::poll_fn, rc::Rc, task::Poll, time::Instant as Clock};
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderName, HeaderValue, Version, request::Parts};
@@ -18,9 +18,8 @@ use super::{
     listen::Conn,
     sender::Sender,
     shard::{Route, Shard},
-    split::Watch,
     stream::{Head, Outcome, StreamRef},
-    waiting::{Came, Waiting},
+    waiting::{Asked, Came, Waiting},
 };
 use crate::{
     engine::{Affinity, Lease, Place},
@@ -56,9 +55,8 @@ pub(super) struct Call<'c> {
     pub(super) parts: &'c Parts,
     pub(super) marks: &'c Marks,
     pub(super) deadline: Option<Instant>,
-    /// Counts it, if its route has several targets; one whose route has got them while it waited is a request there, but its
-    /// outcome is not known.
-    pub(super) watch: Option<Watch>,
+    /// Since when its route is a target that was chosen for it; none when what it has come to is counted.
+    pub(super) aimed: Option<Clock>,
 }
 
 /// Sends the request until one replica has answered. A body that is still on its way goes on by itself.
@@ -66,13 +64,17 @@ pub(super) struct Call<'c> {
 /// # Errors
 /// See [`Error`]; nothing has been sent to the client then.
 pub(super) async fn relay(call: &mut Call<'_>, body: Inbound) -> Result<(StreamRef, Head), Error> {
-    let first = call.admit(&body).await;
-    let came = call.settled(first, &body).await?;
+    let came = if call.route.fork.is_some() {
+        call.divide(&body).await?
+    } else {
+        let first = call.admit(&body).await;
+        call.settled(first, &body).await?
+    };
     carry(call, came, body).await
 }
 
 /// The same for a request that has waited for its first replica.
-pub(super) async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
+async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
     loop {
         let (stream, place) = match came {
@@ -186,8 +188,8 @@ impl Call<'_> {
 
     /// The same for one that waits again already.
     async fn resumed(&mut self, waiting: Waiting, body: &Inbound) -> Result<Came, Error> {
-        if self.watch.is_some() {
-            return Box::pin(self.stay(waiting, body)).await;
+        if self.route.meter.is_some() {
+            return Box::pin(self.choose(Ok(Some(Asked::Wait(waiting))), body)).await;
         }
         let came = waiting.end(|| self.describe()).await;
         self.settled(came, body).await
@@ -199,7 +201,11 @@ impl Call<'_> {
         loop {
             match came {
                 Err(error) if self.may_leave(&error) => match self.shard.route(self.path) {
-                    Some(found) if found.0.fork.is_some() => return Box::pin(self.choose(Some(found), body)).await,
+                    Some((route, params)) if route.fork.is_some() => {
+                        self.params = params;
+                        let asked = self.ask(&route);
+                        return Box::pin(self.choose(asked, body)).await;
+                    }
                     Some((route, params)) if route.deployment != self.route.deployment => {
                         (self.route, self.params) = (route, params);
                     }
@@ -212,7 +218,7 @@ impl Call<'_> {
     }
 
     fn may_leave(&self, error: &Error) -> bool {
-        error.retry() == Retry::Reroute || (self.watch.is_some() && matches!(error, Error::Unavailable(_)))
+        error.retry() == Retry::Reroute || (self.route.meter.is_some() && matches!(error, Error::Unavailable(_)))
     }
 
     /// The REQUEST for a batch.

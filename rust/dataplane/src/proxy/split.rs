@@ -10,9 +10,9 @@ use tokio::time::Instant;
 
 use super::{
     body::Inbound,
-    relay::{Call, carry},
+    relay::Call,
     shadow::{Shadow, copy},
-    shard::{Found, Route, Shard},
+    shard::{Route, Shard},
     stream::{Head, StreamRef},
     waiting::{Asked, Came, Waiting},
 };
@@ -20,7 +20,6 @@ use crate::{
     engine::{DeploymentKey, Engine, SplitKey, Turn, split::cookie},
     error::{Blame, Error},
     snapshot::{self, Sign},
-    traffic::TargetMeter,
 };
 
 /// What a route leads to that has a split.
@@ -69,132 +68,63 @@ fn read<'h>(headers: &'h HeaderMap, sign: &Sign) -> Option<&'h [u8]> {
     }
 }
 
-/// Counts a request at its target when it ends, whichever way.
-pub(super) struct Watch {
-    meter: Arc<TargetMeter>,
-    since: Clock,
-    deadline: Option<Instant>,
-}
-
-impl Watch {
-    /// Ends it with what the request has come to.
-    pub(super) fn end(mut self, result: &mut Result<(StreamRef, Head), Error>) {
-        let meter = &self.meter;
-        match result {
-            Ok((stream, head)) => {
-                meter.latency.record(self.since.elapsed());
-                if head.status >= 500 {
-                    meter.errors.up();
-                } else if !head.whole {
-                    stream.meter = Some(Arc::clone(meter));
-                }
-            }
-            Err(error) if error.blame() == Blame::Client => {}
-            Err(_) => {
-                meter.latency.record(self.since.elapsed());
-                meter.errors.up();
-            }
-        }
-        self.deadline = None;
-    }
-}
-
-impl Drop for Watch {
-    fn drop(&mut self) {
-        self.meter.requests.up();
-        // Out of time, or the client has left.
-        if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-            self.meter.latency.record(self.since.elapsed());
-            self.meter.errors.up();
-        }
-    }
-}
-
-/// What `relay` is for other routes: sends the request to one of the targets, counts it there, and copies it for shadows.
-///
-/// # Errors
-/// See [`Error`]; nothing has been sent to the client then.
-pub(super) async fn relay_to_targets(mut call: Call<'_>, body: Inbound) -> Result<(StreamRef, Head), Error> {
-    let route = Rc::clone(&call.route);
-    let found = (Rc::clone(&route), std::mem::take(&mut call.params));
-    let mut result = match call.choose(Some(found), &body).await {
-        Ok(came) => {
-            for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
-                copy(&call, shadow, &body);
-            }
-            carry(&mut call, came, body).await
-        }
-        Err(error) => Err(error),
-    };
-    if let Some(watch) = call.watch.take() {
-        watch.end(&mut result);
-    }
-    result
-}
-
 impl Call<'_> {
-    /// What comes of waiting for one of the targets. As long as none is ready this only waits; the request's deadline or its
-    /// client ends that. `found` is the route if it has been looked up; one of an earlier snapshot is looked up again.
-    pub(super) async fn choose(&mut self, mut found: Option<Found>, body: &Inbound) -> Result<Came, Error> {
-        let shard = self.shard;
+    /// A slot at one of the route's targets, or that the request was sent there with a batch. Shadows get their copies then.
+    pub(super) async fn divide(&mut self, body: &Inbound) -> Result<Came, Error> {
+        let route = Rc::clone(&self.route);
+        let came = match self.ask(&route) {
+            Ok(Some(Asked::Go(lease))) => Came::Lease(lease),
+            // In a box: what those need that have to wait must not make every request's future larger.
+            asked => Box::pin(self.choose(asked, body)).await?,
+        };
+        for shadow in route.fork.iter().flat_map(|fork| &fork.shadows) {
+            copy(self, shadow, body);
+        }
+        Ok(came)
+    }
+
+    /// What comes of having asked one of the targets, or of asking others. As long as none is ready this only waits; the
+    /// request's deadline or its client ends that.
+    pub(super) async fn choose(
+        &mut self,
+        mut asked: Result<Option<Asked>, Error>,
+        body: &Inbound,
+    ) -> Result<Came, Error> {
         loop {
-            let turned = shard.readiness.notified();
-            let Some((route, params)) = found.take().or_else(|| shard.route(self.path)) else {
-                return Err(Error::Deleted("The route was deleted.".into()));
-            };
-            self.params = params;
-            let Some(fork) = &route.fork else {
-                (self.route, self.watch) = (route, None);
-                match self.admit(body).await {
-                    Err(Error::Deleted(_)) => continue,
-                    came => return came,
-                }
-            };
-            let headers = &self.parts.headers;
-            let turn =
-                shard.engine.borrow_mut().choose(fork.key, |splitter| splitter.choose(|sign| read(headers, sign)));
-            let target = match turn {
-                Ok(Turn::To(target) | Turn::Wait(Some(target))) => target,
-                Ok(Turn::Wait(None)) => {
-                    turned.await;
-                    continue;
-                }
-                Err(Error::Deleted(_)) => continue,
-                Err(error) => return Err(error),
-            };
-            self.aim(&fork.targets[target]);
-            match shard.ask(self.route.deployment, self.marks.affinity) {
-                Ok(Asked::Go(lease)) => return Ok(Came::Lease(lease)),
-                Ok(Asked::Wait(waiting)) => {
+            match asked {
+                Ok(Some(Asked::Go(lease))) => return Ok(Came::Lease(lease)),
+                Ok(Some(Asked::Wait(waiting))) => {
                     waiting.pack(|| self.pack(body));
                     match self.unless_stranded(waiting).await {
                         Some(Err(Error::Deleted(_) | Error::Unavailable(_))) | None => {}
                         Some(came) => return came,
                     }
                 }
+                Ok(None) => self.shard.readiness.notified().await,
                 Err(Error::Deleted(_)) => {}
                 Err(error) => return Err(error),
             }
+            let Some((route, params)) = self.shard.route(self.path) else {
+                return Err(Error::Deleted("The route was deleted.".into()));
+            };
+            self.params = params;
+            asked = self.ask(&route);
         }
     }
 
-    /// What comes of one that waits at a target once more, there or at another.
-    pub(super) async fn stay(&mut self, waiting: Waiting, body: &Inbound) -> Result<Came, Error> {
-        match self.unless_stranded(waiting).await {
-            Some(Err(Error::Deleted(_) | Error::Unavailable(_))) | None => self.choose(None, body).await,
-            Some(came) => came,
-        }
-    }
-
-    fn aim(&mut self, target: &Rc<Route>) {
-        self.route = Rc::clone(target);
-        let meter = target.meter.as_ref().map(Arc::clone);
-        let deadline = self.deadline;
-        match (&mut self.watch, meter) {
-            // Nothing has ended at the target that the request leaves.
-            (Some(watch), Some(meter)) => (watch.meter, watch.since) = (meter, Clock::now()),
-            (watch, meter) => *watch = meter.map(|meter| Watch { meter, since: Clock::now(), deadline }),
-        }
+    /// Asks for a lease where `route` leads; `None`: there is no target to wait at. [`Error::Deleted`] if the route is of an
+    /// earlier snapshot.
+    pub(super) fn ask(&mut self, route: &Rc<Route>) -> Result<Option<Asked>, Error> {
+        let (shard, headers) = (self.shard, &self.parts.headers);
+        (self.route, self.aimed) = match &route.fork {
+            None => (Rc::clone(route), None),
+            Some(Fork { key, targets, .. }) => {
+                let turn = shard.engine.borrow_mut().choose(*key, |it| it.choose(|sign| read(headers, sign)))?;
+                let (Turn::To(at) | Turn::Wait(Some(at))) = turn else { return Ok(None) };
+                (Rc::clone(&targets[at]), Some(Clock::now()))
+            }
+        };
+        shard.ask(self.route.deployment, self.marks.affinity).map(Some)
     }
 
     /// What comes of it, unless the target is not ready and another is or becomes so; then the request leaves its place.
@@ -222,5 +152,42 @@ impl Call<'_> {
         let fork = self.shard.route(self.path);
         let Some(key) = fork.as_ref().and_then(|(route, _)| Some(route.fork.as_ref()?.key)) else { return false };
         self.shard.engine.borrow_mut().strands(key, self.route.deployment)
+    }
+}
+
+impl Call<'_> {
+    /// Counts at its target what the request has come to, if its route has targets.
+    pub(super) fn end(&mut self, result: &mut Result<(StreamRef, Head), Error>) {
+        let (Some(meter), Some(since)) = (&self.route.meter, self.aimed.take()) else { return };
+        match result {
+            Ok((stream, head)) => {
+                meter.latency.record(since.elapsed());
+                if head.status >= 500 {
+                    meter.errors.up();
+                } else if !head.whole {
+                    stream.meter = Some(Arc::clone(meter));
+                }
+            }
+            Err(error) if error.blame() == Blame::Client => {}
+            Err(_) => {
+                meter.latency.record(since.elapsed());
+                meter.errors.up();
+            }
+        }
+    }
+}
+
+/// Whichever way a request ends, it is one of the target where it is then: nothing has ended at those that it has left.
+impl Drop for Call<'_> {
+    fn drop(&mut self) {
+        let Some(meter) = &self.route.meter else { return };
+        meter.requests.up();
+        // Out of time, or the client has left.
+        if let (Some(since), Some(deadline)) = (self.aimed, self.deadline)
+            && deadline <= Instant::now()
+        {
+            meter.latency.record(since.elapsed());
+            meter.errors.up();
+        }
     }
 }
