@@ -21,8 +21,10 @@ use std::{
 
 /// One turn.
 const ONE: i64 = 1 << 50;
+/// So many names that nobody has a seat of does a schedule remember; of more, those that are owed least are forgotten.
+const ABSENT: usize = 64;
 
-/// By split, as long as their owner lives: what is owed by name must outlive a target that leaves and comes back.
+/// By split: what is owed by name outlives a target that leaves and comes back.
 #[derive(Debug, Clone, Default)]
 pub struct Schedules(Arc<Mutex<BTreeMap<String, Arc<Mutex<Schedule>>>>>);
 
@@ -33,10 +35,9 @@ impl Schedules {
     }
 }
 
-/// See the module. Entries are known by their place, which they keep.
+/// See the module. Entries are known by their place, which they keep while a [`Seat`] is held.
 #[derive(Debug, Default)]
 pub(super) struct Schedule {
-    names: Vec<String>,
     entries: Vec<Entry>,
     /// What shares were made from: places, and their weights.
     places: Vec<usize>,
@@ -45,8 +46,16 @@ pub(super) struct Schedule {
     due: i64,
 }
 
-#[derive(Debug, Clone, Default)]
+/// A place that nobody else gets while this lives.
+#[derive(Debug)]
+pub(super) struct Seat {
+    place: usize,
+    _name: Arc<str>,
+}
+
+#[derive(Debug)]
 struct Entry {
+    name: Arc<str>,
     /// Of each turn; 0: gets none.
     share: i64,
     /// The same as a divisor.
@@ -58,29 +67,44 @@ struct Entry {
 }
 
 impl Schedule {
-    /// The place of this name, which is new if nobody has had it.
-    pub(super) fn place(&mut self, name: &str) -> usize {
-        self.names.iter().position(|other| other == name).unwrap_or_else(|| {
-            self.names.push(name.to_owned());
-            self.entries.push(Entry::default());
-            self.names.len() - 1
-        })
+    /// The place of this name: the one that it had, if that is remembered.
+    pub(super) fn seat(&mut self, name: &str) -> Seat {
+        let known = self.entries.iter().position(|entry| *entry.name == *name);
+        let place = known.unwrap_or_else(|| {
+            let fresh = Entry { name: name.into(), share: 0, pace: 0.0, lag: 0, arrears: 0 };
+            if let Some(place) = self.vacancy() {
+                self.entries[place] = fresh;
+                return place;
+            }
+            self.entries.push(fresh);
+            self.entries.len() - 1
+        });
+        Seat { place, _name: Arc::clone(&self.entries[place].name) }
     }
 
-    /// Gives the next turn among `places`, in proportion to their `weights`, as an index of both; `None` if none is above 0.
-    pub(super) fn turn(&mut self, places: &[usize], weights: &[f64]) -> Option<usize> {
-        if self.weights != weights || self.places != places {
-            self.share(places, weights);
+    /// A place that may have another name, if there are too many of those.
+    fn vacancy(&self) -> Option<usize> {
+        // One whose seats are gone keeps its share until somebody else takes a turn.
+        let is_absent = |entry: &Entry| entry.share == 0 && Arc::strong_count(&entry.name) == 1;
+        let absent = self.entries.iter().enumerate().filter(|(_, entry)| is_absent(entry));
+        let least = absent.clone().min_by_key(|(_, entry)| (entry.lag + entry.arrears).abs())?.0;
+        (absent.count() >= ABSENT).then_some(least)
+    }
+
+    /// Gives the next turn among `seats`, in proportion to their `weights`, as an index of both; `None` if none is above 0.
+    pub(super) fn turn(&mut self, seats: &[Seat], weights: &[f64]) -> Option<usize> {
+        let places = seats.iter().map(|seat| seat.place);
+        if self.weights != weights || !self.places.iter().copied().eq(places.clone()) {
+            self.share(places.collect(), weights);
         }
-        let next = self.next()?;
-        places.iter().position(|&place| place == next)
+        self.next()
     }
 
     /// Sets the shares; the same ones as before change nothing.
-    fn share(&mut self, places: &[usize], weights: &[f64]) {
-        (self.places, self.weights) = (places.to_vec(), weights.to_vec());
+    fn share(&mut self, places: Vec<usize>, weights: &[f64]) {
+        (self.places, self.weights) = (places, weights.to_vec());
         let mut all = vec![0; self.entries.len()];
-        for (&place, share) in places.iter().zip(shares(weights)) {
+        for (&place, share) in self.places.iter().zip(shares(weights)) {
             all[place] = share;
         }
         if self.entries.iter().map(|entry| entry.share).eq(all.iter().copied()) {
@@ -121,10 +145,14 @@ impl Schedule {
         }
     }
 
-    /// The place of who is next; `None` if nobody has a share.
+    /// Who is next, as an index of `places`, which hold everybody with a share; `None` if nobody has one.
     fn next(&mut self) -> Option<usize> {
         let (mut next, mut soonest) = (None, f64::INFINITY);
-        for (at, entry) in self.entries.iter_mut().enumerate().filter(|(_, entry)| entry.share > 0) {
+        for (at, &place) in self.places.iter().enumerate() {
+            let entry = &mut self.entries[place];
+            if entry.share == 0 {
+                continue;
+            }
             entry.lag += entry.share;
             if entry.lag >= self.due {
                 let deadline = as_float(ONE - self.due - entry.lag) * entry.pace;
@@ -133,7 +161,7 @@ impl Schedule {
                 }
             }
         }
-        self.entries[next?].lag -= ONE;
+        self.entries[self.places[next?]].lag -= ONE;
         next
     }
 }
@@ -166,12 +194,12 @@ mod tests {
     /// One whose places are indices.
     fn idle(entries: usize) -> Schedule {
         let mut schedule = Schedule::default();
-        assert!((0..entries).all(|at| schedule.place(&at.to_string()) == at));
+        assert!((0..entries).all(|at| schedule.seat(&at.to_string()).place == at));
         schedule
     }
 
     fn share(schedule: &mut Schedule, weights: &[f64]) {
-        schedule.share(&(0..weights.len()).collect::<Vec<_>>(), weights);
+        schedule.share((0..weights.len()).collect(), weights);
     }
 
     fn fresh(weights: &[f64]) -> Schedule {
@@ -210,18 +238,61 @@ mod tests {
         let schedules = Schedules::default();
         assert!(Arc::ptr_eq(&schedules.of("/x"), &schedules.clone().of("/x")));
         let mut schedule = idle(0);
-        let (a, b) = (schedule.place("a"), schedule.place("b"));
+        let mut seats = |names: [&str; 3]| names.map(|name| schedule.seat(name));
         // The other order, and for a moment a third.
+        let (abc, bac) = (seats(["a", "b", "c"]), seats(["b", "a", "c"]));
         let mut had = [0, 0];
         for round in 0..100 {
-            let third = schedule.place("c");
             match round {
-                40..44 => assert!(schedule.turn(&[b, a, third], &[0.5, 0.5, 0.0]).is_some_and(|at| at < 2)),
-                _ if round % 2 == 0 => had[schedule.turn(&[a, b], &[0.5, 0.5]).expect("shares")] += 1,
-                _ => had[1 - schedule.turn(&[b, a], &[5.0, 5.0]).expect("shares")] += 1,
+                40..44 => assert!(schedule.turn(&bac, &[0.5, 0.5, 0.0]).is_some_and(|at| at < 2)),
+                _ if round % 2 == 0 => had[schedule.turn(&abc[..2], &[0.5, 0.5]).expect("shares")] += 1,
+                _ => had[1 - schedule.turn(&bac[..2], &[5.0, 5.0]).expect("shares")] += 1,
             }
         }
         assert!(had[0] == 48 && had[1] == 48, "{had:?}");
+    }
+
+    #[test]
+    fn of_those_who_have_left_the_ones_that_are_owed_most_are_remembered() {
+        let mut schedule = idle(0);
+        let both = ["a", "b"].map(|name| schedule.seat(name));
+        assert_eq!(schedule.turn(&both, &[0.5, 0.5]), Some(0));
+        drop(both);
+        for i in 0..1000 {
+            let seats = ["a", &i.to_string()].map(|name| schedule.seat(name));
+            assert_eq!(schedule.turn(&seats, &[1.0, 0.0]), Some(0));
+        }
+        assert_eq!(schedule.entries.len(), ABSENT + 1);
+        let b = schedule.seat("b");
+        let owed = &schedule.entries[b.place];
+        assert_eq!((&*owed.name, owed.lag + owed.arrears), ("b", ONE / 2));
+    }
+
+    #[test]
+    fn who_gets_the_place_of_a_forgotten_one_gets_nothing_else_of_it() {
+        let mut schedule = idle(0);
+        let leaves = [schedule.seat("leaves")];
+        assert_eq!((leaves[0].place, schedule.turn(&leaves, &[1.0])), (0, Some(0)));
+        drop(leaves);
+        drop((0..2 * ABSENT).map(|i| schedule.seat(&i.to_string())).collect::<Vec<_>>());
+        let comes = schedule.seat("comes");
+        assert_ne!(comes.place, 0, "it has its share until somebody else takes a turn");
+        let comes = [comes];
+        assert_eq!(schedule.turn(&comes, &[1.0]), Some(0));
+        let [comes] = comes;
+        let both = [comes, schedule.seat("third")];
+        assert_eq!(both[1].place, 0);
+        let mut turns = |weights: &[f64]| (0..100).filter(|_| schedule.turn(&both, weights) == Some(1)).count();
+        assert_eq!(turns(&[1.0, 0.0]), 0);
+        assert_eq!(turns(&[0.5, 0.5]), 50);
+        assert_eq!(turns(&[0.0, 1.0]), 100);
+    }
+
+    #[test]
+    fn who_is_there_keeps_its_place_however_many_come() {
+        let mut schedule = idle(0);
+        let seats: Vec<_> = (0..3 * ABSENT).map(|i| schedule.seat(&i.to_string())).collect();
+        assert!(seats.iter().enumerate().all(|(at, seat)| seat.place == at));
     }
 
     #[test]

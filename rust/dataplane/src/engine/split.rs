@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use super::{
     affinity::{key, score},
-    schedule::{Schedule, Schedules},
+    schedule::{Schedule, Schedules, Seat},
 };
 use crate::snapshot::{self, Sign};
 
@@ -21,7 +21,7 @@ pub struct Splitter {
     targets: Vec<Target>,
     schedule: Arc<Mutex<Schedule>>,
     /// Of the targets, there.
-    places: Vec<usize>,
+    seats: Vec<Seat>,
     /// Their weights, 0 of those that are not ready.
     weights: Vec<f64>,
     sticky: Option<Sign>,
@@ -63,9 +63,9 @@ impl Splitter {
         let targets: Vec<_> = split.targets.iter().map(target).collect();
         let at = |all: &[Target], name: &str| all.iter().position(|target| target.name == name);
         let schedule = schedules.of(name);
-        let places = {
+        let seats = {
             let mut schedule = schedule.lock().unwrap_or_else(PoisonError::into_inner);
-            targets.iter().map(|target| schedule.place(&target.name)).collect()
+            targets.iter().map(|target| schedule.seat(&target.name)).collect()
         };
         let weights = vec![0.0; targets.len()];
         let rule = |rule: &snapshot::Rule| {
@@ -73,7 +73,7 @@ impl Splitter {
             Some(Rule { sign: rule.sign.clone(), value: rule.value.clone(), target })
         };
         let rules = split.rules.iter().filter_map(rule).collect();
-        Self { targets, schedule, places, weights, sticky: split.sticky.clone(), rules }
+        Self { targets, schedule, seats, weights, sticky: split.sticky.clone(), rules }
     }
 
     /// Takes note of which targets have a ready replica; returns whether that has changed.
@@ -119,7 +119,7 @@ impl Splitter {
     pub(super) fn choose_for(&mut self, visitor: u64) -> Option<usize> {
         if visitor == 0 {
             let mut schedule = self.schedule.lock().unwrap_or_else(PoisonError::into_inner);
-            return schedule.turn(&self.places, &self.weights);
+            return schedule.turn(&self.seats, &self.weights);
         }
         let takers = self.targets.iter().enumerate().filter(|(_, target)| target.takes());
         let appeals = takers.map(|(at, target)| (at, target.weight / -unit(score(visitor, target.seed)).ln()));
