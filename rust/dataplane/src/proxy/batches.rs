@@ -30,8 +30,8 @@ pub(super) struct Packed {
 
 impl Packed {
     /// A copy of a request, its head and its body, which counts when it is sent.
-    pub(super) fn copy(request: BytesMut, deadline: Option<Instant>) -> Self {
-        Self { head: request, body: Bytes::new(), whole: true, wake: true, deadline }
+    pub(super) fn copy(request: Bytes, deadline: Option<Instant>) -> Self {
+        Self { head: BytesMut::new(), body: request, whole: true, wake: true, deadline }
     }
 
     /// The frame's header on this stream; `None`: the time of the request is over.

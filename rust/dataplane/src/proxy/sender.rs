@@ -83,6 +83,7 @@ impl Sender {
                 return None;
             }
             stream.fate = Fate::Cancelled;
+            stream.packed = None; // the entry may stay for long
             wake(&mut stream.reader);
             wake(&mut stream.sender);
             Some(stream.discard())

@@ -7,7 +7,7 @@
 
 use std::{cell::Cell, future::poll_fn, rc::Rc, sync::Arc, time::Duration};
 
-use bytes::BytesMut;
+use bytes::{Bytes, BytesMut};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
@@ -76,8 +76,9 @@ impl Shadow {
         due >= ONE
     }
 
-    /// The bytes of the request, if it is to be copied and may be.
-    fn take(&self, call: &Call<'_>, body: &Inbound) -> Result<BytesMut, Dropped> {
+    /// The bytes of the request, if it is to be copied and may be. A slice of the request's own body would keep the client's
+    /// whole buffer.
+    fn take(&self, call: &Call<'_>, body: &Inbound) -> Result<Bytes, Dropped> {
         let Inbound::Whole(body) = body else { return Err(Dropped::Body) };
         if !call.shard.engine.borrow_mut().is_ready(self.deployment) {
             return Err(Dropped::NotReady);
@@ -85,10 +86,12 @@ impl Shadow {
         if self.lane.open.get() >= OPEN {
             return Err(Dropped::InFlight);
         }
-        let mut request = BytesMut::new();
-        call.put_head(&mut request);
-        request.extend_from_slice(body);
-        if self.lane.bytes.get() + request.len() > BYTES { Err(Dropped::Bytes) } else { Ok(request) }
+        let mut head = BytesMut::new();
+        call.put_head(&mut head);
+        if self.lane.bytes.get() + head.len() + body.len() > BYTES {
+            return Err(Dropped::Bytes);
+        }
+        Ok([&head[..], body].concat().into())
     }
 }
 
@@ -124,7 +127,7 @@ struct Copy {
     affinity: Affinity,
     choice: Choice,
     until: Instant,
-    request: BytesMut,
+    request: Bytes,
     held: Held,
 }
 
