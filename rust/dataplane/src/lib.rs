@@ -8,6 +8,7 @@ pub mod histogram;
 pub mod metrics;
 pub mod proxy;
 pub mod request_id;
+mod roster;
 pub mod snapshot;
 pub mod tally;
 pub mod tcp;

@@ -1,7 +1,7 @@
 //! What the splits of one shard count, by split and target; every shard has its own, and a reader sums them.
 //!
-//! Meters are resolved when a snapshot is applied and stay for as long as the proxy runs, so that nothing is counted down
-//! by a target that leaves and comes back.
+//! Meters are resolved when a snapshot is applied and outlive it, so that nothing is counted down by a target that leaves and
+//! comes back; how many of those that have gone, says `roster.rs`.
 
 use std::{
     collections::BTreeMap,
@@ -13,6 +13,7 @@ use serde::{Serialize, Serializer, ser::SerializeSeq};
 use crate::{
     histogram::{Histogram, Latency},
     metrics::Counter,
+    roster::Roster,
 };
 
 /// Of one target.
@@ -73,49 +74,48 @@ impl ShadowMeter {
     }
 }
 
+/// By split and name.
 #[derive(Debug, Default)]
 struct Meters {
-    targets: BTreeMap<String, Arc<TargetMeter>>,
-    shadows: BTreeMap<String, Arc<ShadowMeter>>,
+    targets: Roster<(String, String), TargetMeter>,
+    shadows: Roster<(String, String), ShadowMeter>,
 }
 
 /// See the module.
 #[derive(Debug, Default)]
-pub struct Traffic(Mutex<BTreeMap<String, Meters>>);
+pub struct Traffic(Mutex<Meters>);
 
 impl Traffic {
-    fn splits(&self) -> MutexGuard<'_, BTreeMap<String, Meters>> {
+    fn meters(&self) -> MutexGuard<'_, Meters> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The meter of a split's target.
     pub fn target(&self, split: &str, name: &str) -> Arc<TargetMeter> {
-        Arc::clone(self.splits().entry(split.to_owned()).or_default().targets.entry(name.to_owned()).or_default())
+        self.meters().targets.of((split.to_owned(), name.to_owned()))
     }
 
     /// The meter of a split's shadow.
     pub fn shadow(&self, split: &str, name: &str) -> Arc<ShadowMeter> {
-        Arc::clone(self.splits().entry(split.to_owned()).or_default().shadows.entry(name.to_owned()).or_default())
+        self.meters().shadows.of((split.to_owned(), name.to_owned()))
     }
 
     /// Adds what it holds to `sums`.
     pub fn add_to(&self, sums: &mut BTreeMap<String, SplitTotals>) {
-        for (name, meters) in self.splits().iter() {
-            let split = sums.entry(name.clone()).or_default();
-            for (name, meter) in &meters.targets {
-                let target = split.targets.entry(name.clone()).or_default();
-                target.requests += meter.requests.value();
-                target.errors += meter.errors.value();
-                meter.latency.add_to(&mut target.latency);
-            }
-            for (name, meter) in &meters.shadows {
-                let shadow = split.shadows.entry(name.clone()).or_default();
-                shadow.copied += meter.copied.value();
-                shadow.answered += meter.answered.value();
-                shadow.errors += meter.errors.value();
-                for (reason, name) in Dropped::ALL {
-                    *shadow.dropped.entry(name).or_default() += meter.dropped[reason as usize].value();
-                }
+        let meters = self.meters();
+        for ((split, name), meter) in meters.targets.iter() {
+            let target = sums.entry(split.clone()).or_default().targets.entry(name.clone()).or_default();
+            target.requests += meter.requests.value();
+            target.errors += meter.errors.value();
+            meter.latency.add_to(&mut target.latency);
+        }
+        for ((split, name), meter) in meters.shadows.iter() {
+            let shadow = sums.entry(split.clone()).or_default().shadows.entry(name.clone()).or_default();
+            shadow.copied += meter.copied.value();
+            shadow.answered += meter.answered.value();
+            shadow.errors += meter.errors.value();
+            for (reason, name) in Dropped::ALL {
+                *shadow.dropped.entry(name).or_default() += meter.dropped[reason as usize].value();
             }
         }
     }

@@ -6,7 +6,7 @@ use rayserve_dataplane::wire::{Fault, Kind, flag};
 use serde_json::json;
 use support::{
     Replica, Served,
-    auto::{Split, split},
+    auto::{Auto, Split, split},
 };
 
 #[test]
@@ -88,4 +88,28 @@ fn the_metrics_page_is_prometheus_text_with_the_proxys_counters_and_those_of_the
         assert!(text.lines().any(|it| it == line), "{line} is not in\n{text}");
     }
     assert_eq!(Served::empty(json!({})).proxy.traffic(), "{}");
+}
+
+#[test]
+fn names_that_come_and_go_leave_a_bounded_number_of_counters() {
+    let served = Served::empty(json!({}));
+    let a = Auto::start(served.dir.path(), "a", 5);
+    let mut client = served.client();
+    for release in 0..300 {
+        let mut weights = split(&[("a", 1.0), (&format!("t{release}"), 0.0)]);
+        let copies = format!("s{release}");
+        weights["shadows"] = json!([{"name": copies, "deployment": format!("{copies}#D"), "share": 1.0}]);
+        served.publish_split(&weights, &[("a", json!({}), vec![a.address.clone()])]);
+        served.linked_ids(&["a"]);
+        client.get("/");
+        assert_eq!(client.response().text(), "a");
+    }
+    let counted: serde_json::Value = serde_json::from_str(&served.proxy.traffic()).expect("JSON");
+    let known = |kind: &str| counted["/x"][kind].as_object().expect("by name").keys().cloned().collect::<Vec<_>>();
+    for kind in ["targets", "shadows"] {
+        assert!((256..262).contains(&known(kind).len()), "{:?}", known(kind));
+    }
+    assert!(known("targets").contains(&"t299".to_owned()) && !known("targets").contains(&"t0".to_owned()));
+    assert_eq!(counted["/x"]["shadows"]["s299"]["dropped"]["not_ready"], 1);
+    served.counts("targets", "a", "/requests", 300);
 }

@@ -14,10 +14,9 @@
 //! lock a turn. Each says with its turn who has which weight, as shards may see different targets ready, or different
 //! snapshots, for a moment.
 
-use std::{
-    collections::BTreeMap,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use crate::roster::Roster;
 
 /// One turn.
 const ONE: i64 = 1 << 50;
@@ -26,12 +25,11 @@ const ABSENT: usize = 64;
 
 /// By split: what is owed by name outlives a target that leaves and comes back.
 #[derive(Debug, Clone, Default)]
-pub struct Schedules(Arc<Mutex<BTreeMap<String, Arc<Mutex<Schedule>>>>>);
+pub struct Schedules(Arc<Mutex<Roster<String, Mutex<Schedule>>>>);
 
 impl Schedules {
     pub(super) fn of(&self, split: &str) -> Arc<Mutex<Schedule>> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        Arc::clone(all.entry(split.to_owned()).or_default())
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).of(split.to_owned())
     }
 }
 

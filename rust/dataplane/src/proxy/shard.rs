@@ -80,7 +80,7 @@ pub(super) struct Shard {
     routes: RefCell<RouteTable<Rc<Route>>>,
     /// Wakes who waits for a target of a split.
     pub(super) readiness: Notify,
-    /// By split and shadow.
+    /// By split and shadow, as long as a route or a copy holds it.
     pub(super) lanes: RefCell<HashMap<(String, String), Rc<Lane>>>,
     /// `/-/routes`; none before the first snapshot.
     pub(super) listing: RefCell<Option<Bytes>>,
@@ -137,6 +137,7 @@ impl Shard {
         }
         *self.routes.borrow_mut() = RouteTable::new(prefixes).with_patterns(patterns);
         drop(engine);
+        self.lanes.borrow_mut().retain(|_, lane| Rc::strong_count(lane) > 1);
         let label = |route: &snapshot::Route| route.label.clone().unwrap_or_else(|| route.app.clone().into());
         self.tallies.borrow_mut().clear();
         let listing: serde_json::Map<_, _> =
