@@ -3,7 +3,8 @@
 use super::{Action, Engine, ReplicaKey};
 
 impl<W> Engine<W> {
-    /// A link is up; `max_ongoing` comes from its WELCOME.
+    /// A link is up; `max_ongoing` comes from its WELCOME. The next snapshot knows better: a replica whose limit is changed in
+    /// place does not say so, and one that is believed to have more slots than it has answers BUSY.
     pub fn linked(&mut self, key: ReplicaKey, max_ongoing: u32) {
         self.sessions += 1;
         let deployment = self.replicas[key.0].deployment;
