@@ -212,6 +212,7 @@ mod tests {
         for round in 0..500 {
             counts[splitter.choose(|_| None).expect("ready")] += 1;
             if round % 3 == 0 {
+                drop(splitter); // as if a snapshot in between did not hold it
                 splitter = Splitter::new("/x", &split(&weights, &json!({})), &schedules);
                 splitter.note_ready(|_| true);
             }
