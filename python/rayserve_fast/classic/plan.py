@@ -11,7 +11,7 @@ Invariant: a step's arguments refer to the input and to earlier steps only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
 from typing import TYPE_CHECKING, Any
@@ -99,25 +99,21 @@ class Step:
 
     Args:
         target: an Application, which is a handle where the plan runs.
-        nested: steps whose answers are nested within its arguments.
-        late: whether it must wait here before it can be begun.
     """
 
     target: Any
     method: str
-    args: tuple[Argument, ...]
-    kwargs: dict[str, Argument]
-    nested: tuple[int, ...] = ()
-    late: bool = False
+    args: tuple[Argument, ...] = ()
+    kwargs: dict[str, Argument] = field(default_factory=dict)
     forwards_all: bool = False  # its arguments are those that the graph is called with
 
 
 @dataclass
 class Plan:
-    """The steps of one graph; the last one's answer is the graph's, unless `answer` says otherwise."""
+    """The steps of one graph, and what it gives: the answer of its last step, or of its input."""
 
-    steps: list[Step] = field(default_factory=list)
-    answer: Argument | None = None
+    steps: list[Step]
+    answer: Argument
 
     def ready(self) -> ReadyPlan:
         """With its handles' methods looked up; called once, where it runs."""
@@ -128,11 +124,12 @@ class ReadyPlan:
     """A plan that can be run."""
 
     def __init__(self, plan: Plan) -> None:
-        assert plan.answer is not None, "a compiled plan has an answer"
-        self._steps = [_ReadyStep(step) for step in plan.steps]
+        self._steps: list[_ReadyStep] = []
+        for step in plan.steps:
+            self._steps.append(_ReadyStep(step, self._steps))
         self._answer = plan.answer.source()
         self._last = plan.answer.index if isinstance(plan.answer, FromStep) else None
-        self._has_late = any(step.late for step in plan.steps)
+        self._has_late = any(step.late for step in self._steps)
         #: The call that the whole graph is, if it is one call with nothing but the input.
         self.single: Callable[[Any], Any] | None = None
         if len(plan.steps) == 1 and (plan.steps[0].forwards_all or _takes_only_input(plan.steps[0])):
@@ -166,16 +163,24 @@ class ReadyPlan:
 
 
 class _ReadyStep:
-    """A step with its method's handle, and functions that fetch its arguments."""
+    """A step with its method's handle, and functions that fetch its arguments.
 
-    def __init__(self, step: Step) -> None:
+    Args:
+        step: the step.
+        earlier: those that it may need answers of.
+    """
+
+    def __init__(self, step: Step, earlier: Sequence[_ReadyStep]) -> None:
         handle: DeploymentHandle = step.target
         self.remote = handle.options(method_name=step.method).remote
         self._args = [argument.source() for argument in step.args]
         self._kwargs = {name: argument.source() for name, argument in step.kwargs.items()}
-        self._nested = step.nested
-        self._needs = [a.index for a in (*step.args, *step.kwargs.values()) if isinstance(a, FromStep)]
-        self.late = step.late
+        given = (*step.args, *step.kwargs.values())
+        self._needs = [a.index for a in given if isinstance(a, FromStep)]
+        #: The steps whose answers are nested within its arguments.
+        self._nested = tuple(dict.fromkeys(index for a in given if isinstance(a, Nested) for index in a.steps()))
+        #: Whether it must wait here before it can be begun.
+        self.late: bool = bool(self._nested) or any(earlier[index].late for index in self._needs)
         if step.forwards_all:
             self.begin = self._forward  # type: ignore[method-assign]
 
@@ -192,11 +197,9 @@ class _ReadyStep:
     async def begin_late(self, given: Input, begun: Begun) -> DeploymentResponse:
         """Call once the answers that are nested in its arguments are here, and the late steps it needs have begun."""
         mine = list(begun)
-        for index in self._needs:
+        for index in (*self._needs, *self._nested):
             mine[index] = await _begun(begun[index])
-        for index in self._nested:
-            mine[index] = await _begun(begun[index])
-        values = await asyncio.gather(*(_value(mine[index]) for index in self._nested))
+        values = await asyncio.gather(*(mine[index] for index in self._nested))
         for index, value in zip(self._nested, values, strict=True):
             mine[index] = value
         return self.begin(given, mine)
@@ -234,7 +237,7 @@ def compile_graph(root: Node | Application) -> Plan:
         TypeError: it is no node.
     """
     if isinstance(root, Application):
-        return Plan([Step(root, "__call__", (), {}, forwards_all=True)], FromStep(0))
+        return Plan([Step(root, "__call__", forwards_all=True)], FromStep(0))
     if not isinstance(root, Node):
         raise TypeError(f"Expected a node of a deployment graph or an Application, got {type(root)}.")
     compiler = _Compiler()
@@ -264,20 +267,17 @@ class _Compiler:
         return Given(value)
 
     def _step(self, node: CallNode | Application) -> FromStep:
-        if id(node) not in self._known:
-            if isinstance(node, Application):
-                step = Step(node, "__call__", (), {})
-            else:
-                args = tuple(self.argument(value) for value in node.args)
-                kwargs = {name: self.argument(value) for name, value in node.kwargs.items()}
-                step = Step(node.app, node.method, args, kwargs)
-                given = (*args, *kwargs.values())
-                step.nested = tuple(dict.fromkeys(i for a in given if isinstance(a, Nested) for i in a.steps()))
-                needed = [a.index for a in given if isinstance(a, FromStep)]
-                step.late = bool(step.nested) or any(self.steps[index].late for index in needed)
-            self.steps.append(step)
-            self._known[id(node)] = node, FromStep(len(self.steps) - 1)
-        return self._known[id(node)][1]
+        known = self._known.get(id(node))
+        if known is None:
+            self.steps.append(self._call_of(node))  # after those of its arguments
+            known = self._known[id(node)] = node, FromStep(len(self.steps) - 1)
+        return known[1]
+
+    def _call_of(self, node: CallNode | Application) -> Step:
+        if isinstance(node, Application):
+            return Step(node, "__call__")
+        args = tuple(self.argument(value) for value in node.args)
+        return Step(node.app, node.method, args, {name: self.argument(value) for name, value in node.kwargs.items()})
 
 
 def _nested(kind: type, keys: tuple[Any, ...], parts: list[Argument], value: Any) -> Argument:
@@ -292,10 +292,6 @@ def _takes_only_input(step: Step) -> bool:
 async def _begun(response: Any) -> Any:
     """The response of a step, which may not have begun yet."""
     return await asyncio.shield(response) if isinstance(response, asyncio.Future) else response
-
-
-async def _value(response: DeploymentResponse) -> Any:
-    return await response
 
 
 def _only(given: Input) -> Any:
