@@ -167,6 +167,9 @@ def test_what_the_method_raises_comes_out_of_get(target: Any) -> None:
 def test_arguments_that_cannot_be_sent_are_refused_at_once(target: Any) -> None:
     with pytest.raises(TypeError):
         target.same.remote(threading.Lock())
+    with pytest.raises(RuntimeError, match="streaming response") as caught:
+        target.same.remote(serve.get_app_handle("target").options(method_name="same", stream=True).remote(1))
+    assert caught.value.__cause__ is None, "no error is its own cause: who looks for the first one would not end"
 
 
 def test_limits_hold_as_for_any_call(deploy: Any) -> None:

@@ -17,7 +17,6 @@ import pickle
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ray import ObjectRef
@@ -36,7 +35,8 @@ RAYS_OWN = re.compile(rb"ray\._private\.serialization")
 
 #: Deployment, application, key in the snapshot, and method.
 Callee = tuple[str, str, str, str]
-Texts = tuple[str, str, str, str, str, str]
+#: Request id, route and application of the caller, model, and session.
+Texts = tuple[str, str, str, str, str]
 
 
 def call(handle: DeploymentHandle, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -62,7 +62,8 @@ def call(handle: DeploymentHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
     try:
         packed = _pack(callee, args, kwargs)
     except Exception as error:
-        raise handle._unsent(error) from error
+        unsent = handle._unsent(error)
+        raise unsent from unsent.__cause__  # which may be the error itself, and must not be its own cause
     buffers = [pickle.PickleBuffer(buffer) for buffer in packed.buffers]
     return _own.actor().call.remote(callee, texts, _beside(packed.pickle), buffers, packed.refs)
 
@@ -82,7 +83,6 @@ def _described(handle: DeploymentHandle) -> tuple[Callee, Texts]:
 
     options, context = handle._options, _serve_request_context.get()
     texts = (
-        options.method_name,
         (context.request_id if context else "") or new_request_id(),
         context.route if context else "",
         context.app_name if context else "",
@@ -143,7 +143,7 @@ async def _made(callee: Callee, texts: Texts, packed: answers.Packed) -> Sealed:
     # The first time it asks Ray for the cluster's secret, which may take a while.
     owner = caller.current() if caller.exists() else await asyncio.to_thread(caller.current)
     deployment, app, key, method = callee
-    _, request_id, route, calling_app, model, session = texts
+    request_id, route, calling_app, model, session = texts
     context = _RequestContext(route=route, request_id=request_id, app_name=calling_app)
     called = owner.client.callee(key, method, model, session, False, None)
     begun = called.begin(packed.pickle, packed.buffers, context, (), packed.refs or None)
@@ -156,8 +156,7 @@ async def _made(callee: Callee, texts: Texts, packed: answers.Packed) -> Sealed:
         raise
     outcome = begun.sealed_outcome()
     if outcome[0] != "value":
-        handle = DeploymentHandle(deployment, app)
-        handle._options = replace(handle._options, method_name=method)
+        handle = DeploymentHandle(deployment, app).options(method_name=method)
         DeploymentResponse(handle, owner, begun)._raise(*outcome)
     return Sealed(*outcome[1:])
 
