@@ -15,10 +15,11 @@ import requests
 from http_pair import ours
 
 from rayserve_fast import serve
-from rayserve_fast.classic.backend import AsyncBackend, Backend, Method, SyncBackend
+from rayserve_fast.classic.backend import CALL_METHOD, AsyncBackend, Backend, Method, SyncBackend
 from rayserve_fast.classic.requests import FlaskRequest, HandleRequest
 from rayserve_fast.classic.session import FLASK, STARLETTE
 from rayserve_fast.exceptions import RayServeException
+from rayserve_fast.replica.portable import rebuild
 
 
 @contextlib.contextmanager
@@ -200,6 +201,23 @@ def test_starlette_backends_get_a_request_of_a_call() -> None:
 
     call = HandleRequest({"k": 1}, {"x": 5}, "POST")
     assert run_on_loop(echo, STARLETTE, "__call__", call) == [{"k": 1}, {"k": 1}, {"k": 1}, {"x": 5}, "POST"]
+
+
+@pytest.mark.parametrize("flavour", [FLASK, STARLETTE])
+def test_a_request_that_a_handle_of_today_passes_on_is_one_as_if_it_came_here(flavour: str) -> None:
+    class Passed:
+        async def __call__(self, request: Any) -> str:
+            return "called"
+
+        async def named(self, request: Any) -> str:
+            return f"{request.method} {request.headers['x-one']}"
+
+    def passed(*headers: tuple[bytes, bytes]) -> Any:
+        parts = ["POST", "/", b"/", b"", "", [(b"x-one", b"1"), *headers], None, None, "http", "1.1", {}]
+        return rebuild(parts, b"body")
+
+    assert run_on_loop(Passed, flavour, "__call__", passed()) == "called"
+    assert run_on_loop(Passed, flavour, "__call__", passed((CALL_METHOD, b"named"))) == "POST 1"
 
 
 def test_todays_handles_pass_their_arguments_through() -> None:

@@ -117,6 +117,10 @@ class PortableHead:
         self.__dict__.update(zip(PARTS, parts, strict=True))
         return self.__dict__[name]
 
+    def header(self, name: bytes) -> bytes | None:
+        """The first header of that lower-case name."""
+        return next((value for key, value in self.headers if key == name), None)
+
     @property
     def body(self) -> bytes:
         if type(self._sent) is not bytes:
