@@ -76,7 +76,7 @@ class Backend:
             return self._method(name).call(*args, **kwargs)
         if not isinstance(arrived, list):
             method = self._method(_named(arrived) or name)
-            given, named = self._prepared_now(arrived, method)
+            given, named = self._ready(arrived, method) or self._now(self._prepare(arrived, method))
             result = method.call(*given, **named)
             return self._now(result) if method.is_async else result
         results = _entered(arrived)
@@ -143,10 +143,6 @@ class Backend:
                 return found  # type: ignore[no-any-return]
         public = [attr for attr in dir(self._user) if not attr.startswith("_") and callable(getattr(self._user, attr))]
         raise RayServeException(f"The backend has no method '{name}' to call. Available methods: {public}.")
-
-    def _prepared_now(self, arrived: Arrived, method: Method) -> Arguments:
-        """On a thread: the arguments for one request, for which the loop waits if it has not arrived whole."""
-        return self._ready(arrived, method) or self._now(self._prepare(arrived, method))
 
     def _ready(self, arrived: Arrived, method: Method) -> Arguments | None:
         """The arguments for one request if there is nothing to wait for: the way of nearly all."""

@@ -17,7 +17,7 @@ import ray
 from rayserve_fast import context
 from rayserve_fast.classic import session
 from rayserve_fast.classic.backend import AsyncBackend, SyncBackend, accepts_batch
-from rayserve_fast.classic.config import BackendConfig, CondaEnv
+from rayserve_fast.classic.config import BackendConfig, CondaEnv, given_config
 from rayserve_fast.classic.spelling import warn_older
 from rayserve_fast.controlplane import client
 from rayserve_fast.controlplane.seen import OvertakenError
@@ -62,7 +62,7 @@ def create_backend(
     warn_older("`serve.create_backend`", "`serve.run`")
     if not isinstance(backend_tag, str) and isinstance(func_or_class, str):
         backend_tag, func_or_class = func_or_class, backend_tag
-    given = _config(config if config is not None else backend_config)
+    given = given_config(config if config is not None else backend_config)
     create(backend_tag, func_or_class, actor_init_args, ray_actor_options, given, env, session.requests())
 
 
@@ -82,7 +82,7 @@ def create(
         raise TypeError(f"Backend must be a function or class, it is {type(func_or_class)}.")
     began, controller = time.monotonic(), session.require()
     registered = f"Cannot create backend. Backend '{tag}' is already registered."
-    if tag in session.ask("applications", ERA):
+    if tag in labels_by_tag():
         raise ValueError(registered)  # before anything is pickled for nothing
     spec = _spec(tag, func_or_class, init_args, _actor_options(ray_actor_options, env), given, requests)
     try:
@@ -101,13 +101,19 @@ def list_backends() -> dict[str, dict[str, Any]]:
     """
     warn_older("`serve.list_backends`", "`serve.status`")
     found = {}
-    for tag, labels in session.ask("applications", ERA).items():
+    for tag, labels in labels_by_tag().items():
         config = BackendConfig(**labels["config"])
         found[tag] = {
             "accepts_batches": labels["accepts_batches"],
             "num_replicas": config.num_replicas,
             "max_batch_size": config.max_batch_size,
         }
+    return found
+
+
+def labels_by_tag() -> dict[str, dict[str, Any]]:
+    """What the records of all backends say: `config` and `accepts_batches`."""
+    found: dict[str, dict[str, Any]] = session.ask("applications", ERA)
     return found
 
 
@@ -149,7 +155,7 @@ def update_backend_config(backend_tag: str, config_options: Mapping[str, Any] | 
         TypeError: `config_options` is no dict.
     """
     warn_older("`serve.update_backend_config`", "`serve.run`")
-    began, given = time.monotonic(), _config(config_options)
+    began, given = time.monotonic(), given_config(config_options)
     old = _existing(backend_tag)
     labels = {**old.labels, "config": {**old.labels["config"], **given}}
     (deployment,) = old.deployments
@@ -200,10 +206,6 @@ def accept_batch(function: F) -> F:
     """
     function._serve_accept_batch = True  # type: ignore[attr-defined]
     return function
-
-
-def _config(config: Any) -> dict[str, Any]:
-    return session.plain_config(config, BackendConfig, "config must be a dictionary.")
 
 
 def _spec(
@@ -268,7 +270,7 @@ def _with_config(spec: ApplicationSpec, **changes: Any) -> ApplicationSpec:
 
 def _existing(tag: str) -> ApplicationSpec:
     spec: ApplicationSpec | None = None
-    if tag in session.ask("applications", ERA):  # not one that is being deleted
+    if tag in labels_by_tag():  # not one that is being deleted
         spec = session.ask("specification", tag)
     if spec is None:
         raise ValueError(f"Backend {tag} is not registered.")

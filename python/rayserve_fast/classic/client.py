@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 from rayserve_fast.classic import backends, endpoints, session
-from rayserve_fast.classic.config import BackendConfig, CondaEnv
+from rayserve_fast.classic.config import BackendConfig, CondaEnv, given_config
 from rayserve_fast.controlplane import client
 from rayserve_fast.exceptions import RayServeException
 
@@ -91,7 +91,7 @@ class Client:
         env: CondaEnv | None = None,
     ) -> None:
         """Start the replicas of a backend; see `serve.create_backend`."""
-        given = session.plain_config(config, BackendConfig, "config must be a BackendConfig or a dictionary.")
+        given = given_config(config, "a BackendConfig or a dictionary")
         backends.create(backend_tag, func_or_class, init_args, ray_actor_options, given, env, session.STARLETTE)
 
     def update_backend_config(self, backend_tag: str, config_options: Mapping[str, Any] | BackendConfig) -> None:
@@ -104,7 +104,7 @@ class Client:
 
     def list_backends(self) -> dict[str, BackendConfig]:
         """The configuration of every backend."""
-        return {tag: BackendConfig(**labels["config"]) for tag, labels in _backends().items()}
+        return {tag: BackendConfig(**labels["config"]) for tag, labels in backends.labels_by_tag().items()}
 
     def delete_backend(self, backend_tag: str, force: bool = False) -> None:
         """Stop a backend; see `serve.delete_backend`."""
@@ -141,11 +141,6 @@ class Client:
         raise RayServeException(
             "Ray Serve client cannot be serialized. Please use serve.connect() to get a client within a backend."
         )
-
-
-def _backends() -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = session.ask("applications", backends.ERA)
-    return found
 
 
 def _end(controller_id: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
@@ -32,6 +33,19 @@ class BackendConfig(BaseModel):
     experimental_graceful_shutdown_wait_loop_s: NonNegativeFloat = 2.0
     #: Seconds that a leaving replica has to finish its requests.
     experimental_graceful_shutdown_timeout_s: NonNegativeFloat = 20.0
+
+
+def given_config(config: Any, kinds: str = "a dictionary") -> dict[str, Any]:
+    """The options that a dict, or a `BackendConfig`, was made with.
+
+    Raises:
+        TypeError: it is neither; the text names these `kinds`.
+    """
+    if isinstance(config, BackendConfig):
+        return config.model_dump(exclude_unset=True)
+    if config is None or isinstance(config, Mapping):
+        return dict(config or {})
+    raise TypeError(f"config must be {kinds}.")
 
 
 class CondaEnv:

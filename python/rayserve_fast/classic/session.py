@@ -7,7 +7,6 @@ not outlive `serve.shutdown`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -107,15 +106,6 @@ def require() -> Any:
 def ask(method: str, *args: Any) -> Any:
     """Call a method of the controller; raises what that raises, and as `require` does."""
     return client.answer(getattr(require(), method).remote(*args))
-
-
-def plain_config(config: Any, kind: type, text: str) -> dict[str, Any]:
-    """What was given explicitly, of a dict or an object of `kind`; TypeError with this text otherwise."""
-    if isinstance(config, kind):
-        return dict(config.model_dump(exclude_unset=True))  # type: ignore[attr-defined]
-    if config is None or isinstance(config, Mapping):
-        return dict(config or {})
-    raise TypeError(text)
 
 
 def _controller_id() -> str:
