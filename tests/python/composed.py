@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +13,6 @@ from rayserve_fast.handle import DeploymentHandle
 
 #: `serve.run`, on Ray or in this process: the fixture `run`.
 Run = Callable[..., DeploymentHandle]
-
-
-def until(condition: Callable[[], bool], timeout_s: float = 10) -> None:
-    """Wait for what no event tells of."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
 
 
 class Refused(ValueError):

@@ -28,6 +28,16 @@ def code(version: str, name: str = "Code", **options: Any) -> Any:
     return code.bind()
 
 
+@ray.remote
+def plus_one(value: Any) -> Any:
+    return value + 1
+
+
+@ray.remote
+def failing() -> None:
+    raise ValueError("in the task")
+
+
 def replica_states(app: str = "default") -> dict[str, int]:
     (deployment,) = serve.status().applications[app].deployments.values()
     return {state.value: n for state, n in deployment.replica_states.items() if n}
@@ -39,6 +49,17 @@ def actor_pid(name: str) -> int:
     return pid
 
 
+def replica_actors() -> list[Any]:
+    """The actors of all replicas that run or stop."""
+    names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
+    return [ray.get_actor(name, namespace="rayserve_fast") for name in names if name.startswith("SERVE_REPLICA")]
+
+
+def until_running(calls: int) -> None:
+    """Return when user code works on so many calls, in all replicas together."""
+    wait_for(lambda: sum(ray.get(replica.counters.remote())["running"] for replica in replica_actors()) == calls)
+
+
 def proxy_counters() -> dict[str, int]:
     (node,) = serve.status().proxies
     proxy = ray.get_actor(f"SERVE_PROXY_ACTOR-{node}", namespace="rayserve_fast")
@@ -47,10 +68,10 @@ def proxy_counters() -> dict[str, int]:
 
 
 def wait_for(
-    holds: Callable[[], bool], seconds: float = 20, so_far: Callable[[], object] = lambda: "it never came to hold"
+    holds: Callable[[], object], seconds: float = 20, so_far: Callable[[], object] = lambda: "it never came to hold"
 ) -> None:
     """Return when it holds; what `so_far` gives is in the error if it does not in time."""
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline, f"after {seconds} s: {so_far()}"
-        time.sleep(0.02)  # no event tells
+        time.sleep(0.01)  # no event tells

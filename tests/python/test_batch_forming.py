@@ -93,7 +93,7 @@ def test_no_batch_is_sealed_while_all_slots_are_taken() -> None:
         await recorder.until(1)
         for item in (5, 6, 7):
             recorder.begin(item)
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # longer than the window
         assert recorder.batches == [[1, 2, 3, 4]]
         recorder.end(0)
         await turns()
@@ -127,7 +127,7 @@ def test_setters_act_on_what_waits_also_from_a_thread() -> None:
         await recorder.until(1)
         assert recorder.batches == [[1, 2, 3, 4]]
         recorder.end(0)
-        await asyncio.sleep(0.01)
+        await turns()
         recorder.call.set_batch_wait_timeout_s(0.01)
         await recorder.until(2)
         assert recorder.batches[1] == [5]
@@ -259,7 +259,6 @@ def test_an_item_too_large_fails_alone() -> None:
         tasks = weighed.begin(11, 4, 12, 5)
         await weighed.until(1)
         weighed.end(0)
-        await asyncio.sleep(0.02)
         await weighed.until(2)
         weighed.end(1)
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)

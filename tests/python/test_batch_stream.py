@@ -159,7 +159,8 @@ def test_a_cancelled_reader_leaves_the_queue() -> None:
             yield items
 
         reader = asyncio.ensure_future(collect(stream(1)))
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
+        assert stream._get_metrics()["serve_batch_queue_length"] == 1
         reader.cancel()
         assert await gather(collect(stream(2)), collect(stream(3))) == [[2], [3]]
         assert batches == [[2, 3]]

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from deployed import failing, plus_one, until_running, wait_for
 from ray.exceptions import RayTaskError
 
 from rayserve_fast import serve
@@ -75,16 +76,6 @@ def deploy(serve_url: str) -> Iterator[Any]:
     """`serve.run` beside the application `target`, for one test."""
     yield lambda app: serve.run(app, name="beside", route_prefix=None)
     serve.delete("beside")
-
-
-@ray.remote
-def plus_one(value: Any) -> Any:
-    return value + 1
-
-
-@ray.remote
-def failing() -> None:
-    raise ValueError("in the task")
 
 
 def test_a_call_gives_an_object_ref_before_its_answer(target: Any) -> None:
@@ -185,13 +176,11 @@ def test_limits_hold_as_for_any_call(deploy: Any) -> None:
 def test_cancelling_the_reference_cancels_the_call(target: Any) -> None:
     before = ray.get(target.many_cancelled.remote())
     ref = target.sleep.remote(3600)
-    ray.wait([ref], timeout=0.3)
+    until_running(1)
     ray.cancel(ref)
     with pytest.raises((ray.exceptions.TaskCancelledError, RayTaskError)):
         ray.get(ref, timeout=60)
-    deadline = time.monotonic() + 10
-    while ray.get(target.many_cancelled.remote()) == before:
-        assert time.monotonic() < deadline
+    wait_for(lambda: ray.get(target.many_cancelled.remote()) > before, 10)
 
 
 def test_large_values_are_not_decoded_on_the_way(target: Any) -> None:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from composed import Model, Refused, Run, until
+from composed import Model, Refused, Run
+from deployed import wait_for
 
 from rayserve_fast import serve
 from rayserve_fast.context import _get_serve_request_context
@@ -139,7 +140,7 @@ def test_cancelling_reaches_the_coroutine_and_gives_the_slot_back(run: Run) -> N
             response.result(timeout_s=20)
         assert response.cancelled()
     assert queued.result(timeout_s=20) == 2
-    until(lambda: handle.cancellations.remote().result(timeout_s=20) == 2)
+    wait_for(lambda: handle.cancellations.remote().result(timeout_s=20) == 2, 10)
 
 
 @pytest.mark.parametrize(("method", "args", "calls"), [("hang_many", (5,), 5), ("hang_sync", (), 1)])
@@ -149,11 +150,11 @@ def test_cancelling_reaches_what_was_called_on_behalf_of_the_call(
     handle = run(Front.bind(Model.bind()))
     model = serve.get_deployment_handle("Model", "default")
     response = handle.options(method_name=method).remote(*args)
-    until(lambda: model.hanging.remote().result(timeout_s=20) == calls)
+    wait_for(lambda: model.hanging.remote().result(timeout_s=20) == calls, 10)
     response.cancel()
     with pytest.raises(RequestCancelledError):
         response.result(timeout_s=20)
-    until(lambda: model.cancellations.remote().result(timeout_s=20) == calls)
+    wait_for(lambda: model.cancellations.remote().result(timeout_s=20) == calls, 10)
 
 
 def test_a_full_queue_is_back_pressure(run: Run) -> None:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 import ray
 import requests
+from deployed import wait_for
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from starlette.requests import Request
@@ -150,13 +150,6 @@ def model(deployed: tuple[str, DeploymentHandle]) -> Watched:
     return Watched(deployed[1])
 
 
-def until(condition: Callable[[], bool], timeout_s: float = 15) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.02)
-
-
 class Client:
     """A connection that asks once, reads when told to, and leaves when told to."""
 
@@ -195,7 +188,7 @@ def test_a_client_that_leaves_ends_the_stream_at_its_source(url: str, model: Wat
     for client in clients:
         client.read_until(b"token0")
         client.leave()
-    until(lambda: model.ended() == ["CancelledError"] * 5)
+    wait_for(lambda: model.ended() == ["CancelledError"] * 5, 15)
 
 
 @pytest.mark.parametrize(("path", "calls"), [("/hang", 1), ("/hang_many", 8)])
@@ -203,16 +196,16 @@ def test_a_client_that_leaves_cancels_what_its_request_has_called(
     url: str, model: Watched, path: str, calls: int
 ) -> None:
     client = Client(url, path)
-    until(lambda: model.running() == calls)
+    wait_for(lambda: model.running() == calls, 15)
     client.leave()
-    until(lambda: model.running() == 0)
+    wait_for(lambda: model.running() == 0, 15)
     assert model.ended() == ["CancelledError"] * calls
 
 
 def test_a_deadline_cancels_what_the_request_has_called(url: str, model: Watched) -> None:
     answer = requests.get(f"{url}/hang", headers={"x-request-timeout-seconds": "0.5"}, timeout=20)
     assert answer.status_code == 408
-    until(lambda: model.ended() == ["CancelledError"])
+    wait_for(lambda: model.ended() == ["CancelledError"], 15)
 
 
 def test_an_error_of_a_called_deployment_is_the_handler_s_to_catch(url: str) -> None:

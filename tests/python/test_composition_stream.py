@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from composed import Refused, Run, until
+from composed import Refused, Run
+from deployed import wait_for
 
 from rayserve_fast import serve
 from rayserve_fast.exceptions import RequestCancelledError
@@ -131,4 +132,4 @@ def test_cancelling_a_stream_reaches_its_generator(run: Run) -> None:
     items.cancel()
     with pytest.raises(RequestCancelledError):
         list(items)
-    until(lambda: handle.state.remote().result(timeout_s=20)[1] == ["CancelledError"])
+    wait_for(lambda: handle.state.remote().result(timeout_s=20)[1] == ["CancelledError"], 10)

@@ -123,8 +123,7 @@ def test_requests_wait_while_the_application_starts(serve_instance: str) -> None
     answers: list[tuple[int, str]] = []
 
     def ask() -> None:
-        while not serve.status().applications:
-            time.sleep(0.01)
+        wait_for(lambda: serve.status().applications)
         answers.extend(get(serve_instance) for _ in range(2))
 
     thread = threading.Thread(target=ask)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 import requests
+from deployed import wait_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -66,10 +66,7 @@ def test_composition_runs_from_top_to_bottom(serve_instance: str, capfd: pytest.
 
     def cancelled() -> None:
         slow = serve.get_deployment_handle("Slow", "waiting")
-        deadline = time.monotonic() + 10
-        while slow.count.remote().result(timeout_s=10) != 1:  # what the cancelled call had called
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
+        wait_for(lambda: slow.count.remote().result(timeout_s=10) == 1, 10)  # what the cancelled call had called
 
     def multiplexed() -> None:
         french = requests.get(f"{serve_instance}/models", headers={"serve_multiplexed_model_id": "fr"}, timeout=10)

@@ -137,7 +137,7 @@ def test_exit_while_threads_call_as_fast_as_they_can(tmp_path: Path) -> None:
                 except Exception:
                     return  # handles are closed
         for _ in range(3): threading.Thread(target=flood, daemon=True).start()
-        time.sleep(0.3)
+        for _ in range(300): server.calls.get(timeout=10)
         print("end", flush=True)
     """
     ends(body, tmp_path, ANSWERS)
@@ -183,7 +183,7 @@ PROXY_STATES = {
     "a request that waits for its replica": """
         waits = client()
         waits.sendall(b"GET /x HTTP/1.1\\r\\nhost: x\\r\\n\\r\\n")
-        time.sleep(0.1)
+        while not proxy.counters()["requests_open"]: time.sleep(0.001)
     """,
     "a daemon thread in wait_linked": """
         threading.Thread(target=proxy.wait_linked, args=(["r"], 3600.0), daemon=True).start()

@@ -6,12 +6,13 @@ import asyncio
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+from deployed import wait_for
 
 from rayserve_fast import caller, serve
 from rayserve_fast.exceptions import RequestCancelledError
@@ -135,19 +136,12 @@ class Front:
 @pytest.fixture
 def front() -> Iterator[DeploymentHandle]:
     yield serve.run(Front.bind(Back.bind()), route_prefix="/front")
-    until(lambda: caller.current().client.counters()["outstanding"] == 0)
+    wait_for(lambda: caller.current().client.counters()["outstanding"] == 0)
 
 
 @pytest.fixture
 def back(front: DeploymentHandle) -> DeploymentHandle:
     return serve.get_deployment_handle("Back", "default")
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 20) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def log(back: DeploymentHandle) -> list[str]:
@@ -159,14 +153,14 @@ def test_the_calls_of_a_cancelled_call_are_cancelled(
     front: DeploymentHandle, back: DeploymentHandle, method: str
 ) -> None:
     response = front.options(method_name=method).remote()
-    until(lambda: f"{method} began" in log(back))
+    wait_for(lambda: f"{method} began" in log(back))
     response.cancel()
     with pytest.raises(RequestCancelledError):
         response.result(timeout_s=20)
-    until(lambda: f"{method} cancelled" in log(back))
-    until(lambda: front.counters.remote().result() == back.counters.remote().result() == QUIET)
+    wait_for(lambda: f"{method} cancelled" in log(back))
+    wait_for(lambda: front.counters.remote().result() == back.counters.remote().result() == QUIET)
     if method == "spawned":
-        until(lambda: front.heard.remote().result() == ["CancelledError"])
+        wait_for(lambda: front.heard.remote().result() == ["CancelledError"])
 
 
 @pytest.mark.parametrize("method", ["streamed", "relayed"])
@@ -174,23 +168,23 @@ def test_the_streams_of_a_cancelled_call_are_cancelled(
     front: DeploymentHandle, back: DeploymentHandle, method: str
 ) -> None:
     response = front.options(method_name=method, stream=method == "relayed").remote()
-    until(lambda: f"{method} began" in log(back))
+    wait_for(lambda: f"{method} began" in log(back))
     response.cancel()
-    until(lambda: f"{method} cancelled" in log(back))
-    until(lambda: front.counters.remote().result() == back.counters.remote().result() == QUIET)
+    wait_for(lambda: f"{method} cancelled" in log(back))
+    wait_for(lambda: front.counters.remote().result() == back.counters.remote().result() == QUIET)
 
 
 def test_a_sync_method_that_waits_hears_of_it(front: DeploymentHandle, back: DeploymentHandle) -> None:
     response = front.in_thread.remote()
-    until(lambda: "in thread began" in log(back))
+    wait_for(lambda: "in thread began" in log(back))
     response.cancel()
-    until(lambda: "in thread cancelled" in log(back))
-    until(lambda: front.counters.remote().result() == QUIET)
+    wait_for(lambda: "in thread cancelled" in log(back))
+    wait_for(lambda: front.counters.remote().result() == QUIET)
 
 
 def test_a_call_that_ends_leaves_its_calls_alone(front: DeploymentHandle, back: DeploymentHandle) -> None:
     front.leaves.remote().result(timeout_s=20)
-    until(lambda: "left behind ended" in log(back))
+    wait_for(lambda: "left behind ended" in log(back))
 
 
 def test_a_wait_that_is_cancelled_leaves_the_call_alone(front: DeploymentHandle, back: DeploymentHandle) -> None:
@@ -204,9 +198,9 @@ def test_a_client_that_leaves_cancels_down_the_chain(
     address = urlsplit(serve_instance)
     with socket.create_connection((address.hostname or "", address.port or 0)) as client:
         client.sendall(b"GET /front HTTP/1.1\r\nHost: x\r\n\r\n")
-        until(lambda: "of HTTP began" in log(back))
-    until(lambda: "of HTTP cancelled" in log(back))
-    until(lambda: front.counters.remote().result() == back.counters.remote().result() == QUIET)
+        wait_for(lambda: "of HTTP began" in log(back))
+    wait_for(lambda: "of HTTP cancelled" in log(back))
+    wait_for(lambda: front.counters.remote().result() == back.counters.remote().result() == QUIET)
 
 
 def test_a_deadline_ends_the_calls_of_a_request(
@@ -214,8 +208,8 @@ def test_a_deadline_ends_the_calls_of_a_request(
 ) -> None:
     answer = httpx.get(f"{serve_instance}/front", headers={"x-request-timeout-seconds": "0.3"}, timeout=20)
     assert answer.status_code == 408
-    until(lambda: "of HTTP cancelled" in log(back))
-    until(lambda: front.counters.remote().result() == back.counters.remote().result() == QUIET)
+    wait_for(lambda: "of HTTP cancelled" in log(back))
+    wait_for(lambda: front.counters.remote().result() == back.counters.remote().result() == QUIET)
 
 
 def test_a_storm_of_cancellations_leaves_nothing(front: DeploymentHandle, back: DeploymentHandle) -> None:
@@ -240,6 +234,6 @@ def test_a_storm_of_cancellations_leaves_nothing(front: DeploymentHandle, back: 
     asyncio.run(storm())
     assert sum(ended.values()) == 10_000
     assert min(ended.values()) > 100, ended
-    until(lambda: caller.current().client.counters()["outstanding"] == 0)
-    until(lambda: front.counters.remote().result() == QUIET)
-    until(lambda: back.counters.remote().result() == QUIET)
+    wait_for(lambda: caller.current().client.counters()["outstanding"] == 0)
+    wait_for(lambda: front.counters.remote().result() == QUIET)
+    wait_for(lambda: back.counters.remote().result() == QUIET)

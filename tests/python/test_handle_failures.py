@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import queue
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from deployed import wait_for
 from ray.exceptions import ActorDiedError
 from scripted_replica import (  # noqa: F401 - fixtures
     BUSY,
@@ -204,8 +206,8 @@ def test_cancel_tells_the_replica_and_the_slot_comes_back_with_its_last_frame(re
         response.result(timeout_s=5)
     assert server.frames.get(timeout=5) == (CANCEL, running.stream, 0)
     waiting = handle.remote("next")
-    time.sleep(0.05)
-    assert server.calls.empty()
+    with pytest.raises(queue.Empty):
+        server.calls.get(timeout=0.05)
     running.fail(4, b"")
     server.calls.get(timeout=5).reply("served")
     assert waiting.result(timeout_s=5) == "served"
@@ -217,7 +219,7 @@ def test_cancel_wakes_whoever_waits(replica: Replicas, connect: Any, waiters: in
     with ThreadPoolExecutor(waiters) as pool:  # threads that get no signals, and so sleep as long as they may
         responses = [handle.remote() for _ in range(waiters)]
         waits = [pool.submit(response.result) for response in responses]
-        time.sleep(0.2)
+        time.sleep(0.2)  # no event tells that a thread sleeps
         for response, wait in zip(responses, waits, strict=True):
             response.cancel()
             with pytest.raises(RequestCancelledError):
@@ -235,10 +237,7 @@ def test_a_call_to_an_unknown_deployment_is_sorted_out_while_the_tender_attends_
     time.sleep(0.2)  # the tender has the turn by now
     asked = cluster.asked
     dropped = DeploymentHandle("Missing", "app").remote()
-    deadline = time.monotonic() + 5
-    while cluster.asked == asked and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert cluster.asked > asked
+    wait_for(lambda: cluster.asked > asked, 5)
     with pytest.raises(DeploymentUnavailableError):
         dropped.result(timeout_s=5)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import time
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
+from deployed import failing, plus_one, wait_for
 from ray.exceptions import RayTaskError
 
 from rayserve_fast import serve
@@ -57,16 +57,6 @@ def echo(serve_url: str) -> Any:
     serve.delete("refs")
 
 
-@ray.remote
-def plus_one(value: Any) -> Any:
-    return value + 1
-
-
-@ray.remote
-def failing() -> None:
-    raise ValueError("in the task")
-
-
 def test_top_level_references_arrive_as_values(echo: Any) -> None:
     ref, task = ray.put(np.arange(200_000)), plus_one.remote(1)
     args, kwargs = echo.remote(ref, 1, key=task).result(timeout_s=30)
@@ -100,10 +90,7 @@ def test_what_lingers_goes_when_its_time_is_over() -> None:
     for i in range(3):
         lingering.keep(i)
     assert len(lingering) == 3
-    deadline = time.monotonic() + 10
-    while len(lingering) and time.monotonic() < deadline:
-        time.sleep(0.01)  # a thread's own time
-    assert not len(lingering)
+    wait_for(lambda: not len(lingering), 10)  # a thread's own time
 
 
 def test_references_are_given_up_when_the_call_has_ended(echo: Any) -> None:
@@ -117,10 +104,7 @@ def test_references_are_given_up_when_the_call_has_ended(echo: Any) -> None:
     for i in range(50):
         assert echo.inside.remote([ray.put(i)]).result(timeout_s=30) == i
         assert echo.same.remote(ray.put(i)).result(timeout_s=30) == i
-    deadline = time.monotonic() + 10
-    while owned() > before + 5 and time.monotonic() < deadline:
-        time.sleep(0.05)  # Ray counts in its own time
-    assert owned() <= before + 5
+    wait_for(lambda: owned() <= before + 5, 10)  # Ray counts in its own time
 
 
 def test_a_response_becomes_a_reference_before_it_has_its_answer(echo: Any) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from deployed import replica_actors, until_running, wait_for
 from ray.exceptions import ActorDiedError, RayTaskError
 
 from rayserve_fast import caller, serve
@@ -76,19 +77,6 @@ class Model:
     async def sleep(self, seconds: float) -> float:
         await asyncio.sleep(seconds)
         return seconds
-
-
-def replica_actors() -> list[Any]:
-    names = [each["name"] for each in ray.util.list_named_actors(all_namespaces=True)]
-    return [ray.get_actor(name, namespace="rayserve_fast") for name in names if name.startswith("SERVE_REPLICA")]
-
-
-def until_running(calls: int) -> None:
-    """Waits until user code works on so many calls."""
-    deadline = time.monotonic() + 20
-    while sum(ray.get(replica.counters.remote())["running"] for replica in replica_actors()) != calls:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)  # no event tells
 
 
 def test_a_driver_calls_functions_classes_and_methods() -> None:
@@ -250,11 +238,9 @@ def test_redeploys_lose_no_call() -> None:
     with ThreadPoolExecutor(4) as pool:
         loads = [pool.submit(load) for _ in range(4)]
         for version in range(1, 4):
-            while version - 1 not in seen:
-                time.sleep(0.01)
+            wait_for(lambda: version - 1 in seen)  # noqa: B023 - it waits here
             serve.run(Versioned.bind(version))
-        while 3 not in seen:
-            time.sleep(0.01)
+        wait_for(lambda: 3 in seen)
         stop.set()
         for each in loads:
             each.result(timeout=60)
@@ -302,9 +288,8 @@ def test_calls_cancelled_at_random_moments_leave_nothing_in_flight() -> None:
     replicas = replica_actors()
     assert len(replicas) == 2
     for replica in replicas:
-        deadline = time.monotonic() + 5
-        while (counters := ray.get(replica.counters.remote()))["streams"] and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(lambda: not ray.get(replica.counters.remote())["streams"], 5)  # noqa: B023 - it waits here
+        counters = ray.get(replica.counters.remote())
         assert counters["running"] == counters["held"] == counters["streams"] == 0
 
 

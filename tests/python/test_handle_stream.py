@@ -6,11 +6,12 @@ import asyncio
 import gc
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from deployed import wait_for
 from handle_replica import called
 from ray.exceptions import RayTaskError
 from worker_replica import Replica
@@ -109,7 +110,7 @@ def streams(pair: Pair) -> Iterator[DeploymentHandle]:
     user(replica).produced = 0
     user(replica).ended.clear()
     yield handle.options(stream=True)
-    until(lambda: idle(pair))
+    wait_for(lambda: idle(pair), 10)
 
 
 def user(replica: Replica) -> Streams:
@@ -123,13 +124,6 @@ def idle(pair: Pair) -> bool:
         counters["running"] == counters["held"] == counters["streams"] == 0
         and caller.current().client.counters()["outstanding"] == 0
     )
-
-
-def until(condition: Callable[[], Any], timeout_s: float = 10) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def in_loop(generator: DeploymentResponseGenerator) -> list[Any]:
@@ -195,7 +189,7 @@ def test_a_missing_method_says_which_there_are(streams: DeploymentHandle) -> Non
 def test_a_slow_consumer_suspends_the_producer(pair: Pair, streams: DeploymentHandle, method: str) -> None:
     items = getattr(streams, method).remote(200, 16 * 1024)
     assert next(items)[0] == 0
-    until(lambda: user(pair[1]).produced > 10)
+    wait_for(lambda: user(pair[1]).produced > 10, 10)
     time.sleep(0.1)
     # One window on the way, one in the hands of the consumer, and the item that overdraws.
     assert user(pair[1]).produced <= 2 * 256 // 16 + 2
@@ -215,7 +209,7 @@ def test_cancel_reaches_a_generator_that_waits(pair: Pair, streams: DeploymentHa
     items.cancel()
     with pytest.raises(RequestCancelledError):
         list(items)
-    until(lambda: user(pair[1]).ended)
+    wait_for(lambda: user(pair[1]).ended, 10)
     assert user(pair[1]).ended == ["CancelledError"]
     assert items.cancelled()
 
@@ -225,10 +219,10 @@ def test_cancel_reaches_a_generator_whose_window_is_full(
     pair: Pair, streams: DeploymentHandle, method: str, error: str
 ) -> None:
     items = getattr(streams, method).remote(1000, 64 * 1024)
-    until(lambda: user(pair[1]).produced > 3)
+    wait_for(lambda: user(pair[1]).produced > 3, 10)
     time.sleep(0.02)
     items.cancel()
-    until(lambda: user(pair[1]).ended)
+    wait_for(lambda: user(pair[1]).ended, 10)
     assert user(pair[1]).ended == [error]
 
 
@@ -238,7 +232,7 @@ def test_a_dropped_stream_runs_to_its_end(pair: Pair, streams: DeploymentHandle,
     next(items)
     del items
     gc.collect()
-    until(lambda: user(pair[1]).produced == 100)
+    wait_for(lambda: user(pair[1]).produced == 100, 10)
 
 
 def test_a_timeout_of_one_item_loses_nothing(streams: DeploymentHandle) -> None:

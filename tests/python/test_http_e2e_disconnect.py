@@ -152,10 +152,10 @@ def test_client_that_leaves_in_the_middle_of_its_body_is_noticed() -> None:
 
 def test_background_task_runs_after_the_answer() -> None:
     told: queue.Queue[str] = queue.Queue()
+    gate = threading.Event()
 
     async def later() -> None:
-        await asyncio.sleep(0.05)
-        told.put("ran")
+        told.put("ran" if await asyncio.to_thread(gate.wait, 10) else "never let go")
 
     async def begin() -> PlainTextResponse:
         return PlainTextResponse("now", background=BackgroundTask(later))
@@ -163,4 +163,5 @@ def test_background_task_runs_after_the_answer() -> None:
     with ours(by_reference(begin)) as address:
         (answer,) = exchange(address, f"GET / HTTP/1.1\r\n{CLOSE}\r\n".encode())
         assert (answer.body, told.empty()) == (b"now", True)
+        gate.set()
         assert told.get(timeout=10) == "ran"

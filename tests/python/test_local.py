@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from deployed import wait_for
 from fastapi import FastAPI
 from ray import cloudpickle
 from ray.exceptions import ActorDiedError
@@ -301,10 +302,8 @@ def test_calls_cancelled_at_random_moments_leave_nothing_behind() -> None:
     assert sum(map(sum, outcomes)) == 2000
     assert min(min(each) for each in outcomes) > 0, "both happen"
     replicas = list(applications._replicas.values())
-    deadline = time.monotonic() + 10
-    while any(replica._running or replica._waiting for replica in replicas) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert [(len(replica._running), len(replica._waiting)) for replica in replicas] == [(0, 0)] * 2
+    assert len(replicas) == 2
+    wait_for(lambda: not any(replica._running or replica._waiting for replica in replicas), 10)
 
 
 def test_an_argument_that_comes_while_another_one_fails_sends_nothing_off() -> None:

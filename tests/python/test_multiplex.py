@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import json
 import struct
-import time
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from deployed import wait_for
 from wire_client import Frame, Link, value
 from worker_replica import serving
 
@@ -256,9 +256,7 @@ def test_a_hot_model_spreads_and_a_burst_for_a_new_one_does_not(serve_instance: 
 
 def link_all(handle: Any) -> None:
     """The first calls of a process go to whoever is linked first."""
-    deadline = time.monotonic() + 10
-    while len({handle.whose.remote().result() for _ in range(6)}) < 3:
-        assert time.monotonic() < deadline
+    wait_for(lambda: len({handle.whose.remote().result() for _ in range(6)}) == 3, 10)
 
 
 def at_once(handle: Any, count: int) -> list[str]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from deployed import wait_for
 from http_pair import proxy_config, snapshot
 from worker_replica import TOKEN, Replica, serving
 
@@ -57,7 +57,4 @@ def test_a_lost_replica_is_named_once_and_one_that_left_is_not(capfd: pytest.Cap
 
 
 def gone(proxy: Proxy) -> None:
-    deadline = time.monotonic() + 5
-    while proxy.counters()["links"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.01)  # no event tells
+    wait_for(lambda: not proxy.counters()["links"], 5)

@@ -14,13 +14,14 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
 import ray
 import requests
+from deployed import wait_for
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
@@ -56,15 +57,6 @@ def quiet(prefix: str, *gauges: str) -> bool:
 def connect(url: str) -> socket.socket:
     parts = urlsplit(url)
     return socket.create_connection((parts.hostname, parts.port), timeout=20)
-
-
-def eventually(true: Callable[[], bool], within_s: float = 10) -> bool:
-    deadline = time.monotonic() + within_s
-    while not true():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.02)
-    return True
 
 
 def descriptors(pid: int) -> int:
@@ -213,7 +205,7 @@ def test_a_generator_that_never_suspends_streams_and_starves_nobody(hostile: str
             began = time.monotonic()
             pid_at(hostile)
             assert time.monotonic() - began < 2
-    assert eventually(lambda: counters("SERVE_REPLICA::")["running"] == 0), counters("SERVE_REPLICA::")
+    wait_for(lambda: counters("SERVE_REPLICA::")["running"] == 0, 10, so_far=lambda: counters("SERVE_REPLICA::"))
 
 
 def test_a_client_that_goes_away_frees_the_slot(serve_instance: str) -> None:
@@ -221,7 +213,7 @@ def test_a_client_that_goes_away_frees_the_slot(serve_instance: str) -> None:
     for _ in range(10):
         with connect(serve_instance) as client:
             client.sendall(HEAD % b"/hang")
-            assert eventually(lambda: counters("SERVE_REPLICA::")["running"] == 1)
+            wait_for(lambda: counters("SERVE_REPLICA::")["running"] == 1, 10)
     assert requests.get(f"{serve_instance}/cancellations", timeout=20).text == "10"
 
 
@@ -259,9 +251,11 @@ def test_a_storm_of_bad_clients_leaves_nothing_open(hostile: str) -> None:
             assert pid_at(hostile) == replica, "others are served meanwhile"
     for client in clients:
         client.close()
-    assert eventually(lambda: quiet("SERVE_REPLICA::", "running", "streams")), counters("SERVE_REPLICA::")
-    assert eventually(lambda: quiet("SERVE_PROXY_ACTOR", "requests_open", "streams")), counters("SERVE_PROXY_ACTOR")
-    assert eventually(lambda: descriptors(proxy) <= before[0] + 5), "connections of the proxy"
+    wait_for(lambda: quiet("SERVE_REPLICA::", "running", "streams"), 10, so_far=lambda: counters("SERVE_REPLICA::"))
+    wait_for(
+        lambda: quiet("SERVE_PROXY_ACTOR", "requests_open", "streams"), 10, so_far=lambda: counters("SERVE_PROXY_ACTOR")
+    )
+    wait_for(lambda: descriptors(proxy) <= before[0] + 5, 10, so_far=lambda: "connections of the proxy")
     assert descriptors(replica) <= before[1] + 5  # Ray opens a few of its own
     assert pid_at(hostile) == replica
 

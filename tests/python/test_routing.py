@@ -6,10 +6,10 @@ import asyncio
 import json
 import time
 import urllib.request
-from collections.abc import Callable
 from typing import Any
 
 import pytest
+from deployed import until_running, wait_for
 
 from rayserve_fast import caller, serve
 from rayserve_fast.config import RequestRouterConfig
@@ -233,7 +233,7 @@ class TestCustomRouters:
         router = caller.current().routers._customs["default#Group"].router
         assert isinstance(router, Picky)
         assert len(router.routed) == 14
-        wait_until(lambda: len(router.done) == 14)
+        wait_for(lambda: len(router.done) == 14, 10)
 
     def test_what_finds_no_room_is_tried_again(self) -> None:
         handle = serve.run(Group.options(request_router_config=PICKY).bind())
@@ -253,7 +253,7 @@ class TestCustomRouters:
         linked(handle)
         mine = handle.options(session_id="first", method_name="sleep")
         busy = [mine.remote(1) for _ in range(2)]
-        time.sleep(0.3)
+        until_running(2)
         waiting = [mine.remote(0) for _ in range(2)]
         with pytest.raises(BackPressureError):
             mine.remote(0).result()
@@ -272,13 +272,6 @@ class TestCustomRouters:
                 assert await handle.dispatch(selection) == replicas[0]
 
         asyncio.run(main())
-
-
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 async def later(response: Any) -> Any:

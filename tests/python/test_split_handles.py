@@ -9,7 +9,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from composed import until
+from deployed import wait_for
 from scripted_replica import (  # noqa: F401 - fixtures
     DRAIN,
     FIN,
@@ -77,7 +77,7 @@ def says(name: str) -> Any:
 
 def linked(handle: DeploymentHandle, count: int) -> None:
     """Call until this process has so many links: only calls make it read what links bring."""
-    until(lambda: handle.remote().result(timeout_s=5) and caller.current().client.counters()["links"] == count)
+    wait_for(lambda: handle.remote().result(timeout_s=5) and caller.current().client.counters()["links"] == count, 10)
 
 
 def test_calls_are_shared_out_exactly(replica: Replicas, share: Any) -> None:
@@ -109,7 +109,7 @@ def test_a_session_stays_at_its_target_and_a_growing_share_only_takes_new_ones_i
     assert homes() == before
     assert 0 < before.count("b") < 30
     cluster.change({"a": 0.4, "b": 0.6})
-    until(lambda: homes().count("b") > before.count("b"))
+    wait_for(lambda: homes().count("b") > before.count("b"), 10)
     assert all(new in (old, "b") for old, new in zip(before, homes(), strict=True))
 
 
@@ -117,7 +117,7 @@ def test_calls_wait_while_no_target_is_ready_and_go_to_the_first(replica: Replic
     cluster = Shared({"a": 0.9, "b": 0.1})  # nothing is deployed
     handle = share(cluster)
     early = handle.remote()
-    until(lambda: cluster.asked > 0)
+    wait_for(lambda: cluster.asked > 0, 10)
     cluster.change(a=[], b=[])
     late = handle.remote()
     cancelled = handle.remote()
@@ -137,7 +137,7 @@ def test_a_target_whose_replica_dies_gets_no_share_and_what_waits_there_moves(re
     hung.calls.get(timeout=5)
     waiting = [handle.remote() for _ in range(3)]
     cluster.change({"a": 0.5, "b": 0.5})
-    until(lambda: caller.current().client.version() == (1, cluster.version))
+    wait_for(lambda: caller.current().client.version() == (1, cluster.version), 10)
     hung.die()
     assert [response.result(timeout_s=5) for response in waiting] == ["b"] * 3
     with pytest.raises(Exception, match="died"):
@@ -206,4 +206,5 @@ def test_many_calls_that_wait_and_end_leave_nothing_behind(replica: Replicas, sh
     handle = share(cluster)
     for _ in range(5):
         responses = [handle.remote() for _ in range(200)]
-        assert set(Counter(response.result(timeout_s=10) for response in responses)) <= {"a", "b"}
+        assert {response.result(timeout_s=10) for response in responses} <= {"a", "b"}
+    assert caller.current().client.counters()["outstanding"] == 0

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextvars
 import json
 import threading
-import time
 from typing import Any
 
 import pytest
 import wire_client as wire
+from deployed import wait_for
 from worker_replica import serving
 
 from rayserve_fast.replica.sync_pool import SyncPool
@@ -187,10 +187,7 @@ def test_nothing_of_a_request_outlives_it_in_an_idle_thread() -> None:
     del handler
     with serving(outer) as replica:
         assert replica.link().get().body == b"done"
-        deadline = time.monotonic() + 5
-        while store[0]() is not None and time.monotonic() < deadline:
-            time.sleep(0.001)
-        assert store[0]() is None
+        wait_for(lambda: store[0]() is None, 5)
 
 
 def test_threads_end_with_the_runtime() -> None:
