@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import requests
+from deployed import wait_for
 from handle_replica import called
 from http_pair import Address, ours
+from worker_gate import fresh_gate, gate  # noqa: F401 - a fixture
 
 from rayserve_fast import caller
 from rayserve_fast.exceptions import BackPressureError, RequestCancelledError
 
-
-class Gate:
-    """What the first call of a blocking model waits for; a new one for each test."""
-
-    def __init__(self) -> None:
-        self.entered, self.release = threading.Event(), threading.Event()
-
-
-gate = Gate()
-
-
-@pytest.fixture(autouse=True)
-def fresh_gate() -> Iterator[None]:
-    global gate
-    gate = Gate()
-    yield
-    gate.release.set()
+pytestmark = pytest.mark.usefixtures("fresh_gate")
 
 
 class Sizes:
@@ -126,10 +111,7 @@ def test_a_window_ends_by_itself_whoever_waits() -> None:
             assert wait() == [3, 3, 3]
             assert 0.3 <= time.monotonic() - began < 5
         forgotten = [handle.remote(n) for n in range(3)]  # nobody waits for these
-        deadline = time.monotonic() + 10
-        while not all(response._call.ready() for response in forgotten):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)  # no event tells
+        wait_for(lambda: all(response._call.ready() for response in forgotten), 10)
 
 
 def test_each_parameter_is_a_list_of_its_own() -> None:
@@ -181,8 +163,7 @@ def test_max_queued_requests_does_not_count_those_that_a_free_slot_will_take() -
     options = {"max_batch_size": 2, "batch_wait_timeout_s": 30.0, "max_queued_requests": 1}
     with called(Sizes, **options) as (handle, _):
         filling = [handle.remote(0)]
-        while not caller.current().client.counters()["links"]:
-            time.sleep(0.002)  # no event tells
+        wait_for(lambda: caller.current().client.counters()["links"], 10)
         filling.append(handle.remote(1))
         assert gate.entered.wait(10)
         waits = handle.remote(2)

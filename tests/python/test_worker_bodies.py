@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import wire_client as wire
+from worker_gate import fresh_gate, gate  # noqa: F401 - a fixture
 from worker_replica import serving
 
 WINDOW = 512 * 1024
@@ -107,17 +108,20 @@ def test_a_body_that_one_stopped_waiting_for_is_whole_for_the_next(how: str) -> 
         assert json.loads(link.answer(1).body) == ["nothing"] + [50001] * (2 if how == "both" else 1)
 
 
-def test_a_body_that_nobody_waits_for_any_more_stops_at_the_window() -> None:
-    async def handler(request: Any) -> None:
-        try:
-            await asyncio.wait_for(request.body(), 0.05)
-        except asyncio.TimeoutError:
-            await asyncio.sleep(60)
+async def gives_up_for_good(request: Any) -> None:
+    try:
+        await asyncio.wait_for(request.body(), 0.05)
+    except asyncio.TimeoutError:
+        gate.entered.set()
+        await asyncio.sleep(60)
 
-    with serving(handler) as replica:
+
+@pytest.mark.usefixtures("fresh_gate")
+def test_a_body_that_nobody_waits_for_any_more_stops_at_the_window() -> None:
+    with serving(gives_up_for_good) as replica:
         link = replica.link()
         link.request(1, fin=False, method="POST")
-        time.sleep(0.2)
+        assert gate.entered.wait(10)
         for _ in range(WINDOW // 32768):
             link.send(wire.BODY, 1, payload=bytes(32768))
         assert link.silent(0.1), "no window is given back"

@@ -7,7 +7,10 @@ import threading
 import time
 from typing import Any
 
+import pytest
 import wire_client as wire
+from deployed import wait_for
+from worker_gate import fresh_gate, gate  # noqa: F401 - a fixture
 from worker_replica import serving
 
 
@@ -208,26 +211,27 @@ def test_a_drained_replica_is_idle_when_its_callers_have_every_byte() -> None:
         assert replica.runtime.wait_idle(5)
 
 
-def test_a_link_that_ends_right_behind_its_last_bytes_is_noticed() -> None:
-    async def handler(request: Any) -> bytes:
-        if request.query_params:
-            time.sleep(0.3)  # the bytes and the end of the other link come meanwhile, as one event
-        return await request.body()  # type: ignore[no-any-return]
+async def body_or_block(request: Any) -> bytes:
+    if request.query_params:
+        gate.entered.set()
+        gate.release.wait(10)  # holds the loop
+    return await request.body()  # type: ignore[no-any-return]
 
-    with serving(handler, max_ongoing_requests=2) as replica:
+
+@pytest.mark.usefixtures("fresh_gate")
+def test_a_link_that_ends_right_behind_its_last_bytes_is_noticed() -> None:
+    with serving(body_or_block, max_ongoing_requests=2) as replica:
         first, second = replica.link(), replica.link()
         first.request(1, fin=False)
-        while replica.runtime.counters()["running"] < 1:
-            time.sleep(0.01)
+        wait_for(lambda: replica.runtime.counters()["running"] == 1, 5)
         second.request(1, query="block=1")
-        time.sleep(0.1)
-        first.send(wire.BODY, 1, payload=b"half")
+        assert gate.entered.wait(10)
+        first.send(wire.BODY, 1, payload=b"half")  # the bytes and the end of the link come while the loop is held
         first.close()
+        gate.release.set()
         assert second.answer(1).status == 200
-        deadline = time.monotonic() + 5
-        while replica.runtime.counters()["running"] or replica.runtime.counters()["links"] > 1:
-            assert time.monotonic() < deadline, replica.runtime.counters()
-            time.sleep(0.01)
+        idle = {"running": 0, "links": 1}
+        wait_for(lambda: replica.runtime.counters().items() >= idle.items(), 5, so_far=replica.runtime.counters)
 
 
 def test_the_limit_holds_at_every_moment_for_sync_handlers_too() -> None:

@@ -108,6 +108,14 @@ class Link:
         """Has the parked requests of these streams run together."""
         self.send(BATCH, flags=flags, payload=struct.pack(f"<{len(streams)}I", *streams))
 
+    def post_batch(self, *bodies: bytes, first: int = 1) -> list[int]:
+        """Sends one batch of POST requests; their streams."""
+        streams = list(range(first, first + len(bodies)))
+        for stream, body in zip(streams, bodies, strict=True):
+            self.request(stream, body, method="POST", flags=BATCHED)
+        self.batch(*streams)
+        return streams
+
     def frame(self) -> Frame:
         """The next frame."""
         if self._late:
