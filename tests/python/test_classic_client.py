@@ -4,40 +4,23 @@ from __future__ import annotations
 
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import ray
 import requests
+from classic_backends import Url, begun_by_init, text  # noqa: F401 - a fixture
 
 from rayserve_fast import serve
 from rayserve_fast.exceptions import RayServeException
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
 
-Url = str
-
-
-@pytest.fixture
-def flask(serve_instance: Url) -> Iterator[Url]:
-    """Serve for a process that called `serve.init`."""
-    serve.init()
-    yield serve_instance
-    serve.connect()
-
 
 @pytest.fixture
 def client(serve_instance: Url) -> Any:
     return serve.connect()
-
-
-def text(answer: str) -> Callable[..., str]:
-    def handler(request: Any) -> str:
-        return answer
-
-    return handler
 
 
 def test_handles_call_backends_by_keyword_after_init(flask: Url) -> None:

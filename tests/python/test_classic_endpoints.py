@@ -4,36 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
-from deployed import wait_for
+from classic_backends import Url, begun_by_init, text  # noqa: F401 - a fixture
+from deployed import until_running, wait_for
 
 from rayserve_fast import serve
 from rayserve_fast.classic import backends
 from rayserve_fast.exceptions import RayServeException
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
-
-Url = str
-
-
-@pytest.fixture
-def flask(serve_instance: Url) -> Iterator[Url]:
-    """Serve for a process that called `serve.init`."""
-    serve.init()
-    yield serve_instance
-    serve.connect()
-
-
-def text(answer: str) -> Callable[..., str]:
-    def handler(request: Any) -> str:
-        return answer
-
-    return handler
 
 
 def test_an_endpoint_without_traffic_answers_503_and_names_itself(flask: Url) -> None:
@@ -250,6 +233,7 @@ def test_a_forced_delete_does_not_wait_for_requests(flask: Url) -> None:
     serve.create_endpoint("slow", "/slow", backend="slow")
     with pytest.raises(requests.Timeout):
         requests.get(f"{flask}/slow", timeout=0.5)
+    until_running(1)
     serve.delete_endpoint("slow")
     began = time.monotonic()
     serve.delete_backend("slow", force=True)
