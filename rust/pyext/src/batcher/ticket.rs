@@ -14,7 +14,7 @@ use pyo3::types::{PyDict, PyTuple};
 
 use super::Batcher;
 use crate::awaited::{self, Awaited, call_soon, without};
-use crate::worker::link::lock;
+use crate::lock::lock;
 
 pyo3::import_exception!(asyncio, CancelledError);
 

@@ -21,11 +21,7 @@ use rayserve_dataplane::{
 };
 
 use super::{Call, pending::Pending, turns::Caller};
-use crate::{
-    http::request as http,
-    value,
-    worker::{link::lock, stream::Stream},
-};
+use crate::{http::request as http, lock::lock, value, worker::stream::Stream};
 
 /// Room for the head of most calls and a few plain values.
 const SMALL: usize = 256;

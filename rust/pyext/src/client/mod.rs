@@ -52,8 +52,9 @@ use self::{
     turns::Wait,
     waiting::Waiting,
 };
+use crate::lock::lock;
 use crate::value;
-use crate::worker::{link::lock, replica::Replica};
+use crate::worker::replica::Replica;
 
 /// How long the main thread sleeps before it looks for signals; other threads get none.
 const SIGNALS: Duration = Duration::from_millis(100);

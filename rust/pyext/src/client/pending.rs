@@ -7,7 +7,7 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
     thread::Thread,
     time::Instant,
 };
@@ -24,6 +24,7 @@ use rayserve_dataplane::{
 };
 
 use super::mailbox::Mailbox;
+use crate::lock::lock;
 
 /// How a call ended.
 #[derive(Debug)]
@@ -164,7 +165,7 @@ impl Pending {
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     pub(super) fn place(&self) -> Place {
@@ -324,7 +325,7 @@ impl Pending {
 impl Came {
     fn of(outcome: &Outcome) -> Self {
         let Outcome::Value(value) = outcome else { return Self::Failed };
-        let value = value.lock().unwrap_or_else(PoisonError::into_inner);
+        let value = lock(value);
         value.as_ref().map_or(Self::Failed, |value| Self::Value(value.payload.clone()))
     }
 }

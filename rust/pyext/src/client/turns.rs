@@ -12,7 +12,7 @@ use std::{
     collections::VecDeque,
     io::{self, ErrorKind},
     os::fd::{AsRawFd, RawFd},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Condvar, Mutex, MutexGuard, Weak},
     thread::{self, Thread},
     time::Instant,
 };
@@ -22,6 +22,7 @@ use mio::{Events, Poll, Token, Waker};
 use rayserve_dataplane::request_id::RequestIds;
 
 use super::{mailbox::Mailbox, pending::Pending, router::Router, tender::TenderState};
+use crate::lock::lock;
 use crate::worker::replica::Replica;
 
 const WAKER: Token = Token(usize::MAX);
@@ -109,12 +110,12 @@ impl Caller {
 
     /// The replica on whose loop this is, if its worker moves the bytes.
     pub(super) fn home(&self) -> Option<Arc<Replica>> {
-        let home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
+        let home = lock(&self.home);
         home.upgrade().filter(|replica| replica.on_loop())
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Starts a call; `false` when the caller is closed. With `cork`, somebody calls [`Self::flush`] soon, or else the tender.
@@ -228,7 +229,7 @@ impl Caller {
         let mut state = state; // declared after the guard, so that a panic lets go of the lock first
         state.turn = who;
         state.turns += 1;
-        let mut turn = self.poll.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut turn = lock(&self.poll);
         let (poll, events) = &mut *turn;
         let interrupted = loop {
             let now = Instant::now();

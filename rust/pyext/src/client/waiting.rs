@@ -12,7 +12,7 @@ use slab::Slab;
 
 use super::{mailbox::Mailbox, pending::Pending, turns::Caller};
 use crate::awaited::{Awaited, Stepped, call_soon, is_in_task, step, without};
-use crate::worker::link::lock;
+use crate::lock::lock;
 
 pyo3::import_exception!(asyncio, CancelledError);
 

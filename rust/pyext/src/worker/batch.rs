@@ -10,12 +10,13 @@ use std::sync::{Arc, Mutex};
 use pyo3::prelude::*;
 use rayserve_dataplane::wire::{Fault, Kind, MAX_BATCH};
 
-use super::link::{Link, lock};
+use super::link::Link;
 use super::replica::{Replica, Request, Work, count};
 use super::run::Running;
 use super::stream::Stream;
 use crate::convert::text;
 use crate::http::request::{CallHead, RequestHead};
+use crate::lock::lock;
 
 /// Requests of batches whose BATCH has not come.
 #[derive(Default)]

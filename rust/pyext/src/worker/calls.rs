@@ -14,9 +14,9 @@ use mio::{Interest, Registry, Token};
 use pyo3::prelude::*;
 
 use super::flush::STALE;
-use super::link::lock;
 use super::replica::Replica;
 use crate::client::{Caller, Desk};
+use crate::lock::lock;
 
 /// The token of the calls' poller in the worker's.
 pub(super) const CALLS: Token = Token(1);

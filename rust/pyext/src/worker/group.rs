@@ -13,11 +13,11 @@ use pyo3::types::{PyBytes, PyList, PyTuple};
 use rayserve_dataplane::wire::Fault;
 
 use super::jobs::{Job, Ready};
-use super::link::lock;
 use super::replica::{Posted, Replica, count};
 use super::run::{HttpKind, Running};
 use super::step::Started;
 use crate::http::response;
+use crate::lock::lock;
 
 /// Requests that one call of the user's code serves.
 #[pyclass(frozen, module = "rayserve_fast._core")]

@@ -10,12 +10,12 @@ use pyo3::prelude::*;
 use rayserve_dataplane::wire::Fault;
 
 use super::jobs::Job;
-use super::link::lock;
 use super::replica::{Posted, Replica, Request, Work};
 use super::step::Started;
 use super::stream::{Answer, Stream, Suspended};
 use crate::http::asgi;
 use crate::http::request::{CallHead, RequestHead};
+use crate::lock::lock;
 
 /// Why a request is not begun.
 pub(super) const LATE: &[u8] = b"the time of the request was over before it could start";
