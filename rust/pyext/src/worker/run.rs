@@ -18,7 +18,7 @@ use crate::http::request::{CallHead, RequestHead};
 use crate::lock::lock;
 
 /// Why a request is not begun.
-pub(super) const LATE: &[u8] = b"the time of the request was over before it could start";
+const LATE: &[u8] = b"the time of the request was over before it could start";
 
 /// What serves HTTP, as the user's code was found to be when the replica started.
 pub(crate) struct Http {
@@ -76,19 +76,18 @@ impl Running {
 
 /// The callback of a task that was suspended.
 #[pyclass(frozen)]
-struct Watch {
-    replica: Arc<Replica>,
-    running: Running,
-}
+struct Watch(Running);
 
 #[pymethods]
 impl Watch {
     fn __call__(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
-        let py = task.py();
-        self.replica.leave_child(py)?;
-        self.replica.conclude(task, &self.running);
-        self.replica.run_ready(py)?;
-        self.replica.settle(py)
+        let (py, replica) = (task.py(), self.0.replica());
+        replica.leave_child(py)?;
+        if !replica.conclude(task, &self.0) {
+            return Ok(()); // it was reaped in a tick, which has seen to the rest
+        }
+        replica.run_ready(py)?;
+        replica.settle(py)
     }
 }
 
@@ -116,11 +115,6 @@ impl Replica {
         }
     }
 
-    pub(super) fn refuse_late(&self, py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
-        self.end_with(stream, Fault::Deadline, LATE);
-        self.release(py, stream)
-    }
-
     pub(super) fn start(self: &Arc<Self>, py: Python<'_>, request: Request) {
         if self.batched {
             return self.call_batch(py, vec![request]);
@@ -132,33 +126,20 @@ impl Replica {
     }
 
     fn try_start(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<()> {
-        let Request { stream, work } = request;
-        let (cancelled, late) = stream.begin();
-        if late {
-            return self.refuse_late(py, &stream);
-        }
-        let (running, method, sync) = match work {
-            Work::Http(view) => {
-                let head = Py::new(py, RequestHead { view, stream, replica: self.clone() })?;
-                (Running::Http(head), None, self.http.kind == HttpKind::Sync)
-            }
-            Work::Call(view, streaming) => {
-                let head = CallHead { view, stream, streaming, replica: self.clone() };
-                let found = self.methods.find(py, &self.hooks, head.view.head().method, streaming);
-                let head = Running::Call(Py::new(py, head)?);
-                match found {
-                    Ok((method, sync)) => (head, Some(method), sync),
+        let Some(running) = self.enter(py, request)? else { return Ok(()) };
+        let (method, sync) = match &running {
+            Running::Http(_) => (None, self.http.kind == HttpKind::Sync),
+            Running::Call(head) => {
+                let CallHead { view, streaming, .. } = head.get();
+                match self.methods.find(py, &self.hooks, view.head().method, *streaming) {
+                    Ok((method, sync)) => (Some(method), sync),
                     Err(error) => {
-                        self.finish(py, &head, false, None, Err(error));
+                        self.finish(py, &running, false, None, Err(error));
                         return Ok(());
                     }
                 }
             }
         };
-        if cancelled {
-            self.finish(py, &running, false, None, Ok(py.None().into_bound(py)));
-            return Ok(());
-        }
         if sync {
             self.pool.push(Job::One(running));
             return Ok(());
@@ -173,6 +154,29 @@ impl Replica {
                 Ok(())
             }
         }
+    }
+
+    /// A request in Python's hands, unless it is over before it begins.
+    pub(super) fn enter(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<Option<Running>> {
+        let Request { stream, work } = request;
+        if !self.begin(py, &stream)? {
+            return Ok(None);
+        }
+        let replica = self.clone();
+        Ok(Some(match work {
+            Work::Http(view) => Running::Http(Py::new(py, RequestHead { view, stream, replica })?),
+            Work::Call(view, streaming) => Running::Call(Py::new(py, CallHead { view, stream, streaming, replica })?),
+        }))
+    }
+
+    /// A request is about to run; `false`: its caller has lost interest or its time is over, and that is its answer.
+    pub(super) fn begin(&self, py: Python<'_>, stream: &Arc<Stream>) -> PyResult<bool> {
+        match stream.begin() {
+            (true, _) => self.end_with(stream, Fault::Cancelled, b""),
+            (false, true) => self.end_with(stream, Fault::Deadline, LATE),
+            (false, false) => return Ok(true),
+        }
+        self.release(py, stream).map(|()| false)
     }
 
     fn coroutine<'py>(
@@ -208,8 +212,7 @@ impl Replica {
         state.task = Some(Suspended { started, asgi });
         let cancelled = state.cancelled;
         drop(state);
-        let watch = Watch { replica: self.clone(), running };
-        task.call_method1(intern!(py, "add_done_callback"), (watch,))?;
+        task.call_method1(intern!(py, "add_done_callback"), (Watch(running),))?;
         if cancelled {
             task.call_method0(intern!(py, "cancel"))?;
         }
@@ -239,13 +242,13 @@ impl Replica {
         }
     }
 
-    /// Finishes a request whose task is over, unless that was done.
-    fn conclude(self: &Arc<Self>, task: &Bound<'_, PyAny>, running: &Running) {
+    /// Finishes a request whose task is over; `false`: that was done.
+    fn conclude(self: &Arc<Self>, task: &Bound<'_, PyAny>, running: &Running) -> bool {
         let suspended = running.stream().state().task.take_if(|suspended| suspended.started.task.is(task));
-        if let Some(Suspended { started, asgi }) = suspended {
-            let outcome = task.call_method0(intern!(task.py(), "result"));
-            self.finish(task.py(), running, asgi, Some(&started), outcome);
-        }
+        let Some(Suspended { started, asgi }) = suspended else { return false };
+        let outcome = task.call_method0(intern!(task.py(), "result"));
+        self.finish(task.py(), running, asgi, Some(&started), outcome);
+        true
     }
 
     /// Answers with what the user's code did and gives the slot back, unless a response remains to be run.
