@@ -108,7 +108,8 @@ impl Replica {
         if !http.is_empty() {
             for (model, items) in by_model(http) {
                 let model = text(py, &model).into_any();
-                self.start_group(py, items, model, |objects| self.http_call(py, &objects));
+                let call = self.http_call(py, &items);
+                self.start_group(py, items, model, call);
             }
         }
         if !calls.is_empty() {

@@ -347,7 +347,7 @@ impl Replica {
                 Posted::Resolve(future) => asgi::resolve(py, vec![future])?,
                 Posted::Reclaim => self.reclaim_later(py)?,
                 Posted::FinishGroup { group, result, context } => {
-                    self.finish_group_coroutine(py, &group, result.bind(py), context.bind(py));
+                    self.finish_group_coroutine(group.bind(py), result.bind(py), context.bind(py));
                 }
                 Posted::Finish { head, result, context } => {
                     let (result, context) = (result.bind(py), context.bind(py));
