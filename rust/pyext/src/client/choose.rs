@@ -63,7 +63,7 @@ impl Chooser {
             let payload = Bytes::copy_from_slice(&pending.payload().concat());
             let view = CallView::parse(payload).map_err(|error| PyValueError::new_err(error.to_string()))?;
             let head = view.head();
-            let call = Call::new(&self.caller, Arc::clone(&pending), head.request_id);
+            let call = Call::new(&self.caller, Arc::clone(&pending), head.request_id.to_owned());
             let texts =
                 (head.method, head.request_id, head.route, head.app, head.multiplexed_model_id, head.session_id);
             let texts = texts.into_pyobject(py)?;

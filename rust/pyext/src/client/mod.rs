@@ -176,12 +176,12 @@ pub(crate) struct Call {
     pending: Arc<Pending>,
     /// The outcome as Python sees it: a value can be taken once.
     told: PyOnceLock<Py<PyAny>>,
-    request_id: Box<str>,
+    request_id: String,
 }
 
 impl Call {
-    fn new(caller: &Arc<Caller>, pending: Arc<Pending>, request_id: &str) -> Self {
-        Self { caller: Arc::clone(caller), pending, told: PyOnceLock::new(), request_id: request_id.into() }
+    fn new(caller: &Arc<Caller>, pending: Arc<Pending>, request_id: String) -> Self {
+        Self { caller: Arc::clone(caller), pending, told: PyOnceLock::new(), request_id }
     }
 }
 

@@ -120,10 +120,7 @@ impl Router {
             Needs::Failed(index) => return self.finish(call, Outcome::Argument(index)),
             Needs::Met => {}
         }
-        if !self.used.contains(&*call.deployment) {
-            self.used.insert(call.deployment.to_string());
-            self.apply();
-        }
+        self.use_deployment(&call.deployment);
         self.route(call);
     }
 
