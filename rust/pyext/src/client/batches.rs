@@ -1,7 +1,7 @@
 //! Batches of calls: bound when the engine is given the time, written in one go.
 //!
 //! Calls of a loop's turn are corked and so bound together; whoever reads answers binds what they make room for. A window
-//! that ends while nobody does either is the tender's to notice, which [`Caller::remind`] tells of it.
+//! that ends while nobody does either is the tender's to notice (`tender.rs`).
 
 use std::{sync::Arc, time::Instant};
 
@@ -15,7 +15,7 @@ use rayserve_dataplane::{
 use super::{
     pending::{Outcome, Pending},
     router::Router,
-    turns::{Caller, State, Turn},
+    turns::Caller,
 };
 
 impl Router {
@@ -73,19 +73,6 @@ impl Router {
 }
 
 impl Caller {
-    /// Tells the tender when the next window ends.
-    pub(super) fn remind(&self, state: &mut State) {
-        let alarm = state.router.alarm;
-        if std::mem::replace(&mut state.tender.alarm, alarm) == alarm || alarm.is_none() {
-            return;
-        }
-        if state.turn == Turn::Free {
-            self.tender.notify_one();
-        } else {
-            self.nudge(state);
-        }
-    }
-
     /// What is counted of the batches of this process's calls, as JSON.
     pub(super) fn batches(&self) -> String {
         let state = self.lock();

@@ -41,6 +41,8 @@ pub(super) enum Turn {
 pub(crate) struct State {
     pub(super) router: Router,
     pub(super) turn: Turn,
+    /// When whoever has the turn looks next, by itself or as it was told; none: when something comes.
+    pub(super) until: Option<Instant>,
     /// Turns taken, so that the tender sees whether anybody is about.
     pub(super) turns: u64,
     /// Threads that wait for the turn or for their call.
@@ -87,6 +89,7 @@ impl Caller {
         let state = State {
             router,
             turn: Turn::Free,
+            until: None,
             turns: 0,
             asleep: Vec::new(),
             missed: Vec::new(),
@@ -128,7 +131,6 @@ impl Caller {
         if cork && state.tender.cork() {
             self.tender.notify_one();
         }
-        self.hurry(&mut state);
         if state.router.doubts || !state.router.held.fresh.is_empty() {
             self.relieve(&mut state);
             self.tender.notify_one();
@@ -168,14 +170,6 @@ impl Caller {
         if state.turn != Turn::Free {
             // An error would mean that the counter is full, and so that the poller wakes anyway.
             let _ = self.waker.wake();
-        }
-    }
-
-    /// Has who sleeps until a later deadline look at an earlier one.
-    fn hurry(&self, state: &mut State) {
-        if std::mem::take(&mut state.router.deadlines.sooner) {
-            self.nudge(state);
-            self.tender.notify_one();
         }
     }
 
@@ -233,9 +227,10 @@ impl Caller {
         let (poll, events) = &mut *turn;
         let interrupted = loop {
             let now = Instant::now();
-            let next = state.router.tick(now);
+            let next = state.router.tick(now).into_iter().chain(until).min();
+            state.until = next;
             drop(state);
-            let timeout = [next, until].into_iter().flatten().min().map(|at| at.saturating_duration_since(now));
+            let timeout = next.map(|at| at.saturating_duration_since(now));
             let polled = poll.poll(events, timeout);
             state = self.lock();
             if polled.is_err_and(|error| error.kind() == ErrorKind::Interrupted) {
@@ -250,7 +245,6 @@ impl Caller {
         };
         state.free_turn();
         self.remind(&mut state);
-        self.hurry(&mut state);
         (state, interrupted)
     }
 
