@@ -45,12 +45,11 @@ pub(crate) use self::{
     callee::Callee,
     choose::{Chooser, Reservation, Told, told, word},
     turns::Caller,
-    waiting::Desk,
+    waiting::{Desk, Waiting},
 };
 use self::{
     pending::{Outcome, Pending},
     turns::Wait,
-    waiting::Waiting,
 };
 use crate::lock::lock;
 use crate::value;
@@ -116,7 +115,7 @@ impl Client {
     /// Reads what has come, and ends the waits that it ends.
     fn pump(&self, py: Python<'_>, mailbox: &Mailbox) -> PyResult<()> {
         py.detach(|| self.caller.pump(mailbox.desk.mailbox()));
-        mailbox.desk.wake(py, &mut |_| Ok(()))
+        mailbox.desk.wake(py)
     }
 
     /// What is counted of batches, as JSON.

@@ -94,7 +94,7 @@ impl Replica {
             return Ok(());
         }
         calls.caller.pump(calls.desk.mailbox());
-        calls.desk.wake(py, &mut |context| self.reap(context))
+        calls.desk.wake(py)
     }
 
     /// The loop's thread has made a call that is not flushed. False: nobody would flush it.

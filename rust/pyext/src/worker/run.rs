@@ -13,6 +13,8 @@ use super::jobs::Job;
 use super::replica::{Posted, Replica, Request, Work};
 use super::step::Started;
 use super::stream::{Answer, Stream, Suspended};
+use crate::batcher::Ticket;
+use crate::client::Waiting;
 use crate::http::asgi;
 use crate::http::request::{CallHead, RequestHead};
 use crate::lock::lock;
@@ -66,6 +68,41 @@ impl Running {
         }
     }
 
+    /// The suspended task of its handler or response.
+    fn task<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
+        self.stream().state().task.as_ref().map(|suspended| suspended.started.task.bind(py).clone())
+    }
+
+    /// Its task was stepped by what it has waited for, and is over or waits for something else.
+    pub(crate) fn stepped(self, py: Python<'_>) -> PyResult<()> {
+        let Some(task) = self.task(py) else { return Ok(()) };
+        if task.call_method0(intern!(py, "done"))?.is_truthy()? {
+            return self.replica().conclude(&task, &self);
+        }
+        self.replica().leave_child(py)?;
+        self.follow(&task)
+    }
+
+    /// Has the end of its suspended task noticed: by what it waits for, if that will step it, else by the loop.
+    fn follow(self, task: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = task.py();
+        let awaited = task.getattr(intern!(py, "_fut_waiter"))?;
+        let left = if let Ok(ticket) = awaited.cast_exact::<Ticket>() {
+            ticket.get().adopt(self)
+        } else if let Ok(waiting) = awaited.cast_exact::<Waiting>() {
+            waiting.get().adopt(self)
+        } else {
+            Some(self)
+        };
+        left.map_or(Ok(()), |running| running.watch(py))
+    }
+
+    /// Has the loop tell of the end of its task.
+    pub(crate) fn watch(self, py: Python<'_>) -> PyResult<()> {
+        let Some(task) = self.task(py) else { return Ok(()) };
+        task.call_method1(intern!(py, "add_done_callback"), (Watch(self),)).map(drop)
+    }
+
     pub(crate) fn object<'py>(&self, py: Python<'py>) -> Bound<'py, PyAny> {
         match self {
             Self::Http(head) => head.bind(py).clone().into_any(),
@@ -74,20 +111,14 @@ impl Running {
     }
 }
 
-/// The callback of a task that was suspended.
+/// The callback of a task that was suspended, where nobody else tells of its end.
 #[pyclass(frozen)]
 struct Watch(Running);
 
 #[pymethods]
 impl Watch {
     fn __call__(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
-        let (py, replica) = (task.py(), self.0.replica());
-        replica.leave_child(py)?;
-        if !replica.conclude(task, &self.0) {
-            return Ok(()); // it was reaped in a tick, which has seen to the rest
-        }
-        replica.run_ready(py)?;
-        replica.settle(py)
+        self.0.replica().conclude(task, &self.0)
     }
 }
 
@@ -212,43 +243,24 @@ impl Replica {
         state.task = Some(Suspended { started, asgi });
         let cancelled = state.cancelled;
         drop(state);
-        task.call_method1(intern!(py, "add_done_callback"), (Watch(running),))?;
+        running.follow(&task)?;
         if cancelled {
             task.call_method0(intern!(py, "cancel"))?;
         }
         Ok(())
     }
 
-    /// A task was stepped in this context. If it was a handler's and is over, its request is answered now, with the other
-    /// answers of this tick, and its slot is free; the task's callbacks come when the loop has gone round.
-    pub(super) fn reap(self: &Arc<Self>, context: &Bound<'_, PyAny>) -> PyResult<()> {
-        let py = context.py();
-        let head = context.call_method1(intern!(py, "get"), (self.hooks.context.bind(py),))?;
-        let running = if let Ok(head) = head.cast::<CallHead>() {
-            Running::Call(head.clone().unbind())
-        } else if let Ok(head) = head.cast::<RequestHead>() {
-            Running::Http(head.clone().unbind())
-        } else {
-            return Ok(());
-        };
-        let task = running.stream().state().task.as_ref().map(|suspended| suspended.started.task.clone_ref(py));
-        match task {
-            Some(task) if task.call_method0(py, intern!(py, "done"))?.is_truthy(py)? => {
-                self.leave_child(py)?;
-                self.conclude(task.bind(py), &running);
-                self.settle(py)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Finishes a request whose task is over; `false`: that was done.
-    fn conclude(self: &Arc<Self>, task: &Bound<'_, PyAny>, running: &Running) -> bool {
+    /// Answers a request whose task is over, with what else has come since the loop went round, and frees its slot.
+    fn conclude(self: &Arc<Self>, task: &Bound<'_, PyAny>, running: &Running) -> PyResult<()> {
+        let py = task.py();
+        self.leave_child(py)?;
         let suspended = running.stream().state().task.take_if(|suspended| suspended.started.task.is(task));
-        let Some(Suspended { started, asgi }) = suspended else { return false };
-        let outcome = task.call_method0(intern!(task.py(), "result"));
-        self.finish(task.py(), running, asgi, Some(&started), outcome);
-        true
+        if let Some(Suspended { started, asgi }) = suspended {
+            let outcome = task.call_method0(intern!(py, "result"));
+            self.finish(py, running, asgi, Some(&started), outcome);
+        }
+        self.run_ready(py)?;
+        self.settle(py)
     }
 
     /// Answers with what the user's code did and gives the slot back, unless a response remains to be run.
