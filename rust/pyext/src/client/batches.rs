@@ -6,10 +6,10 @@
 use std::{sync::Arc, time::Instant};
 
 use rayserve_dataplane::{
-    engine::{Batch, Lease},
+    engine::{Batch, DeploymentKey, Lease},
     error::Error,
     snapshot::Deployment,
-    tally::{self, Tallies},
+    tally::{self, Tallies, Tally},
 };
 
 use super::{
@@ -37,8 +37,7 @@ impl Router {
 
     pub(super) fn send_batch(&mut self, batch: Batch<Arc<Pending>>) {
         let Some((_, Lease { replica, granted, place, .. })) = batch.items.first() else { return };
-        let name = self.engine.config(place.deployment).map(Deployment::key).unwrap_or_default();
-        let (tally, granted) = (self.tallies.of(&name), *granted);
+        let (tally, granted) = (self.tally(place.deployment), *granted);
         let Some(&index) = self.by_key.get(replica) else {
             for (call, lease) in batch.items {
                 let place = self.engine.returned(lease);
@@ -69,6 +68,14 @@ impl Router {
             self.unflushed.push(index);
             tally.add(streams.len(), batch.waited, batch.reason);
         }
+    }
+
+    fn tally(&mut self, key: DeploymentKey) -> Arc<Tally> {
+        let tally = self.tally_of.entry(key).or_insert_with(|| {
+            let name = self.engine.config(key).map(Deployment::key);
+            self.tallies.of(&name.unwrap_or_default())
+        });
+        Arc::clone(tally)
     }
 }
 
