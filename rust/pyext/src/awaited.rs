@@ -1,7 +1,8 @@
 //! What tasks of asyncio know of its futures (`_asyncio_future_blocking`), for objects of ours that they await.
 //!
 //! [`Awaited`] is what the protocol needs of such an object's state. What is waited for, and when it is there, is the
-//! object's own; it steps whoever waits right where that comes, instead of by way of `loop.call_soon`.
+//! object's own; it steps whoever waits right where that comes, instead of by way of `loop.call_soon`. A handler that is
+//! over with that step is answered there as well: its task needs no callback of its own, which the loop would have to run.
 
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
@@ -9,18 +10,25 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 
+use crate::worker::run::Running;
+
 /// Whom to call, and in which context.
 pub(crate) type Callback = (Py<PyAny>, Option<Py<PyAny>>);
-
-/// Hears of a step, by the context of the task.
-pub(crate) type Stepped<'a> = &'a mut dyn FnMut(&Bound<'_, PyAny>) -> PyResult<()>;
 
 /// See the module.
 #[derive(Default)]
 pub(crate) struct Awaited {
     /// Set while a task takes the object over, by the protocol.
     pub(crate) blocking: bool,
+    waiters: Waiters,
+}
+
+/// Who waits.
+#[derive(Default)]
+pub(crate) struct Waiters {
     callbacks: Vec<Callback>,
+    /// The request whose handler's task is among them and is watched by nobody else.
+    handler: Option<Running>,
 }
 
 impl Awaited {
@@ -33,58 +41,64 @@ impl Awaited {
     }
 
     pub(crate) fn is_watched(&self) -> bool {
-        !self.callbacks.is_empty()
+        !self.waiters.callbacks.is_empty()
     }
 
     pub(crate) fn watch(&mut self, callback: Callback) {
-        self.callbacks.push(callback);
+        self.waiters.callbacks.push(callback);
     }
 
-    pub(crate) fn take(&mut self) -> Vec<Callback> {
-        std::mem::take(&mut self.callbacks)
+    /// Watches the task of a handler that waits here; the request comes back if nobody is going to be stepped from here.
+    pub(crate) fn adopt(&mut self, handler: Running) -> Option<Running> {
+        if !self.is_watched() || self.waiters.handler.is_some() {
+            return Some(handler);
+        }
+        self.waiters.handler = Some(handler);
+        None
+    }
+
+    pub(crate) fn take(&mut self) -> Waiters {
+        std::mem::take(&mut self.waiters)
     }
 
     /// Before those that have come meanwhile.
-    pub(crate) fn put_back(&mut self, callbacks: Vec<Callback>) {
-        self.callbacks.splice(0..0, callbacks);
+    pub(crate) fn put_back(&mut self, Waiters { callbacks, handler }: Waiters) {
+        self.waiters.callbacks.splice(0..0, callbacks);
+        self.waiters.handler = handler.or(self.waiters.handler.take());
     }
 }
 
 /// Splits callbacks, outside of any lock, into those that are not equal to this one and how many are.
-pub(crate) fn without(callbacks: Vec<Callback>, callback: &Bound<'_, PyAny>) -> PyResult<(Vec<Callback>, usize)> {
-    let before = callbacks.len();
+pub(crate) fn without(waiters: Waiters, callback: &Bound<'_, PyAny>) -> PyResult<(Waiters, usize)> {
+    let before = waiters.callbacks.len();
     let mut left = Vec::new();
-    for (other, context) in callbacks {
+    for (other, context) in waiters.callbacks {
         if !other.bind(callback.py()).eq(callback)? {
             left.push((other, context));
         }
     }
     let gone = before - left.len();
-    Ok((left, gone))
+    Ok((Waiters { callbacks: left, ..waiters }, gone))
 }
 
 /// Steps whoever waits for `this`: at once, or soon on this loop, where no task can be entered.
 pub(crate) fn step(
     this: &Bound<'_, PyAny>,
-    callbacks: Vec<Callback>,
+    Waiters { callbacks, handler }: Waiters,
     soon: Option<&Bound<'_, PyAny>>,
-    stepped: Stepped<'_>,
 ) -> PyResult<()> {
     let py = this.py();
     let mut outcome = Ok(());
     for (callback, context) in callbacks {
         let called = match (soon, context) {
             (Some(event_loop), context) => call_soon(event_loop, (callback, context), this),
-            (None, Some(context)) => {
-                let context = context.into_bound(py);
-                let called = context.call_method1(intern!(py, "run"), (callback, this)).map(drop);
-                called.and(stepped(&context))
-            }
+            (None, Some(context)) => context.call_method1(py, intern!(py, "run"), (callback, this)).map(drop),
             (None, None) => callback.call1(py, (this,)).map(drop),
         };
         outcome = outcome.and(called);
     }
-    outcome
+    let Some(handler) = handler else { return outcome };
+    outcome.and(if soon.is_some() { handler.watch(py) } else { handler.stepped(py) })
 }
 
 pub(crate) fn call_soon(

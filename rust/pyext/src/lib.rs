@@ -7,6 +7,7 @@ mod batcher;
 mod client;
 mod convert;
 mod http;
+mod lock;
 mod plain;
 mod proxy;
 mod socket;

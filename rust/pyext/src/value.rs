@@ -84,10 +84,11 @@ fn put_with(out: &mut Payload, put: impl FnOnce(&mut BytesMut) -> bool) -> bool 
         out.truncate(head);
         return false;
     }
-    let mut len = BytesMut::new();
-    let pickle = out.len() - start;
-    put_value_head(&mut len, pickle, std::iter::empty());
-    out[head..start].copy_from_slice(&len);
+    // How long the pickle is, the head can only say now.
+    let end = out.len();
+    put_value_head(out, end - start, std::iter::empty());
+    out.copy_within(end.., head);
+    out.truncate(end);
     true
 }
 

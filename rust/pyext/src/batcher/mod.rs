@@ -26,8 +26,8 @@ use self::queue::{Queue, Taken};
 pub(crate) use self::ticket::Ticket;
 use crate::awaited::is_in_task;
 use crate::http::request::{CallHead, RequestHead};
+use crate::lock::lock;
 use crate::worker::flush::STALE;
-use crate::worker::link::lock;
 use crate::worker::step::Stepper;
 
 /// The loop's timers may fire this much early, and are no finer.

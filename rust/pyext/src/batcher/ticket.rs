@@ -14,7 +14,8 @@ use pyo3::types::{PyDict, PyTuple};
 
 use super::Batcher;
 use crate::awaited::{self, Awaited, call_soon, without};
-use crate::worker::link::lock;
+use crate::lock::lock;
+use crate::worker::run::Running;
 
 pyo3::import_exception!(asyncio, CancelledError);
 
@@ -125,12 +126,17 @@ impl Ticket {
 
     /// Steps whoever waits: at once, or soon if no task can be entered here.
     pub(super) fn wake(&self, this: &Bound<'_, Self>, event_loop: &Bound<'_, PyAny>, soon: bool) -> PyResult<()> {
-        let callbacks = {
+        let waiters = {
             let mut inner = lock(&self.inner);
             inner.woken = false;
             inner.awaited.take()
         };
-        awaited::step(this, callbacks, soon.then_some(event_loop), &mut |_| Ok(()))
+        awaited::step(this, waiters, soon.then_some(event_loop))
+    }
+
+    /// See [`Awaited::adopt`].
+    pub(crate) fn adopt(&self, handler: Running) -> Option<Running> {
+        lock(&self.inner).awaited.adopt(handler)
     }
 
     /// Its only argument, if it has one positional one and no other.
@@ -256,8 +262,8 @@ impl Ticket {
     }
 
     fn remove_done_callback(&self, callback: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let callbacks = lock(&self.inner).awaited.take();
-        let (left, gone) = without(callbacks, callback)?;
+        let waiters = lock(&self.inner).awaited.take();
+        let (left, gone) = without(waiters, callback)?;
         lock(&self.inner).awaited.put_back(left);
         Ok(gone)
     }

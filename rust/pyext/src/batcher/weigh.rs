@@ -9,7 +9,7 @@ use pyo3::types::PyList;
 
 use super::queue::Weighed;
 use super::{Batcher, Ticket, size_of};
-use crate::worker::link::lock;
+use crate::lock::lock;
 
 const TOO_LARGE: &str = "Size of item is greater than max_batch_size. Please increase the max_batch_size or check the \
                          implementation of the batch_size_fn.";

@@ -38,7 +38,7 @@ impl Held {
 impl Router {
     /// Whether the call is for a certain replica; then it is taken care of.
     pub(super) fn hold(&mut self, call: &Arc<Pending>) -> bool {
-        if call.target.get().is_none() {
+        if call.target.is_none() {
             return false;
         }
         self.park(call, Place::Held);
@@ -50,7 +50,7 @@ impl Router {
     /// Sends those whose replica has room, and ends those whose replica has gone.
     pub(super) fn shoot(&mut self) {
         for call in std::mem::take(&mut self.held.aimed) {
-            let Some(target) = call.target.get() else { continue };
+            let Some(target) = &call.target else { continue };
             let key = self.engine.deployment(&call.deployment);
             let Some(key) = key.filter(|key| self.engine.replica(*key, target).is_some()) else {
                 self.finish(&call, Outcome::Gone(target.clone()));
@@ -119,7 +119,8 @@ impl Router {
         }
     }
 
-    fn use_deployment(&mut self, deployment: &str) {
+    /// From now on this process calls that deployment, and holds it.
+    pub(super) fn use_deployment(&mut self, deployment: &str) {
         if !self.used.contains(deployment) {
             self.used.insert(deployment.to_owned());
             self.apply();

@@ -1,21 +1,21 @@
 //! Batches of calls: bound when the engine is given the time, written in one go.
 //!
 //! Calls of a loop's turn are corked and so bound together; whoever reads answers binds what they make room for. A window
-//! that ends while nobody does either is the tender's to notice, which [`Caller::remind`] tells of it.
+//! that ends while nobody does either is the tender's to notice (`tender.rs`).
 
 use std::{sync::Arc, time::Instant};
 
 use rayserve_dataplane::{
-    engine::{Batch, Lease},
+    engine::{Batch, DeploymentKey, Lease},
     error::Error,
     snapshot::Deployment,
-    tally::{self, Tallies},
+    tally::{self, Tallies, Tally},
 };
 
 use super::{
     pending::{Outcome, Pending},
     router::Router,
-    turns::{Caller, State, Turn},
+    turns::Caller,
 };
 
 impl Router {
@@ -37,8 +37,7 @@ impl Router {
 
     pub(super) fn send_batch(&mut self, batch: Batch<Arc<Pending>>) {
         let Some((_, Lease { replica, granted, place, .. })) = batch.items.first() else { return };
-        let name = self.engine.config(place.deployment).map(Deployment::key).unwrap_or_default();
-        let (tally, granted) = (self.tallies.of(&name), *granted);
+        let (tally, granted) = (self.tally(place.deployment), *granted);
         let Some(&index) = self.by_key.get(replica) else {
             for (call, lease) in batch.items {
                 let place = self.engine.returned(lease);
@@ -70,22 +69,17 @@ impl Router {
             tally.add(streams.len(), batch.waited, batch.reason);
         }
     }
+
+    fn tally(&mut self, key: DeploymentKey) -> Arc<Tally> {
+        let tally = self.tally_of.entry(key).or_insert_with(|| {
+            let name = self.engine.config(key).map(Deployment::key);
+            self.tallies.of(&name.unwrap_or_default())
+        });
+        Arc::clone(tally)
+    }
 }
 
 impl Caller {
-    /// Tells the tender when the next window ends.
-    pub(super) fn remind(&self, state: &mut State) {
-        let alarm = state.router.alarm;
-        if std::mem::replace(&mut state.tender.alarm, alarm) == alarm || alarm.is_none() {
-            return;
-        }
-        if state.turn == Turn::Free {
-            self.tender.notify_one();
-        } else {
-            self.nudge(state);
-        }
-    }
-
     /// What is counted of the batches of this process's calls, as JSON.
     pub(super) fn batches(&self) -> String {
         let state = self.lock();

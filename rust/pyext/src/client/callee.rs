@@ -21,11 +21,7 @@ use rayserve_dataplane::{
 };
 
 use super::{Call, pending::Pending, turns::Caller};
-use crate::{
-    http::request as http,
-    value,
-    worker::{link::lock, stream::Stream},
-};
+use crate::{http::request as http, lock::lock, value, worker::stream::Stream};
 
 /// Room for the head of most calls and a few plain values.
 const SMALL: usize = 256;
@@ -34,13 +30,13 @@ const SMALL: usize = 256;
 #[pyclass(frozen, module = "rayserve_fast._core")]
 pub(crate) struct Callee {
     caller: Arc<Caller>,
-    deployment: Arc<str>,
+    pub(super) deployment: Arc<str>,
     method: String,
     /// Model and session.
     wishes: [String; 2],
-    affinity: Affinity,
-    stream: bool,
-    target: Option<String>,
+    pub(super) affinity: Affinity,
+    pub(super) stream: bool,
+    pub(super) target: Option<String>,
 }
 
 #[pymethods]
@@ -57,7 +53,7 @@ impl Callee {
         if !value::put_plain_arguments(&mut out, args, kwargs) {
             return Ok(None);
         }
-        self.send(context.py(), out, &request_id, origin.parent, Vec::new(), None).map(Some)
+        self.send(context.py(), out, request_id, origin.parent, Vec::new(), None).map(Some)
     }
 
     /// Calls it with packed arguments; None: the value of one of `needs` has been taken, and must be packed too.
@@ -83,7 +79,7 @@ impl Callee {
             return Ok(None);
         }
         let needs = needs.iter().map(|(slot, call)| (*slot, Arc::clone(&call.get().pending))).collect();
-        self.send(py, out, &request_id, origin.parent, needs, keep).map(Some)
+        self.send(py, out, request_id, origin.parent, needs, keep).map(Some)
     }
 }
 
@@ -124,16 +120,13 @@ impl Callee {
         &self,
         py: Python<'_>,
         payload: Payload,
-        request_id: &str,
+        request_id: String,
         parent: Option<&Arc<Stream>>,
         needs: Vec<(u32, Arc<Pending>)>,
         keep: Option<Py<PyAny>>,
     ) -> PyResult<Call> {
         let deadline = parent.and_then(|parent| parent.state().children.deadline);
-        let call = Pending::new(self.deployment.clone(), self.affinity, payload, self.stream, deadline, needs, keep);
-        if let Some(target) = &self.target {
-            let _ = call.target.set(target.clone());
-        }
+        let call = Pending::new(self, payload, deadline, needs, keep);
         if let Some(parent) = parent {
             parent.state().children.add(&self.caller, &call);
         }

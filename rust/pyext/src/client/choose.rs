@@ -1,7 +1,7 @@
 //! `Chooser`: what routers in Python, broadcasts and `choose_replica` see of the replicas, and how they take a slot.
 
 use std::{
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::Instant,
 };
 
@@ -16,6 +16,7 @@ use super::{
     Call, Client,
     turns::{Caller, Turn},
 };
+use crate::lock::lock;
 use crate::value;
 
 /// See the module.
@@ -62,7 +63,7 @@ impl Chooser {
             let payload = Bytes::copy_from_slice(&pending.payload().concat());
             let view = CallView::parse(payload).map_err(|error| PyValueError::new_err(error.to_string()))?;
             let head = view.head();
-            let call = Call::new(&self.caller, Arc::clone(&pending), head.request_id);
+            let call = Call::new(&self.caller, Arc::clone(&pending), head.request_id.to_owned());
             let texts =
                 (head.method, head.request_id, head.route, head.app, head.multiplexed_model_id, head.session_id);
             let texts = texts.into_pyobject(py)?;
@@ -125,7 +126,7 @@ pub(crate) struct Reservation {
 impl Reservation {
     /// Sends a call that is for this replica, with this slot if it has not found another.
     fn redeem(&self, call: &Call) {
-        let lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let lease = lock(&self.lease).take();
         if let Some(lease) = lease {
             self.caller.lock().router.redeem(&call.pending, lease);
         }
@@ -133,7 +134,7 @@ impl Reservation {
 
     /// Gives the slot back.
     fn release(&self) {
-        let lease = self.lease.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let lease = lock(&self.lease).take();
         if let Some(lease) = lease {
             self.caller.unreserve(lease);
         }

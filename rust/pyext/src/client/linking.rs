@@ -74,11 +74,19 @@ impl Router {
         for (_, key, replica) in due {
             self.open(key, replica);
         }
-        let deadline = self.expire(now);
+        let ended = self.expire(now);
         self.seal_late(now);
         self.settle();
+        if ended {
+            return Some(now);
+        }
         let handshakes = self.links.iter().filter_map(|(_, link)| link.deadline());
-        handshakes.chain(self.lost.iter().map(|(at, _, _)| *at)).chain(deadline).chain(self.alarm).min()
+        handshakes.chain(self.lost.iter().map(|(at, _, _)| *at)).chain(self.due()).min()
+    }
+
+    /// When a call's time or a batch's window is over next.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.deadlines.first().into_iter().chain(self.alarm).min()
     }
 
     /// Closes this process's copies of the sockets and nothing else.

@@ -9,8 +9,10 @@ use std::{
         fd::{AsRawFd, RawFd},
         unix::net::UnixStream,
     },
-    sync::{Mutex, PoisonError},
+    sync::Mutex,
 };
+
+use crate::lock::lock;
 
 #[derive(Debug, Default)]
 struct Tokens {
@@ -51,11 +53,11 @@ impl Mailbox {
 
     /// Says that the loop's thread is about to move bytes, and will call [`Self::take`] afterwards in any case.
     pub(super) fn polling(&self) {
-        self.tokens.lock().unwrap_or_else(PoisonError::into_inner).polling = true;
+        lock(&self.tokens).polling = true;
     }
 
     pub(super) fn deliver(&self, token: u64) {
-        let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tokens = lock(&self.tokens);
         tokens.done.push(token);
         if !tokens.polling {
             tokens.signal(&self.write);
@@ -64,12 +66,12 @@ impl Mailbox {
 
     /// Has the loop read, as somebody who had the turn may have left something.
     pub(super) fn call(&self) {
-        self.tokens.lock().unwrap_or_else(PoisonError::into_inner).signal(&self.write);
+        lock(&self.tokens).signal(&self.write);
     }
 
     /// The tokens since the last time.
     pub(super) fn take(&self) -> Vec<u64> {
-        let mut tokens = self.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tokens = lock(&self.tokens);
         if std::mem::take(&mut tokens.signalled) {
             let _ = (&self.read).read(&mut [0; 8]);
         }

@@ -45,15 +45,15 @@ pub(crate) use self::{
     callee::Callee,
     choose::{Chooser, Reservation, Told, told, word},
     turns::Caller,
-    waiting::Desk,
+    waiting::{Desk, Waiting},
 };
 use self::{
     pending::{Outcome, Pending},
     turns::Wait,
-    waiting::Waiting,
 };
+use crate::lock::lock;
 use crate::value;
-use crate::worker::{link::lock, replica::Replica};
+use crate::worker::replica::Replica;
 
 /// How long the main thread sleeps before it looks for signals; other threads get none.
 const SIGNALS: Duration = Duration::from_millis(100);
@@ -115,7 +115,7 @@ impl Client {
     /// Reads what has come, and ends the waits that it ends.
     fn pump(&self, py: Python<'_>, mailbox: &Mailbox) -> PyResult<()> {
         py.detach(|| self.caller.pump(mailbox.desk.mailbox()));
-        mailbox.desk.wake(py, &mut |_| Ok(()))
+        mailbox.desk.wake(py)
     }
 
     /// What is counted of batches, as JSON.
@@ -175,12 +175,12 @@ pub(crate) struct Call {
     pending: Arc<Pending>,
     /// The outcome as Python sees it: a value can be taken once.
     told: PyOnceLock<Py<PyAny>>,
-    request_id: Box<str>,
+    request_id: String,
 }
 
 impl Call {
-    fn new(caller: &Arc<Caller>, pending: Arc<Pending>, request_id: &str) -> Self {
-        Self { caller: Arc::clone(caller), pending, told: PyOnceLock::new(), request_id: request_id.into() }
+    fn new(caller: &Arc<Caller>, pending: Arc<Pending>, request_id: String) -> Self {
+        Self { caller: Arc::clone(caller), pending, told: PyOnceLock::new(), request_id }
     }
 }
 

@@ -7,7 +7,7 @@
 
 use std::{
     collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock},
     thread::Thread,
     time::Instant,
 };
@@ -23,7 +23,8 @@ use rayserve_dataplane::{
     },
 };
 
-use super::mailbox::Mailbox;
+use super::{callee::Callee, mailbox::Mailbox};
+use crate::lock::lock;
 
 /// How a call ended.
 #[derive(Debug)]
@@ -129,7 +130,7 @@ pub(super) struct Pending {
     /// When the time of the request is over that the call belongs to.
     pub(super) deadline: Option<Instant>,
     /// The one replica that may answer.
-    pub(super) target: OnceLock<String>,
+    pub(super) target: Option<String>,
     inner: Mutex<Inner>,
     outcome: OnceLock<Outcome>,
 }
@@ -137,10 +138,8 @@ pub(super) struct Pending {
 impl Pending {
     /// `payload` is that of the CALL frame but for the arguments that are answers of other calls.
     pub(super) fn new(
-        deployment: Arc<str>,
-        affinity: Affinity,
+        callee: &Callee,
         mut payload: Payload,
-        stream: bool,
         deadline: Option<Instant>,
         needs: Vec<(u32, Arc<Self>)>,
         keep: Option<Py<PyAny>>,
@@ -159,12 +158,19 @@ impl Pending {
             taken: 0,
             dropped: false,
         };
-        let (inner, outcome, target) = (Mutex::new(inner), OnceLock::new(), OnceLock::new());
-        Arc::new(Self { deployment, stream, affinity, deadline, target, inner, outcome })
+        Arc::new(Self {
+            deployment: Arc::clone(&callee.deployment),
+            stream: callee.stream,
+            affinity: callee.affinity,
+            deadline,
+            target: callee.target.clone(),
+            inner: Mutex::new(inner),
+            outcome: OnceLock::new(),
+        })
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.inner)
     }
 
     pub(super) fn place(&self) -> Place {
@@ -324,7 +330,7 @@ impl Pending {
 impl Came {
     fn of(outcome: &Outcome) -> Self {
         let Outcome::Value(value) = outcome else { return Self::Failed };
-        let value = value.lock().unwrap_or_else(PoisonError::into_inner);
+        let value = lock(value);
         value.as_ref().map_or(Self::Failed, |value| Self::Value(value.payload.clone()))
     }
 }

@@ -12,10 +12,10 @@ use std::{
 use bytes::Bytes;
 use mio::Registry;
 use rayserve_dataplane::{
-    engine::{Action, Admission, Engine, Lease, Place as QueuePlace, ReplicaKey},
+    engine::{Action, Admission, DeploymentKey, Engine, Lease, Place as QueuePlace, ReplicaKey},
     error::Error,
     snapshot::{Replica, Snapshot, Version},
-    tally::Tallies,
+    tally::{Tallies, Tally},
     wire::{Header, Kind},
 };
 use slab::Slab;
@@ -57,6 +57,8 @@ pub(super) struct Router {
     /// When the window of a batch ends.
     pub(super) alarm: Option<Instant>,
     pub(super) tallies: Tallies,
+    /// Those of the deployments that the engine holds.
+    pub(super) tally_of: HashMap<DeploymentKey, Arc<Tally>>,
     pub(super) unflushed: Vec<usize>,
     pub(super) scratch: Box<[u8]>,
     pub(super) registry: Registry,
@@ -88,6 +90,7 @@ impl Router {
             snapshot: None,
             alarm: None,
             tallies: Tallies::default(),
+            tally_of: HashMap::new(),
             unflushed: Vec::new(),
             scratch: vec![0; SCRATCH].into_boxed_slice(),
             registry,
@@ -120,10 +123,7 @@ impl Router {
             Needs::Failed(index) => return self.finish(call, Outcome::Argument(index)),
             Needs::Met => {}
         }
-        if !self.used.contains(&*call.deployment) {
-            self.used.insert(call.deployment.to_string());
-            self.apply();
-        }
+        self.use_deployment(&call.deployment);
         self.route(call);
     }
 
@@ -281,6 +281,7 @@ impl Router {
     pub(super) fn apply(&mut self) {
         let Some(snapshot) = &self.snapshot else { return };
         self.engine.apply(&self.relevant(snapshot));
+        self.tally_of.clear();
         self.settle();
     }
 

@@ -44,8 +44,8 @@ pub(super) struct TenderState {
     /// Until the next call; it must be notified then.
     pub(super) sleeps: bool,
     news: bool,
-    /// When the window of a batch ends, as it was told.
-    pub(super) alarm: Option<Instant>,
+    /// When it looks next, by itself or as it was told; none: it sleeps, or is on an errand.
+    pub(super) until: Option<Instant>,
     /// When the last errand failed, until one succeeds.
     failed: Option<Instant>,
     /// Since when calls are corked.
@@ -56,7 +56,7 @@ pub(super) struct TenderState {
 
 impl Default for TenderState {
     fn default() -> Self {
-        Self { sleeps: false, news: true, alarm: None, failed: None, corked: None, looks: None }
+        Self { sleeps: false, news: true, until: None, failed: None, corked: None, looks: None }
     }
 }
 
@@ -110,6 +110,7 @@ impl Caller {
         let (mut turns, mut quiet) = (state.turns, 0);
         loop {
             if let Some(errand) = state.errand() {
+                state.tender.until = None;
                 return errand;
             }
             let (now, mut next) = (Instant::now(), None);
@@ -130,30 +131,42 @@ impl Caller {
             turns = state.turns;
             if state.router.outstanding == 0 && quiet > QUIET_ROUNDS {
                 state.tender.sleeps = true;
+                state.tender.until = None;
                 state = self.tender.wait(state).unwrap_or_else(PoisonError::into_inner);
                 quiet = 0;
             } else {
-                let patience = PATIENCE * quiet.clamp(1, QUIET_ROUNDS);
-                let next = next.into_iter().chain(state.router.alarm).min();
-                let patience = next.map_or(patience, |at| patience.min(at.saturating_duration_since(now)));
-                state = self.rest(state, Instant::now() + patience);
+                let latest = Instant::now() + PATIENCE * quiet.clamp(1, QUIET_ROUNDS);
+                state = self.rest(state, next.map_or(latest, |at| at.min(latest)));
             }
         }
     }
 
-    /// Sleeps until then or until it is notified, and looks after corked calls meanwhile.
-    fn rest<'s>(&'s self, mut state: MutexGuard<'s, State>, until: Instant) -> MutexGuard<'s, State> {
+    /// Sleeps until then, until something is due or until it is notified, and looks after corked calls meanwhile.
+    fn rest<'s>(&'s self, mut state: MutexGuard<'s, State>, latest: Instant) -> MutexGuard<'s, State> {
         loop {
+            let until = state.router.due().map_or(latest, |at| at.min(latest));
+            state.tender.until = Some(until);
             let left = until.saturating_duration_since(Instant::now());
             let slice = if state.tender.looks.is_some() { left.min(CORKED) } else { left };
             let (woken, timeout) = self.tender.wait_timeout(state, slice).unwrap_or_else(PoisonError::into_inner);
             state = woken;
             state.look();
-            let due = state.router.alarm.is_some_and(|at| at < until);
-            if due || slice == left || !timeout.timed_out() {
+            if slice == left || !timeout.timed_out() {
                 return state;
             }
         }
+    }
+
+    /// Has whoever has the turn, or else the tender, come back for what is due sooner than they would look by themselves.
+    pub(super) fn remind(&self, state: &mut State) {
+        let Some(due) = state.router.due() else { return };
+        let free = state.turn == Turn::Free;
+        let until = if free { &mut state.tender.until } else { &mut state.until };
+        if until.is_some_and(|until| until <= due) {
+            return;
+        }
+        *until = Some(due);
+        if free { self.tender.notify_one() } else { self.nudge(state) }
     }
 
     /// Another thread knows of a snapshot.

@@ -12,7 +12,7 @@ use std::{
     collections::VecDeque,
     io::{self, ErrorKind},
     os::fd::{AsRawFd, RawFd},
-    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, Condvar, Mutex, MutexGuard, Weak},
     thread::{self, Thread},
     time::Instant,
 };
@@ -22,6 +22,7 @@ use mio::{Events, Poll, Token, Waker};
 use rayserve_dataplane::request_id::RequestIds;
 
 use super::{mailbox::Mailbox, pending::Pending, router::Router, tender::TenderState};
+use crate::lock::lock;
 use crate::worker::replica::Replica;
 
 const WAKER: Token = Token(usize::MAX);
@@ -40,6 +41,8 @@ pub(super) enum Turn {
 pub(crate) struct State {
     pub(super) router: Router,
     pub(super) turn: Turn,
+    /// When whoever has the turn looks next, by itself or as it was told; none: when something comes.
+    pub(super) until: Option<Instant>,
     /// Turns taken, so that the tender sees whether anybody is about.
     pub(super) turns: u64,
     /// Threads that wait for the turn or for their call.
@@ -86,6 +89,7 @@ impl Caller {
         let state = State {
             router,
             turn: Turn::Free,
+            until: None,
             turns: 0,
             asleep: Vec::new(),
             missed: Vec::new(),
@@ -109,12 +113,12 @@ impl Caller {
 
     /// The replica on whose loop this is, if its worker moves the bytes.
     pub(super) fn home(&self) -> Option<Arc<Replica>> {
-        let home = self.home.lock().unwrap_or_else(PoisonError::into_inner);
+        let home = lock(&self.home);
         home.upgrade().filter(|replica| replica.on_loop())
     }
 
     pub(super) fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// Starts a call; `false` when the caller is closed. With `cork`, somebody calls [`Self::flush`] soon, or else the tender.
@@ -127,7 +131,6 @@ impl Caller {
         if cork && state.tender.cork() {
             self.tender.notify_one();
         }
-        self.hurry(&mut state);
         if state.router.doubts || !state.router.held.fresh.is_empty() {
             self.relieve(&mut state);
             self.tender.notify_one();
@@ -167,14 +170,6 @@ impl Caller {
         if state.turn != Turn::Free {
             // An error would mean that the counter is full, and so that the poller wakes anyway.
             let _ = self.waker.wake();
-        }
-    }
-
-    /// Has who sleeps until a later deadline look at an earlier one.
-    fn hurry(&self, state: &mut State) {
-        if std::mem::take(&mut state.router.deadlines.sooner) {
-            self.nudge(state);
-            self.tender.notify_one();
         }
     }
 
@@ -228,13 +223,14 @@ impl Caller {
         let mut state = state; // declared after the guard, so that a panic lets go of the lock first
         state.turn = who;
         state.turns += 1;
-        let mut turn = self.poll.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut turn = lock(&self.poll);
         let (poll, events) = &mut *turn;
         let interrupted = loop {
             let now = Instant::now();
-            let next = state.router.tick(now);
+            let next = state.router.tick(now).into_iter().chain(until).min();
+            state.until = next;
             drop(state);
-            let timeout = [next, until].into_iter().flatten().min().map(|at| at.saturating_duration_since(now));
+            let timeout = next.map(|at| at.saturating_duration_since(now));
             let polled = poll.poll(events, timeout);
             state = self.lock();
             if polled.is_err_and(|error| error.kind() == ErrorKind::Interrupted) {
@@ -249,7 +245,6 @@ impl Caller {
         };
         state.free_turn();
         self.remind(&mut state);
-        self.hurry(&mut state);
         (state, interrupted)
     }
 

@@ -11,8 +11,9 @@ use pyo3::types::{PyWeakrefMethods, PyWeakrefReference};
 use slab::Slab;
 
 use super::{mailbox::Mailbox, pending::Pending, turns::Caller};
-use crate::awaited::{Awaited, Stepped, call_soon, is_in_task, step, without};
-use crate::worker::link::lock;
+use crate::awaited::{Awaited, call_soon, is_in_task, step, without};
+use crate::lock::lock;
+use crate::worker::run::Running;
 
 pyo3::import_exception!(asyncio, CancelledError);
 
@@ -113,9 +114,8 @@ impl Desk {
         lock(&self.waits).open.is_empty()
     }
 
-    /// Ends the waits of what the mailbox holds; on the loop's thread, outside every task. `stepped` is told the context of
-    /// each task that has taken a step.
-    pub(crate) fn wake(&self, py: Python<'_>, stepped: Stepped<'_>) -> PyResult<()> {
+    /// Ends the waits of what the mailbox holds; on the loop's thread, outside every task.
+    pub(crate) fn wake(&self, py: Python<'_>) -> PyResult<()> {
         let tokens = self.mailbox.take();
         if tokens.is_empty() {
             return Ok(());
@@ -125,7 +125,7 @@ impl Desk {
         for token in tokens {
             let waiting = lock(&self.waits).remove(token);
             if let Some(waiting) = waiting {
-                outcome = outcome.and(waiting.get().end(waiting.bind(py), State::Done, entered, stepped));
+                outcome = outcome.and(waiting.get().end(waiting.bind(py), State::Done, entered));
             }
         }
         outcome
@@ -134,8 +134,8 @@ impl Desk {
 
 impl Waiting {
     /// Ends the wait and steps whoever waits: at once, or soon if no task can be entered here.
-    fn end(&self, this: &Bound<'_, Self>, state: State, soon: bool, stepped: Stepped<'_>) -> PyResult<()> {
-        let callbacks = {
+    fn end(&self, this: &Bound<'_, Self>, state: State, soon: bool) -> PyResult<()> {
+        let waiters = {
             let mut inner = lock(&self.inner);
             if inner.state != State::Pending {
                 return Ok(());
@@ -144,11 +144,16 @@ impl Waiting {
             inner.awaited.take()
         };
         if !soon {
-            return step(this, callbacks, None, stepped);
+            return step(this, waiters, None);
         }
         // Without its loop nobody can be stepped any more.
         let Some(event_loop) = self.get_loop(this.py()) else { return Ok(()) };
-        step(this, callbacks, Some(&event_loop), stepped)
+        step(this, waiters, Some(&event_loop))
+    }
+
+    /// See [`Awaited::adopt`].
+    pub(crate) fn adopt(&self, handler: Running) -> Option<Running> {
+        lock(&self.inner).awaited.adopt(handler)
     }
 }
 
@@ -202,8 +207,8 @@ impl Waiting {
     }
 
     fn remove_done_callback(&self, callback: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let callbacks = lock(&self.inner).awaited.take();
-        let (left, gone) = without(callbacks, callback)?;
+        let waiters = lock(&self.inner).awaited.take();
+        let (left, gone) = without(waiters, callback)?;
         lock(&self.inner).awaited.put_back(left);
         Ok(gone)
     }
@@ -219,7 +224,7 @@ impl Waiting {
         caller.forget(call, *token);
         let forgotten = lock(&this.desk.waits).remove(*token);
         drop(forgotten);
-        this.end(slf, State::Cancelled, true, &mut |_| Ok(()))?;
+        this.end(slf, State::Cancelled, true)?;
         Ok(true)
     }
 

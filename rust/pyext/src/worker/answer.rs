@@ -2,16 +2,15 @@
 //!
 //! When to answer, and that it is done once, is `run.rs`'s to see to.
 
-use std::sync::Arc;
-
 use pyo3::buffer::PyBuffer;
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyList, PyTuple};
+use pyo3::types::PyBytes;
 use rayserve_dataplane::wire::{Fault, Header, Kind, LARGE, Payload, flag};
 
 use super::replica::{Replica, count};
 use super::run::Running;
-use super::stream::{Answer, Stream};
+use super::stream::Answer;
+use crate::http::request::CallHead;
 use crate::http::response;
 use crate::value;
 
@@ -24,26 +23,25 @@ impl Replica {
     ) -> PyResult<Option<Bound<'py, PyAny>>> {
         match running {
             Running::Http(head) => response::put_result(self, &head.get().stream, result),
-            Running::Call(head) if head.get().streaming => {
-                let stream = &head.get().stream;
-                stream.put_value(Header::new(Kind::Result, stream.id).with(flag::FIN), &Payload::default());
+            Running::Call(head) => {
+                let CallHead { stream, streaming, .. } = head.get();
+                let payload = if *streaming { Payload::default() } else { self.value(&result)? };
+                stream.put_value(Header::new(Kind::Result, stream.id).with(flag::FIN), &payload);
                 stream.close();
                 Ok(None)
             }
-            Running::Call(head) => {
-                let mut payload = Payload::with_capacity(64);
-                if value::put_plain(&mut payload, &result) {
-                    payload.close();
-                    let stream = &head.get().stream;
-                    stream.put_value(Header::new(Kind::Result, stream.id).with(flag::FIN), &payload);
-                    stream.close();
-                    return Ok(None);
-                }
-                let encoded = self.hooks.dump_result.bind(result.py()).call1((&result,))?;
-                put_value(&head.get().stream, encoded.cast::<PyTuple>()?)?;
-                Ok(None)
-            }
         }
+    }
+
+    fn value(&self, result: &Bound<'_, PyAny>) -> PyResult<Payload> {
+        let mut payload = Payload::with_capacity(64);
+        if value::put_plain(&mut payload, result) {
+            payload.close();
+            return Ok(payload);
+        }
+        let encoded = self.hooks.dump_result.bind(result.py()).call1((result,))?;
+        let (pickle, buffers): (Bound<'_, PyBytes>, Vec<PyBuffer<u8>>) = encoded.extract()?;
+        Ok(packed(&pickle, &buffers))
     }
 
     /// Answers with an error of the user's code, which Python logs.
@@ -78,26 +76,10 @@ impl Replica {
     }
 }
 
-/// One RESULT from (pickle, buffers).
-fn put_value(stream: &Arc<Stream>, encoded: &Bound<'_, PyTuple>) -> PyResult<()> {
-    let (pickle, buffers) = (encoded.get_item(0)?, encoded.get_item(1)?);
-    let buffers: Vec<PyBuffer<u8>> =
-        buffers.cast::<PyList>()?.iter().map(|buffer| buffer.extract()).collect::<PyResult<_>>()?;
-    put_frame(stream, Header::new(Kind::Result, stream.id).with(flag::FIN), pickle.cast()?, &buffers);
-    stream.close();
-    Ok(())
-}
-
-/// One frame with a value for its payload, whose length comes back.
-pub(super) fn put_frame(
-    stream: &Arc<Stream>,
-    header: Header,
-    pickle: &Bound<'_, PyBytes>,
-    buffers: &[PyBuffer<u8>],
-) -> usize {
+/// A payload that is one value.
+pub(super) fn packed(pickle: &Bound<'_, PyBytes>, buffers: &[PyBuffer<u8>]) -> Payload {
     let mut payload = Payload::with_capacity(32 + pickle.as_bytes().len().min(LARGE));
     value::put(pickle.py(), &mut payload, pickle, buffers);
     payload.close();
-    stream.put_value(header, &payload);
-    payload.len()
+    payload
 }

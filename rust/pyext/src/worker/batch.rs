@@ -8,14 +8,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use pyo3::prelude::*;
-use rayserve_dataplane::wire::{Fault, Kind, MAX_BATCH};
+use rayserve_dataplane::wire::{Kind, MAX_BATCH};
 
-use super::link::{Link, lock};
+use super::link::Link;
 use super::replica::{Replica, Request, Work, count};
 use super::run::Running;
 use super::stream::Stream;
 use crate::convert::text;
-use crate::http::request::{CallHead, RequestHead};
+use crate::lock::lock;
 
 /// Requests of batches whose BATCH has not come.
 #[derive(Default)]
@@ -69,7 +69,7 @@ impl Replica {
             for (at, request) in requests.into_iter().enumerate() {
                 self.take_in(request, granted && at == 0);
             }
-            return self.run_ready(py);
+            return Ok(());
         }
         for _ in &requests {
             count(&self.counters.requests);
@@ -108,30 +108,13 @@ impl Replica {
         if !http.is_empty() {
             for (model, items) in by_model(http) {
                 let model = text(py, &model).into_any();
-                self.start_group(py, items, model, |objects| self.http_call(py, &objects));
+                let call = self.http_call(py, &items);
+                self.start_group(py, items, model, call);
             }
         }
         if !calls.is_empty() {
             self.start_calls(py, &calls);
         }
-    }
-
-    /// A request in Python's hands, unless it is over before it begins.
-    fn enter(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<Option<Running>> {
-        let Request { stream, work } = request;
-        let (cancelled, late) = stream.begin();
-        if late {
-            return self.refuse_late(py, &stream).map(|()| None);
-        }
-        if cancelled {
-            self.end_with(&stream, Fault::Cancelled, b"");
-            return self.release(py, &stream).map(|()| None);
-        }
-        let replica = self.clone();
-        Ok(Some(match work {
-            Work::Http(view) => Running::Http(Py::new(py, RequestHead { view, stream, replica })?),
-            Work::Call(view, streaming) => Running::Call(Py::new(py, CallHead { view, stream, streaming, replica })?),
-        }))
     }
 }
 

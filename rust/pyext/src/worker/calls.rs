@@ -14,9 +14,9 @@ use mio::{Interest, Registry, Token};
 use pyo3::prelude::*;
 
 use super::flush::STALE;
-use super::link::lock;
 use super::replica::Replica;
 use crate::client::{Caller, Desk};
+use crate::lock::lock;
 
 /// The token of the calls' poller in the worker's.
 pub(super) const CALLS: Token = Token(1);
@@ -94,7 +94,7 @@ impl Replica {
             return Ok(());
         }
         calls.caller.pump(calls.desk.mailbox());
-        calls.desk.wake(py, &mut |context| self.reap(context))
+        calls.desk.wake(py)
     }
 
     /// The loop's thread has made a call that is not flushed. False: nobody would flush it.

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 
 use pyo3::prelude::*;
 
-use super::link::{Link, lock};
+use super::link::Link;
 use super::replica::{Replica, count};
 use super::stream::{Stream, Woken};
+use crate::lock::lock;
 
 /// Unsent answers are flushed when the oldest is older than this.
 pub(crate) const STALE: Duration = Duration::from_micros(200);

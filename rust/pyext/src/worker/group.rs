@@ -13,11 +13,11 @@ use pyo3::types::{PyBytes, PyList, PyTuple};
 use rayserve_dataplane::wire::Fault;
 
 use super::jobs::{Job, Ready};
-use super::link::lock;
 use super::replica::{Posted, Replica, count};
 use super::run::{HttpKind, Running};
 use super::step::Started;
 use crate::http::response;
+use crate::lock::lock;
 
 /// Requests that one call of the user's code serves.
 #[pyclass(frozen, module = "rayserve_fast._core")]
@@ -26,8 +26,8 @@ pub(crate) struct Group {
     items: Vec<Running>,
     /// Of all of them; empty: none.
     model: Py<PyAny>,
-    /// What a pool thread calls, and with what.
-    job: Option<(Py<PyAny>, Py<PyAny>)>,
+    /// What a pool thread calls.
+    job: Option<Call>,
 }
 
 /// The callback of a group's task that was suspended.
@@ -54,11 +54,11 @@ impl Watch {
 
 impl Replica {
     /// What the handler of HTTP is called with.
-    pub(super) fn http_call(&self, py: Python<'_>, objects: &[Bound<'_, PyAny>]) -> PyResult<Call> {
+    pub(super) fn http_call(&self, py: Python<'_>, items: &[Running]) -> PyResult<Call> {
         let http = &self.http;
         let argument = match &http.request {
             Some(request) => {
-                let made = objects.iter().map(|head| request.bind(py).call1((head,)));
+                let made = items.iter().map(|item| request.bind(py).call1((item.object(py),)));
                 Some(PyList::new(py, made.collect::<PyResult<Vec<_>>>()?)?.into_any().unbind())
             }
             None => None,
@@ -84,40 +84,32 @@ impl Replica {
             self.finish(py, &call, false, None, Err(PyErr::from_value(error)));
         }
         for (items, sync, call, model) in groups {
-            self.start_group(py, items, model, |_| {
-                let (function, argument) = if sync {
-                    (self.hooks.run_group.clone_ref(py), Some(call.unbind()))
-                } else {
-                    (call.unbind(), None)
-                };
-                Ok(Call { function, argument, sync })
-            });
+            let (function, argument) =
+                if sync { (self.hooks.run_group.clone_ref(py), Some(call.unbind())) } else { (call.unbind(), None) };
+            self.start_group(py, items, model, Ok(Call { function, argument, sync }));
         }
     }
 
-    pub(super) fn start_group<'py>(
+    pub(super) fn start_group(
         self: &Arc<Self>,
-        py: Python<'py>,
+        py: Python<'_>,
         items: Vec<Running>,
-        model: Bound<'py, PyAny>,
-        call: impl FnOnce(Vec<Bound<'py, PyAny>>) -> PyResult<Call>,
+        model: Bound<'_, PyAny>,
+        call: PyResult<Call>,
     ) {
-        let call = call(items.iter().map(|item| item.object(py)).collect());
-        let mut group = Group { replica: self.clone(), items, model: model.unbind(), job: None };
-        let started = match call {
-            Ok(Call { function, argument, sync: true }) => {
-                group.job = Some((function, argument.unwrap_or_else(|| py.None())));
-                return match Py::new(py, group) {
-                    Ok(group) => self.pool.push(Job::Group(group)),
-                    Err(error) => error.write_unraisable(py, None), // no memory for an object: the links end with the process
-                };
-            }
-            Ok(call) => self.start_task(py, &group, &call),
-            Err(error) => Err(error),
+        let call = match call {
+            Ok(call) => call,
+            Err(error) => return self.fail_group(py, &items, error),
         };
-        match started {
-            Ok(started) => self.follow_group(py, group, started),
-            Err(error) => self.finish_group(py, &group, None, Err(error)),
+        let (job, task) = if call.sync { (Some(call), None) } else { (None, Some(call)) };
+        let group = match Bound::new(py, Group { replica: self.clone(), items, model: model.unbind(), job }) {
+            Ok(group) => group,
+            Err(error) => return error.write_unraisable(py, None), // no memory for an object: the links end with the process
+        };
+        let Some(call) = task else { return self.pool.push(Job::Group(group.unbind())) };
+        match self.start_task(py, group.get(), &call) {
+            Ok(started) => self.follow_group(&group, started),
+            Err(error) => self.fail_group(py, &group.get().items, error),
         }
     }
 
@@ -139,19 +131,17 @@ impl Replica {
     }
 
     /// A task that may be over or may be suspended.
-    fn follow_group(self: &Arc<Self>, py: Python<'_>, group: Group, started: Started) {
+    fn follow_group(self: &Arc<Self>, group: &Bound<'_, Group>, started: Started) {
+        let py = group.py();
         let task = started.task.bind(py).clone();
         let done = task.call_method0(intern!(py, "done")).and_then(|done| done.is_truthy());
         if !matches!(done, Ok(false)) {
             let outcome = done.and_then(|_| task.call_method0(intern!(py, "result")));
-            return self.finish_group(py, &group, Some(&started), outcome);
+            return self.finish_group(py, group.get(), Some(&started), outcome);
         }
-        let watched = Py::new(py, group).and_then(|group| {
-            // The only strong reference to the task while it is suspended: the loop keeps a weak one.
-            let watch = Watch { group, task: lock(&self.tasks).insert(started) };
-            task.call_method1(intern!(py, "add_done_callback"), (watch,))
-        });
-        if let Err(error) = watched {
+        // The only strong reference to the task while it is suspended: the loop keeps a weak one.
+        let watch = Watch { group: group.clone().unbind(), task: lock(&self.tasks).insert(started) };
+        if let Err(error) = task.call_method1(intern!(py, "add_done_callback"), (watch,)) {
             error.write_unraisable(py, None);
         }
     }
@@ -165,9 +155,10 @@ impl Replica {
             }
             return Ok(None);
         }
-        let Some((function, argument)) = &it.job else { return Ok(None) };
+        let Some(Call { function, argument, .. }) = &it.job else { return Ok(None) };
+        let argument = argument.as_ref().map_or_else(|| py.None(), |argument| argument.clone_ref(py));
         self.enter_batch(py, it.items.len(), it.model.bind(py))?;
-        Ok(Some((function.bind(py).clone(), argument.bind(py).clone(), group.bind(py).clone().into_any())))
+        Ok(Some((function.bind(py).clone(), argument.into_bound(py), group.bind(py).clone().into_any())))
     }
 
     /// Answers with what a pool thread's job has come to.
@@ -191,9 +182,9 @@ impl Replica {
                         }
                     }
                 }
-                Err(error) => self.fail_group(py, it, error),
+                Err(error) => self.fail_group(py, &it.items, error),
             },
-            Err(error) => self.fail_group(py, it, error),
+            Err(error) => self.fail_group(py, &it.items, error),
         }
         Ok(())
     }
@@ -201,21 +192,13 @@ impl Replica {
     /// The loop's part of a sync function that has returned a coroutine.
     pub(super) fn finish_group_coroutine(
         self: &Arc<Self>,
-        py: Python<'_>,
-        group: &Py<Group>,
+        group: &Bound<'_, Group>,
         coroutine: &Bound<'_, PyAny>,
         context: &Bound<'_, PyAny>,
     ) {
-        let it = group.get();
-        let group = Group {
-            replica: self.clone(),
-            items: it.items.iter().map(|item| item.clone_ref(py)).collect(),
-            model: it.model.clone_ref(py),
-            job: None,
-        };
         match self.stepper.start_within(coroutine, context) {
-            Ok(started) => self.follow_group(py, group, started),
-            Err(error) => self.fail_group(py, &group, error),
+            Ok(started) => self.follow_group(group, started),
+            Err(error) => self.fail_group(group.py(), &group.get().items, error),
         }
     }
 
@@ -232,7 +215,7 @@ impl Replica {
                     self.finish(py, item, false, started, failure(value));
                 }
             }
-            Err(error) => self.fail_group(py, group, error),
+            Err(error) => self.fail_group(py, &group.items, error),
         }
     }
 
@@ -252,9 +235,9 @@ impl Replica {
     }
 
     /// One error for all; it is told, and encoded, once.
-    fn fail_group(self: &Arc<Self>, py: Python<'_>, group: &Group, error: PyErr) {
+    fn fail_group(self: &Arc<Self>, py: Python<'_>, items: &[Running], error: PyErr) {
         let (gone, wanted): (Vec<_>, Vec<_>) =
-            group.items.iter().partition::<Vec<_>, _>(|item| item.stream().state().cancelled);
+            items.iter().partition::<Vec<_>, _>(|item| item.stream().state().cancelled);
         for item in gone {
             self.finish(py, item, false, None, Ok(py.None().into_bound(py)));
         }

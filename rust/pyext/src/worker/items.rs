@@ -14,7 +14,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 use rayserve_dataplane::wire::{Header, Kind, WINDOW};
 
-use super::answer::put_frame;
+use super::answer::packed;
 use super::flush::STALE;
 use super::replica::Replica;
 use super::stream::Stream;
@@ -58,7 +58,9 @@ impl Replica {
         if stream.state().cancelled {
             return Err(CancelledError::new_err(()));
         }
-        let len = put_frame(stream, Header::new(Kind::Item, stream.id), pickle, buffers);
+        let payload = packed(pickle, buffers);
+        let len = payload.len();
+        stream.put_value(Header::new(Kind::Item, stream.id), &payload);
         let open = {
             let mut state = stream.state();
             state.items.window -= i64::try_from(len).unwrap_or(i64::MAX);

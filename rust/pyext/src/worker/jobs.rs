@@ -30,12 +30,7 @@ impl Replica {
         loop {
             match self.pool.pop() {
                 Some(Job::One(running)) => {
-                    let (cancelled, late) = running.stream().begin();
-                    if cancelled {
-                        self.finish(py, &running, false, None, Ok(py.None().into_bound(py)));
-                    } else if late {
-                        self.refuse_late(py, running.stream())?;
-                    } else {
+                    if self.begin(py, running.stream())? {
                         self.ring(py)?;
                         return self.job(py, &running).map(Some);
                     }

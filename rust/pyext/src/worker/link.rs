@@ -9,7 +9,7 @@
 use std::collections::VecDeque;
 use std::io::{self, ErrorKind, IoSlice, Write};
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Instant;
 
 use bytes::{Buf, BytesMut};
@@ -20,6 +20,7 @@ use rayserve_dataplane::wire::{Decoder, Header, Payload, Spool, flag, put};
 
 use super::batch::Parked;
 use super::stream::{Stream, Turn, Woken};
+use crate::lock::lock;
 use crate::socket;
 
 /// Chunks of long bodies are put while less than this is unsent.
@@ -30,10 +31,6 @@ const SLICES: usize = 32;
 const READ: usize = 256 * 1024;
 /// A stream id's slab index.
 const INDEX: u32 = (1 << 20) - 1;
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
 
 pub(crate) enum Socket {
     Unix(UnixStream),

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use pyo3::prelude::*;
 
 use super::hooks::Hooks;
-use super::link::lock;
+use crate::lock::lock;
 
 /// A function answers to every name, so that names need an end.
 const MOST: usize = 64;

@@ -40,13 +40,13 @@ use pyo3::types::PyString;
 
 use self::hooks::Hooks;
 use self::jobs::Ready;
-use self::link::lock;
 use self::poll::{After, Listener, Poller, Taken, WAKER};
 use self::pool::Pool;
 use self::replica::{Callbacks, Replica};
 use self::run::{Http, HttpKind};
 use self::step::Stepper;
 use crate::client::{Client, Mailbox};
+use crate::lock::lock;
 
 /// While jobs are queued or answers unsent, somebody looks after them this often; the loop's timers are no finer.
 const LOOK_S: f64 = 0.001;

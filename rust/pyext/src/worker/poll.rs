@@ -23,10 +23,11 @@ use rayserve_dataplane::wire::{Decoder, Frame, Header, Kind, MAX_PAYLOAD};
 use super::calls::CALLS;
 use super::flush::STALE;
 use super::frames::{Broken, handle};
-use super::link::{Link, Socket, lock};
+use super::link::{Link, Socket};
 use super::replica::{Replica, count};
 use super::stream::Stream;
 use crate::http::receive;
+use crate::lock::lock;
 
 /// The waker's token; links count from there.
 pub(crate) const WAKER: Token = Token(0);

@@ -14,9 +14,9 @@ use pyo3::prelude::*;
 
 use super::flush::STALE;
 use super::jobs::Job;
-use super::link::lock;
 use super::run::Running;
 use super::stream::Stream;
+use crate::lock::lock;
 
 #[derive(Default)]
 pub(crate) struct Pool {

@@ -20,13 +20,14 @@ use slab::Slab;
 use super::calls::Calls;
 use super::group::Group;
 use super::hooks::Hooks;
-use super::link::{Link, Outgoing, lock};
+use super::link::{Link, Outgoing};
 use super::methods::Methods;
 use super::pool::Pool;
 use super::run::{Http, Running};
 use super::step::{Started, Stepper};
 use super::stream::{Stream, Woken};
 use crate::http::{asgi, receive};
+use crate::lock::lock;
 
 /// What the worker has the loop call.
 pub(crate) struct Callbacks {

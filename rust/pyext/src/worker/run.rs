@@ -10,15 +10,17 @@ use pyo3::prelude::*;
 use rayserve_dataplane::wire::Fault;
 
 use super::jobs::Job;
-use super::link::lock;
 use super::replica::{Posted, Replica, Request, Work};
 use super::step::Started;
 use super::stream::{Answer, Stream, Suspended};
+use crate::batcher::Ticket;
+use crate::client::Waiting;
 use crate::http::asgi;
 use crate::http::request::{CallHead, RequestHead};
+use crate::lock::lock;
 
 /// Why a request is not begun.
-pub(super) const LATE: &[u8] = b"the time of the request was over before it could start";
+const LATE: &[u8] = b"the time of the request was over before it could start";
 
 /// What serves HTTP, as the user's code was found to be when the replica started.
 pub(crate) struct Http {
@@ -66,6 +68,41 @@ impl Running {
         }
     }
 
+    /// The suspended task of its handler or response.
+    fn task<'py>(&self, py: Python<'py>) -> Option<Bound<'py, PyAny>> {
+        self.stream().state().task.as_ref().map(|suspended| suspended.started.task.bind(py).clone())
+    }
+
+    /// Its task was stepped by what it has waited for, and is over or waits for something else.
+    pub(crate) fn stepped(self, py: Python<'_>) -> PyResult<()> {
+        let Some(task) = self.task(py) else { return Ok(()) };
+        if task.call_method0(intern!(py, "done"))?.is_truthy()? {
+            return self.replica().conclude(&task, &self);
+        }
+        self.replica().leave_child(py)?;
+        self.follow(&task)
+    }
+
+    /// Has the end of its suspended task noticed: by what it waits for, if that will step it, else by the loop.
+    fn follow(self, task: &Bound<'_, PyAny>) -> PyResult<()> {
+        let py = task.py();
+        let awaited = task.getattr(intern!(py, "_fut_waiter"))?;
+        let left = if let Ok(ticket) = awaited.cast_exact::<Ticket>() {
+            ticket.get().adopt(self)
+        } else if let Ok(waiting) = awaited.cast_exact::<Waiting>() {
+            waiting.get().adopt(self)
+        } else {
+            Some(self)
+        };
+        left.map_or(Ok(()), |running| running.watch(py))
+    }
+
+    /// Has the loop tell of the end of its task.
+    pub(crate) fn watch(self, py: Python<'_>) -> PyResult<()> {
+        let Some(task) = self.task(py) else { return Ok(()) };
+        task.call_method1(intern!(py, "add_done_callback"), (Watch(self),)).map(drop)
+    }
+
     pub(crate) fn object<'py>(&self, py: Python<'py>) -> Bound<'py, PyAny> {
         match self {
             Self::Http(head) => head.bind(py).clone().into_any(),
@@ -74,21 +111,14 @@ impl Running {
     }
 }
 
-/// The callback of a task that was suspended.
+/// The callback of a task that was suspended, where nobody else tells of its end.
 #[pyclass(frozen)]
-struct Watch {
-    replica: Arc<Replica>,
-    running: Running,
-}
+struct Watch(Running);
 
 #[pymethods]
 impl Watch {
     fn __call__(&self, task: &Bound<'_, PyAny>) -> PyResult<()> {
-        let py = task.py();
-        self.replica.leave_child(py)?;
-        self.replica.conclude(task, &self.running);
-        self.replica.run_ready(py)?;
-        self.replica.settle(py)
+        self.0.replica().conclude(task, &self.0)
     }
 }
 
@@ -116,11 +146,6 @@ impl Replica {
         }
     }
 
-    pub(super) fn refuse_late(&self, py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
-        self.end_with(stream, Fault::Deadline, LATE);
-        self.release(py, stream)
-    }
-
     pub(super) fn start(self: &Arc<Self>, py: Python<'_>, request: Request) {
         if self.batched {
             return self.call_batch(py, vec![request]);
@@ -132,33 +157,20 @@ impl Replica {
     }
 
     fn try_start(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<()> {
-        let Request { stream, work } = request;
-        let (cancelled, late) = stream.begin();
-        if late {
-            return self.refuse_late(py, &stream);
-        }
-        let (running, method, sync) = match work {
-            Work::Http(view) => {
-                let head = Py::new(py, RequestHead { view, stream, replica: self.clone() })?;
-                (Running::Http(head), None, self.http.kind == HttpKind::Sync)
-            }
-            Work::Call(view, streaming) => {
-                let head = CallHead { view, stream, streaming, replica: self.clone() };
-                let found = self.methods.find(py, &self.hooks, head.view.head().method, streaming);
-                let head = Running::Call(Py::new(py, head)?);
-                match found {
-                    Ok((method, sync)) => (head, Some(method), sync),
+        let Some(running) = self.enter(py, request)? else { return Ok(()) };
+        let (method, sync) = match &running {
+            Running::Http(_) => (None, self.http.kind == HttpKind::Sync),
+            Running::Call(head) => {
+                let CallHead { view, streaming, .. } = head.get();
+                match self.methods.find(py, &self.hooks, view.head().method, *streaming) {
+                    Ok((method, sync)) => (Some(method), sync),
                     Err(error) => {
-                        self.finish(py, &head, false, None, Err(error));
+                        self.finish(py, &running, false, None, Err(error));
                         return Ok(());
                     }
                 }
             }
         };
-        if cancelled {
-            self.finish(py, &running, false, None, Ok(py.None().into_bound(py)));
-            return Ok(());
-        }
         if sync {
             self.pool.push(Job::One(running));
             return Ok(());
@@ -173,6 +185,29 @@ impl Replica {
                 Ok(())
             }
         }
+    }
+
+    /// A request in Python's hands, unless it is over before it begins.
+    pub(super) fn enter(self: &Arc<Self>, py: Python<'_>, request: Request) -> PyResult<Option<Running>> {
+        let Request { stream, work } = request;
+        if !self.begin(py, &stream)? {
+            return Ok(None);
+        }
+        let replica = self.clone();
+        Ok(Some(match work {
+            Work::Http(view) => Running::Http(Py::new(py, RequestHead { view, stream, replica })?),
+            Work::Call(view, streaming) => Running::Call(Py::new(py, CallHead { view, stream, streaming, replica })?),
+        }))
+    }
+
+    /// A request is about to run; `false`: its caller has lost interest or its time is over, and that is its answer.
+    pub(super) fn begin(&self, py: Python<'_>, stream: &Arc<Stream>) -> PyResult<bool> {
+        match stream.begin() {
+            (true, _) => self.end_with(stream, Fault::Cancelled, b""),
+            (false, true) => self.end_with(stream, Fault::Deadline, LATE),
+            (false, false) => return Ok(true),
+        }
+        self.release(py, stream).map(|()| false)
     }
 
     fn coroutine<'py>(
@@ -208,44 +243,24 @@ impl Replica {
         state.task = Some(Suspended { started, asgi });
         let cancelled = state.cancelled;
         drop(state);
-        let watch = Watch { replica: self.clone(), running };
-        task.call_method1(intern!(py, "add_done_callback"), (watch,))?;
+        running.follow(&task)?;
         if cancelled {
             task.call_method0(intern!(py, "cancel"))?;
         }
         Ok(())
     }
 
-    /// A task was stepped in this context. If it was a handler's and is over, its request is answered now, with the other
-    /// answers of this tick, and its slot is free; the task's callbacks come when the loop has gone round.
-    pub(super) fn reap(self: &Arc<Self>, context: &Bound<'_, PyAny>) -> PyResult<()> {
-        let py = context.py();
-        let head = context.call_method1(intern!(py, "get"), (self.hooks.context.bind(py),))?;
-        let running = if let Ok(head) = head.cast::<CallHead>() {
-            Running::Call(head.clone().unbind())
-        } else if let Ok(head) = head.cast::<RequestHead>() {
-            Running::Http(head.clone().unbind())
-        } else {
-            return Ok(());
-        };
-        let task = running.stream().state().task.as_ref().map(|suspended| suspended.started.task.clone_ref(py));
-        match task {
-            Some(task) if task.call_method0(py, intern!(py, "done"))?.is_truthy(py)? => {
-                self.leave_child(py)?;
-                self.conclude(task.bind(py), &running);
-                self.settle(py)
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Finishes a request whose task is over, unless that was done.
-    fn conclude(self: &Arc<Self>, task: &Bound<'_, PyAny>, running: &Running) {
+    /// Answers a request whose task is over, with what else has come since the loop went round, and frees its slot.
+    fn conclude(self: &Arc<Self>, task: &Bound<'_, PyAny>, running: &Running) -> PyResult<()> {
+        let py = task.py();
+        self.leave_child(py)?;
         let suspended = running.stream().state().task.take_if(|suspended| suspended.started.task.is(task));
         if let Some(Suspended { started, asgi }) = suspended {
-            let outcome = task.call_method0(intern!(task.py(), "result"));
-            self.finish(task.py(), running, asgi, Some(&started), outcome);
+            let outcome = task.call_method0(intern!(py, "result"));
+            self.finish(py, running, asgi, Some(&started), outcome);
         }
+        self.run_ready(py)?;
+        self.settle(py)
     }
 
     /// Answers with what the user's code did and gives the slot back, unless a response remains to be run.
@@ -344,7 +359,7 @@ impl Replica {
                 Posted::Resolve(future) => asgi::resolve(py, vec![future])?,
                 Posted::Reclaim => self.reclaim_later(py)?,
                 Posted::FinishGroup { group, result, context } => {
-                    self.finish_group_coroutine(py, &group, result.bind(py), context.bind(py));
+                    self.finish_group_coroutine(group.bind(py), result.bind(py), context.bind(py));
                 }
                 Posted::Finish { head, result, context } => {
                     let (result, context) = (result.bind(py), context.bind(py));

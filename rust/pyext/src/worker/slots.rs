@@ -11,9 +11,9 @@ use pyo3::prelude::*;
 use rayserve_dataplane::engine::limit::{Admission, Limit, Next};
 use rayserve_dataplane::wire::{Header, Kind};
 
-use super::link::lock;
 use super::replica::{Posted, Replica, Request, count};
 use super::stream::Stream;
+use crate::lock::lock;
 
 /// Grants are taken back that were unused for this long, or up to twice as long. Callers use theirs within milliseconds.
 const GRANT: Duration = Duration::from_millis(500);

@@ -13,7 +13,7 @@ use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::{PyDict, PyTuple, PyType};
 
-use super::link::lock;
+use crate::lock::lock;
 
 pub(crate) struct Stepper {
     task: Py<PyAny>,

@@ -18,10 +18,11 @@ use rayserve_dataplane::wire::{
 
 use super::batch::Slot;
 use super::items::Items;
-use super::link::{Link, lock};
+use super::link::Link;
 use super::step::Started;
 use crate::client::children::Children;
 use crate::http::gather::Gather;
+use crate::lock::lock;
 
 /// Futures to resolve once no lock is held.
 pub(crate) type Woken = Vec<Py<PyAny>>;

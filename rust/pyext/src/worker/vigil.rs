@@ -4,7 +4,8 @@ use std::{thread, time::Instant};
 
 use pyo3::prelude::*;
 
-use super::{link::lock, poll::Poller, replica::Replica};
+use super::{poll::Poller, replica::Replica};
+use crate::lock::lock;
 
 /// Looks out for the next frame if no request is in flight, or one that waits for another replica; whether there is one. The loop's other work is held up for the
 /// time of a [`Vigil`] at most, and other threads have the interpreter meanwhile.
