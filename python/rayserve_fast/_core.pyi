@@ -27,6 +27,9 @@ __all__ = [
 
 __version__: str
 
+#: A replica as `routing.Told` describes it.
+Told: TypeAlias = tuple[str, str, str | None, bool, bool, int, int, list[str], str | None, str | None]
+
 def check_pattern(pattern: str) -> None:
     """Raises ValueError if a route's pattern has no meaning: an unknown convertor, or a parameter twice."""
 
@@ -62,17 +65,18 @@ class Proxy:
     def drain(self) -> None: ...
     def shutdown(self, timeout_s: float) -> None: ...
     def choices_fileno(self) -> int:
-        """Readable when requests wait for a router in Python."""
+        """Readable when requests wait for a router in Python, or have ended that had one."""
 
-    def choices(self) -> list[tuple[int, str, str, str, str, str]]:
-        """Those since the last time: number, deployment, route, request id, model id and session id."""
+    def choices(self) -> tuple[list[tuple[int, str, str, str, str, str]], list[int]]:
+        """New ones: number, deployment, route, request, model and session id; and the numbers of those that have ended.
+
+        The end of every assigned request is told; that of one whose `assign` says that it has ended may be.
+        """
 
     def assign(self, number: int, ids: list[str]) -> str | None:
         """The replica that has got the request; None: none of these has room; empty: the request has ended."""
 
-    def candidates(
-        self, number: int
-    ) -> tuple[list[tuple[str, str, str | None, bool, bool, int, int, list[str]]], str | None] | None: ...
+    def candidates(self, number: int) -> tuple[list[Told], str | None] | None: ...
 
 @final
 class Batcher:
@@ -144,10 +148,14 @@ class Client:
         method: str,
         multiplexed_model_id: str,
         session_id: str,
+        near: bool,
         stream: bool,
         target: str | None,
     ) -> Callee:
-        """What handles of this deployment with these options call; `target`: the one replica that answers."""
+        """What handles of this deployment with these options call.
+
+        `near`: rather a replica of this node; `target`: the one replica that answers.
+        """
 
     def publish(self, snapshot: bytes, fresh: bool) -> None: ...
     def unpublished(self, why: str) -> None: ...
@@ -203,18 +211,18 @@ class Chooser:
     """What routers in Python, broadcasts and `choose_replica` see of the replicas, and how they take a slot."""
 
     def __new__(cls, client: Client) -> Chooser: ...
-    def choosing(self) -> list[tuple[Call, str, tuple[str, ...], bool, tuple[Any, ...]]]:
-        """Calls that wait for their router since the last time."""
+    def choosing(self) -> list[tuple[Call, str, tuple[str, ...], tuple[bool, bool], tuple[Any, ...]]]:
+        """Calls that wait for their router since the last time; flags: whether it streams, and prefers this node."""
 
-    def replicas(
-        self, deployment: str
-    ) -> tuple[list[tuple[str, str, str | None, bool, bool, int, int, list[str]]], str | None] | None:
+    def replicas(self, deployment: str) -> tuple[list[Told], str | None] | None:
         """The replicas and the user's router; None until a snapshot holds the deployment."""
 
     def assign(self, call: Call, ids: list[str]) -> str | None:
         """The replica that has got the call; None: none of these has room; empty: the call has ended."""
 
-    def reserve(self, deployment: str, model: str, session: str, ids: list[str] | None) -> Reservation | None:
+    def reserve(
+        self, deployment: str, model: str, session: str, near: bool, ids: list[str] | None
+    ) -> Reservation | None:
         """A slot; None: there is no room."""
 
 @final

@@ -120,12 +120,17 @@ class Caller:
             self.routers.submit(self._route(*asked))
 
     async def _route(
-        self, call: _core.Call, deployment: str, texts: tuple[str, ...], stream: bool, encoded: tuple[Any, ...]
+        self,
+        call: _core.Call,
+        deployment: str,
+        texts: tuple[str, ...],
+        flags: tuple[bool, bool],
+        encoded: tuple[Any, ...],
     ) -> None:
         from rayserve_fast.routing import completed, pending_call
 
         known, assign = partial(self.chooser.replicas, deployment), partial(self.chooser.assign, call)
-        pending = pending_call(texts, stream, encoded)
+        pending = pending_call(texts, flags, encoded)
         router, replica_id = await self.routers.place(deployment, known, pending, assign)
         if replica_id is not None:
             await self.watch(asyncio.get_running_loop()).wait(call)

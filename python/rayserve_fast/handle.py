@@ -116,6 +116,8 @@ class DeploymentHandle:
             multiplexed_model_id: the model that `serve.get_multiplexed_model_id()` returns in the replica.
             session_id: the session that the replica's request context holds.
             stream: call a generator and receive its items.
+            _prefer_local_routing: call replicas of this process's node while one has room; a model or session id
+                outranks it.
             request_serialization, response_serialization: accepted for compatibility; the values decide.
         """
         given = {name: value for name, value in locals().items() if name != "self" and value is not _UNSET}
@@ -166,6 +168,7 @@ class DeploymentHandle:
             options.method_name,
             options.multiplexed_model_id,
             options.session_id,
+            options._prefer_local_routing,
             options.stream,
             self._target,
         )
@@ -269,8 +272,11 @@ class DeploymentHandle:
 
         return applications
 
-    def _init(self, **_: Any) -> None:
-        """Accepted for compatibility: handles need no initialization."""
+    def _init(self, *, _prefer_local_routing: bool = _UNSET, **_: Any) -> None:
+        """Handles need no initialization: this is `options` for the handle itself."""
+        if _prefer_local_routing is not _UNSET:
+            self._options = replace(self._options, _prefer_local_routing=_prefer_local_routing)
+            self._owner = None
 
     def shutdown(self) -> None:
         """Accepted for compatibility: links belong to the process, not to a handle."""

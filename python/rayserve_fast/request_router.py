@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rayserve_fast.controlplane.spec import DeploymentID, ReplicaID
+from rayserve_fast.replica import facts
 
 __all__ = [
     "FIFOMixin",
@@ -41,6 +42,7 @@ class RequestMetadata:
     session_id: str = ""
     is_streaming: bool = False
     is_http_request: bool = False
+    prefers_local: bool = False  # `options(_prefer_local_routing=True)`
 
 
 @dataclass(eq=False)
@@ -79,6 +81,7 @@ class RunningReplica:
     availability_zone: str | None = None
     routing_stats: dict[str, Any] = field(default_factory=dict)
     replica_metadata: dict[str, Any] = field(default_factory=dict)
+    _facts: tuple[str | None, ...] = (None, None)  # metadata and stats as they came
     is_cross_language: ClassVar[bool] = False
 
 
@@ -122,13 +125,13 @@ class RequestRouter:
         raise NotImplementedError
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
-        """Called when replicas have come or gone."""
+        """Called when replicas have come or gone, or tell something new of themselves."""
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: ReplicaResult) -> None:
         """Called when a request has been given to a replica."""
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        """Called when a call that was routed has ended."""
+        """Called when a call or an HTTP request that was routed has ended, however it did."""
 
     def on_new_queue_len_info(self, replica_id: ReplicaID, num_ongoing_requests: int) -> None:
         """Accepted for compatibility, never called: read `RunningReplica.queue_len`."""
@@ -160,17 +163,20 @@ class RequestRouter:
 
     def _refresh(self, replicas: Iterable[RunningReplica]) -> None:
         """Take over what is known now; the objects stay the same as long as their replicas."""
-        before = set(self._replicas)
+        before, news = set(self._replicas), False
         now = {replica.replica_id: replica for replica in replicas}
         for replica_id in before - now.keys():
             del self._replicas[replica_id]
             self.on_replica_actor_died(replica_id)
         for replica_id, replica in now.items():
-            if replica_id in before:
-                vars(self._replicas[replica_id]).update(vars(replica))
+            known = self._replicas.setdefault(replica_id, replica)
+            if known is replica or known._facts != replica._facts:
+                replica.replica_metadata, replica.routing_stats = map(facts.read, replica._facts)
+                news = True
             else:
-                self._replicas[replica_id] = replica
-        if before != now.keys():
+                replica.replica_metadata, replica.routing_stats = known.replica_metadata, known.routing_stats
+            vars(known).update(vars(replica))
+        if news or before - now.keys():
             self.update_replicas(list(self._replicas.values()))
 
 
@@ -225,9 +231,12 @@ class _BuiltIn(FIFOMixin, LocalityMixin, MultiplexMixin, RequestRouter):
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
     ) -> list[list[RunningReplica]]:
-        if pending_request is None or not (model := pending_request.metadata.multiplexed_model_id):
-            return [candidate_replicas]
-        return self.rank_replicas_via_multiplex(candidate_replicas, model)
+        metadata = pending_request.metadata if pending_request else None
+        if metadata is not None and metadata.multiplexed_model_id:
+            return self.rank_replicas_via_multiplex(candidate_replicas, metadata.multiplexed_model_id)
+        if metadata is not None and metadata.prefers_local:
+            return self.rank_replicas_via_locality(candidate_replicas)
+        return [candidate_replicas]
 
 
 class LeastLoadedRequestRouter(_BuiltIn):

@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray.serve")
 
-#: Id, node, TCP address, whether it is open and has room, load, limit and models of a replica, as Rust tells it.
-Told: TypeAlias = "tuple[str, str, str | None, bool, bool, int, int, list[str]]"
+#: Id, node, TCP address, whether it is open and has room, load, limit, models, metadata and routing stats of a replica,
+#: as Rust tells it.
+Told: TypeAlias = "tuple[str, str, str | None, bool, bool, int, int, list[str], str | None, str | None]"
 
 
 @dataclass
@@ -148,12 +149,17 @@ class _Anybody(RequestRouter):
 
 def running(deployment_id: DeploymentID, told: Told) -> RunningReplica:
     """A replica as routers see it."""
-    replica_id, node_id, _tcp, _open, room, load, limit, models = told
-    return RunningReplica(ReplicaID(replica_id, deployment_id), node_id, limit, set(models), load, room)
+    replica_id, node_id, _tcp, _open, room, load, limit, models, *facts = told
+    known = ReplicaID(replica_id, deployment_id), node_id, limit, set(models), load, room
+    return RunningReplica(*known, _facts=tuple(facts))
 
 
-def pending_call(texts: tuple[str, ...], stream: bool, encoded: tuple[Any, ...]) -> PendingRequest:
-    """A handle call as routers see it; `texts` are those of its head, `encoded` what `values.load_arguments` takes."""
+def pending_call(texts: tuple[str, ...], flags: tuple[bool, bool], encoded: tuple[Any, ...]) -> PendingRequest:
+    """A handle call as routers see it; `texts` are those of its head, `encoded` what `values.load_arguments` takes.
+
+    Args:
+        flags: whether it is answered by a stream, and whether it prefers its caller's node.
+    """
     from rayserve_fast import values
 
     method, request_id, route, app, model, session = texts
@@ -161,7 +167,8 @@ def pending_call(texts: tuple[str, ...], stream: bool, encoded: tuple[Any, ...])
         args, kwargs = values.load_arguments(*encoded)
     except Exception:  # of a class that cannot be imported here: a router can do without
         args, kwargs = (), {}
-    metadata = RequestMetadata(request_id, request_id, method, route, app, model, session, stream)
+    stream, near = flags
+    metadata = RequestMetadata(request_id, request_id, method, route, app, model, session, stream, prefers_local=near)
     return PendingRequest(list(args), kwargs, metadata)
 
 
@@ -177,11 +184,16 @@ class HttpRouting:
         self._proxy = proxy
         self._routers = Routers(node_id)
         self._tasks: set[asyncio.Task[None]] = set()
+        #: By number, what is to be told when the request has ended.
+        self._routed: dict[int, tuple[RequestRouter | None, ReplicaID, str]] = {}
         loop = self._routers.loop
         loop.call_soon_threadsafe(loop.add_reader, proxy.choices_fileno(), self._take)
 
     def _take(self) -> None:
-        for number, deployment, *texts in self._proxy.choices():
+        fresh, ended = self._proxy.choices()
+        for number in ended:
+            completed(*self._routed.pop(number, (None, None, "")))
+        for number, deployment, *texts in fresh:
             task = asyncio.get_running_loop().create_task(self._route(number, deployment, *texts))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -190,7 +202,9 @@ class HttpRouting:
         app = deployment.partition("#")[0]
         metadata = RequestMetadata(request_id, request_id, "__call__", route, app, model, session, is_http_request=True)
         known, assign = partial(self._proxy.candidates, number), partial(self._proxy.assign, number)
-        await self._routers.place(deployment, known, PendingRequest([], {}, metadata), assign)
+        router, replica_id = await self._routers.place(deployment, known, PendingRequest([], {}, metadata), assign)
+        if replica_id is not None:
+            self._routed[number] = router, replica_id, request_id
 
 
 def completed(router: RequestRouter | None, replica_id: ReplicaID | None, request_id: str) -> None:

@@ -160,6 +160,8 @@ async def choose(
     handle: DeploymentHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> AsyncIterator[ReplicaSelection]:
     """See `DeploymentHandle.choose_replica`."""
+    from rayserve_fast.replica import facts
+
     owner = _owner(handle)
     told = await _replicas(handle, owner)
     known = owner.chooser.replicas(handle._key)
@@ -169,10 +171,17 @@ async def choose(
         reservation = await _by_policy(handle, owner)
     try:
         known = owner.chooser.replicas(handle._key)
-        _, node_id, tcp, *_ = next(one for one in (known[0] if known else told) if one[0] == reservation.replica)
+        chosen = next(one for one in (known[0] if known else told) if one[0] == reservation.replica)
+        _, node_id, tcp, *_, metadata, _stats = chosen
         host, _, port = (tcp or "").rpartition(":")
         yield ReplicaSelection(
-            reservation.replica, host, int(port) if port else None, node_id, _handle=handle, _reservation=reservation
+            reservation.replica,
+            host,
+            int(port) if port else None,
+            node_id,
+            replica_metadata=facts.read(metadata),
+            _handle=handle,
+            _reservation=reservation,
         )
     finally:
         reservation.release()
@@ -182,7 +191,8 @@ async def _by_policy(handle: DeploymentHandle, owner: Caller) -> Reservation:
     options, pause = handle._options, PAUSES_S[0]
     while True:
         try:
-            got = owner.chooser.reserve(handle._key, options.multiplexed_model_id, options.session_id, None)
+            wishes = options.multiplexed_model_id, options.session_id, options._prefer_local_routing
+            got = owner.chooser.reserve(handle._key, *wishes, None)
         except ValueError as why:
             raise DeploymentUnavailableError._because(handle.deployment_id, str(why)) from None
         if got is not None:
@@ -209,10 +219,11 @@ async def _by_router(
         app_name=handle.app_name,
         multiplexed_model_id=options.multiplexed_model_id,
         session_id=options.session_id,
+        prefers_local=options._prefer_local_routing,
     )
 
     def reserve(ids: list[str]) -> str | None:
-        reservation = owner.chooser.reserve(handle._key, "", "", ids)
+        reservation = owner.chooser.reserve(handle._key, "", "", False, ids)
         if reservation is None:
             return None
         got.append(reservation)

@@ -82,6 +82,7 @@ def proxy_config(root_path: str) -> dict[str, Any]:
         "token": TOKEN.hex(),
         "snapshot_path": None,
         "session_header": "x-session-id",
+        "prefer_local_node": True,
     }
 
 

@@ -145,7 +145,7 @@ async def _made(callee: Callee, texts: Texts, packed: answers.Packed) -> Sealed:
     deployment, app, key, method = callee
     request_id, route, calling_app, model, session = texts
     context = _RequestContext(route=route, request_id=request_id, app_name=calling_app)
-    called = owner.client.callee(key, method, model, session, False, None)
+    called = owner.client.callee(key, method, model, session, False, False, None)
     begun = called.begin(packed.pickle, packed.buffers, context, (), packed.refs or None)
     assert begun is not None, "a call without relayed arguments begins at once"
     try:

@@ -46,3 +46,8 @@ def session_header() -> str:
     Proxies and replicas look into their own environment, as those of the reference do: the variable is set on nodes.
     """
     return os.environ.get("RAY_SERVE_SESSION_ID_HEADER_KEY") or "x-session-id"
+
+
+def prefer_local_node() -> bool:
+    """Whether a proxy sends requests to replicas of its own node while one has room, as the reference's does."""
+    return os.environ.get("RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING", "1") == "1"

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rayserve_fast.controlplane import sockets
-from rayserve_fast.controlplane.options import ClusterOptions, session_header
+from rayserve_fast.controlplane.options import ClusterOptions, prefer_local_node, session_header
 from rayserve_fast.controlplane.process import Place, serve_at_normal_priority
 
 
@@ -100,6 +100,7 @@ class ProxyActor:
             "node_id": self._node_id,
             "token": self._token.hex(),
             "session_header": session_header(),
+            "prefer_local_node": prefer_local_node(),
             "snapshot_path": f"{self._dir}/s-{self._node_id[:8]}.json",
         }
         self._core = _core.Proxy(json.dumps(config).encode())

@@ -20,6 +20,7 @@ from rayserve_fast.controlplane import reconcile
 from rayserve_fast.controlplane.options import NAMESPACE
 from rayserve_fast.controlplane.process import Place, gone, wait_gone
 from rayserve_fast.controlplane.proxies import Fleet, within
+from rayserve_fast.controlplane.routing_stats import RoutingStats
 from rayserve_fast.controlplane.spec import ReplicaID, ReplicaRank, ReplicaSpec
 from rayserve_fast.controlplane.state import Application, Deployment, Replica
 from rayserve_fast.replica.actor import ReplicaActor, StartFailure
@@ -52,6 +53,7 @@ class Replicas:
         self._controller = controller
         self._handles: dict[str, Any] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._routing_stats = RoutingStats(controller.publish)
 
     def start(self, app: Application, d: Deployment, r: Replica) -> None:
         """Make the actor; the replica is ready, or gone, some events later."""
@@ -140,7 +142,14 @@ class Replicas:
         app.mark("linked")
         reconcile.ready(d, r, time.time())
         self._controller.changed()
-        await _ended(self._handles[r.id], r.place)
+        handle, asking = self._handles[r.id], None
+        if r.address is not None and r.address.has_routing_stats:
+            asking = self._follow(self._routing_stats.follow(d, r, lambda: _resolve(handle.routing_stats.remote())))
+        try:
+            await _ended(handle, r.place)
+        finally:
+            if asking is not None:
+                asking.cancel()
 
     async def _retire(self, d: Deployment, r: Replica) -> None:
         """Drain, leave the snapshot, stop, die: in this order, so that no request is sent to a closed door."""
@@ -226,11 +235,12 @@ class Replicas:
         if r.id in self._handles:
             ray.kill(self._handles[r.id], no_restart=True)
 
-    def _follow(self, coro: Coroutine[Any, Any, None]) -> None:
+    def _follow(self, coro: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.ensure_future(coro)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(_report)
+        return task
 
 
 def _actor_name(d: Deployment, r: Replica) -> str:

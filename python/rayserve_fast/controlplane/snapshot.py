@@ -11,8 +11,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rayserve_fast.controlplane.spec import DeploymentID
-from rayserve_fast.controlplane.state import Application, Deployment
+from rayserve_fast.controlplane.spec import DeploymentID, ReplicaAddress
+from rayserve_fast.controlplane.state import Application, Deployment, Replica
 from rayserve_fast.controlplane.traffic import Split, Traffic
 from rayserve_fast.controlplane.traffic_checks import is_route
 
@@ -99,9 +99,11 @@ def _deployment(d: Deployment) -> dict[str, Any]:
             "wait_s": config.batch_wait_timeout_s,
             "concurrent": config.max_concurrent_batches,
         },
-        "replicas": [
-            {"id": r.id, "node_id": r.address.node_id, "unix": r.address.unix, "tcp": r.address.tcp}
-            for r in serving
-            if r.address is not None
-        ],
+        "replicas": [_replica(r, r.address) for r in serving if r.address is not None],
     }
+
+
+def _replica(r: Replica, address: ReplicaAddress) -> dict[str, Any]:
+    row = {"id": r.id, "node_id": address.node_id, "unix": address.unix, "tcp": address.tcp}
+    facts = {"metadata": address.metadata, "routing_stats": r.routing_stats}
+    return row | {name: fact for name, fact in facts.items() if fact is not None}

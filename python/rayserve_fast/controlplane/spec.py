@@ -201,3 +201,5 @@ class ReplicaAddress:
     node_id: str
     unix: str | None
     tcp: str | None
+    metadata: str | None = None  # what `record_replica_metadata` has returned, as `replica.facts` writes it
+    has_routing_stats: bool = False  # it can be asked for `routing_stats`

@@ -35,6 +35,7 @@ class Replica:
     state: ReplicaState = "STARTING"
     place: Place | None = None  # known as soon as there is a process
     address: ReplicaAddress | None = None  # known as soon as the user's constructor has returned
+    routing_stats: str | None = None  # what it said when it was last asked, as `replica.facts` writes it
     ready_at: float = 0.0
     idle: bool = False  # a STOPPING replica that has finished what it had
 

@@ -102,7 +102,14 @@ class Applications:
         return self
 
     def callee(
-        self, key: str, method: str, multiplexed_model_id: str, session_id: str, stream: bool, target: str | None
+        self,
+        key: str,
+        method: str,
+        multiplexed_model_id: str,
+        session_id: str,
+        near: bool,
+        stream: bool,
+        target: str | None,
     ) -> LocalCallee:
         """What a handle calls; the arguments are those of `_core.Client.callee`."""
         return LocalCallee(self, key, (method, multiplexed_model_id, session_id), stream)

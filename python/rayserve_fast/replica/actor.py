@@ -67,6 +67,11 @@ class ReplicaActor:
         """Raises what the user's `check_health` raises."""
         await asyncio.to_thread(self._runtime.check_health)
 
+    async def routing_stats(self) -> str | None:
+        """What the user's object tells routers now; raises what its `record_routing_stats` raises."""
+        stats: str | None = await asyncio.to_thread(self._runtime.routing_stats)
+        return stats
+
     async def counters(self) -> dict[str, int]:
         """What the runtime counts."""
         counters: dict[str, int] = self._runtime.counters()

@@ -12,7 +12,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,7 @@ from rayserve_fast.controlplane.spec import Definition, DeploymentConfig, Replic
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.replica import batches, responses
 from rayserve_fast.replica.calls import Calls, handler_of, is_async
+from rayserve_fast.replica.facts import Facts
 from rayserve_fast.replica.loop import UserLoop
 from rayserve_fast.replica.servable import Servable
 from rayserve_fast.replica.sync_pool import SyncPool
@@ -81,6 +82,7 @@ class ReplicaRuntime:
         self._loop = UserLoop(f"serve-{spec.deployment.name}")
         self._pool = SyncPool(f"serve-{spec.deployment.name}-sync")
         self._user: Servable | None = None
+        self._facts: Facts | None = None
         self._worker: Worker | None = None
         self._idle = threading.Event()
         self._stopping = threading.Lock()
@@ -91,8 +93,11 @@ class ReplicaRuntime:
         """Construct the user's object and listen; raises what the user's code raises."""
         self._loop.start()
         try:
-            address: ReplicaAddress = self._loop.run(self._listen, self._construct())
-            return address
+            user = self._construct()
+            facts = self._facts = Facts(user)
+            metadata = facts.metadata()
+            address: ReplicaAddress = self._loop.run(self._listen, user)
+            return replace(address, metadata=metadata, has_routing_stats=facts.has_routing_stats)
         except BaseException:
             self._loop.stop()
             raise
@@ -109,6 +114,10 @@ class ReplicaRuntime:
         """Raises what the user's `check_health` raises; without one it tells whether the loop still turns."""
         if self._user is not None:
             self._user.check_health()
+
+    def routing_stats(self) -> str | None:
+        """What the user's `record_routing_stats` says, for routers; raises what that raises."""
+        return None if self._facts is None else self._facts.routing_stats()
 
     def drain(self) -> None:
         """Take no more requests: callers are told, held requests go back to them."""

@@ -1,8 +1,8 @@
 """The user's object of one replica, and everything that is called on it besides its handlers.
 
-Constructor, ``reconfigure``, ``check_health`` and ``__del__`` run on the user's loop; of these, sync health checks and
-reconfigurations get a thread, as they may block. Where requests come from is not known here: a `ReplicaRuntime` serves
-them from sockets, `rayserve_fast.local` calls from the same process.
+Constructor, ``reconfigure``, ``check_health``, ``__del__`` and what it says for routers run on the user's loop; of
+these, all but the constructor and ``__del__`` get a thread if they are sync, as they may block. Where requests come
+from is not known here: a `ReplicaRuntime` serves them from sockets, `rayserve_fast.local` calls from the same process.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.replica.calls import is_async
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rayserve_fast.context import ReplicaContext
     from rayserve_fast.controlplane.spec import Definition, DeploymentConfig
     from rayserve_fast.replica.asgi import AsgiApp
@@ -65,8 +67,17 @@ class Servable:
 
     def check_health(self) -> None:
         """Raises what the user's `check_health` raises; without one it tells whether the loop still turns."""
-        check = None if self.is_function else getattr(self.target, "check_health", None)
+        check = self.hook("check_health")
         self._loop.run(check or _nothing, in_thread=check is not None)
+
+    def hook(self, name: str) -> Callable[..., Any] | None:
+        """A method of the object that is called by other than requests; None: it has none of this name."""
+        return None if self.is_function else getattr(self.target, name, None)
+
+    def call_hook(self, name: str) -> Any:
+        """What such a method returns, None without one; raises what it raises."""
+        hook = self.hook(name)
+        return None if hook is None else self._loop.run(hook, in_thread=not is_async(hook))
 
     def destroy(self) -> None:
         """End its ASGI application, call its ``__del__`` now, once, unload its models, and let go of it."""
@@ -90,7 +101,7 @@ class Servable:
 
     def _reconfigure(self) -> None:
         config, deployment = self._config.user_config, self.context.replica_id.deployment_id
-        reconfigure = None if self.is_function else getattr(self.target, "reconfigure", None)
+        reconfigure = self.hook("reconfigure")
         takes_rank = reconfigure is not None and "rank" in inspect.signature(reconfigure).parameters
         if config is None and not takes_rank:
             return

@@ -148,8 +148,8 @@ impl Default for Backpressure {
     }
 }
 
-/// Where one replica listens.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// Where one replica listens, and what it tells routers in Python about itself.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Replica {
     /// Unique for ever.
     pub id: String,
@@ -161,6 +161,12 @@ pub struct Replica {
     /// `host:port`, for the others.
     #[serde(default)]
     pub tcp: Option<String>,
+    /// What it said once, as Python wrote it.
+    #[serde(default)]
+    pub metadata: Option<String>,
+    /// What it said last, as Python wrote it.
+    #[serde(default)]
+    pub routing_stats: Option<String>,
 }
 
 fn unlimited() -> i64 {
@@ -270,7 +276,8 @@ mod tests {
             "app": "default", "name": "Ingress", "max_ongoing_requests": 5, "max_queued_requests": -1,
             "backpressure": {"status_code": 429, "retry_after_s": 1.5}, "retry_idempotent": true, "unavailable": null,
             "batch": {"max_size": 32, "wait_s": 0.005},
-            "replicas": [{"id": "a1b2c3d4", "node_id": "n", "unix": "/tmp/r.sock", "tcp": "10.0.0.1:41234"}]}},
+            "replicas": [{"id": "a1b2c3d4", "node_id": "n", "unix": "/tmp/r.sock", "tcp": "10.0.0.1:41234",
+                          "metadata": "gAR9lC4=", "routing_stats": "gAR9lC4="}]}},
         "draining_nodes": [], "of_a_later_version": 1}"#;
 
     #[test]
@@ -280,7 +287,12 @@ mod tests {
         let deployment = &snapshot.deployments["default#Ingress"];
         assert_eq!(deployment.backpressure, Backpressure { status_code: 429, retry_after_s: Some(1.5) });
         assert_eq!(deployment.batch, Some(Batch { max_size: 32, wait_s: 0.005, concurrent: 1 }));
-        assert_eq!(deployment.replicas[0].tcp.as_deref(), Some("10.0.0.1:41234"));
+        let replica = &deployment.replicas[0];
+        assert_eq!(replica.tcp.as_deref(), Some("10.0.0.1:41234"));
+        assert_eq!(
+            (replica.metadata.as_deref(), replica.routing_stats.as_deref()),
+            (Some("gAR9lC4="), Some("gAR9lC4="))
+        );
         let again = serde_json::to_vec(&snapshot).expect("plain data");
         assert_eq!(Snapshot::parse(&again).expect("valid"), snapshot);
     }

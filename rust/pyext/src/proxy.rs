@@ -66,11 +66,12 @@ impl Proxy {
         self.0.choices_fd()
     }
 
-    fn choices(&self) -> Vec<(u64, String, String, String, String, String)> {
-        let choices = self.0.choices().into_iter();
-        let told = choices
+    fn choices(&self) -> (Vec<(u64, String, String, String, String, String)>, Vec<u64>) {
+        let (fresh, ended) = self.0.choices();
+        let told = fresh
+            .into_iter()
             .map(|it| (it.number, it.deployment, it.route, it.request_id, it.multiplexed_model_id, it.session_id));
-        told.collect()
+        (told.collect(), ended)
     }
 
     fn candidates(&self, py: Python<'_>, number: u64) -> Option<(Vec<Told>, Option<String>)> {

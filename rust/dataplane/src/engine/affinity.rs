@@ -5,7 +5,7 @@
 //! (rendezvous hashing): when replicas come or go, only the sessions of those move. [`Bound`] keeps what is wished for from
 //! heaping up: a client that chooses its session ids, or a model that everybody wants, overloads nobody.
 
-/// Hashes of the names; 0: none.
+/// Hashes of the names; 0: none. A request without names may be for the caller's node instead.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Affinity {
     pub(super) model: u64,
@@ -18,12 +18,25 @@ impl Affinity {
         Self { model: key(model), session: key(session) }
     }
 
+    /// Prefers replicas of the caller's own node if `near`; the names decide if there are any.
+    pub fn or_near(self, near: bool) -> Self {
+        if near && self.is_none() { Self { model: 0, session: NEAR } } else { self }
+    }
+
+    /// Whether it prefers them.
+    pub fn is_near(self) -> bool {
+        self.session == NEAR
+    }
+
     pub(super) fn is_none(self) -> bool {
         self.model | self.session == 0
     }
 }
 
-/// The number of a name; 0 only for the empty one.
+/// Stands where a session's hash would, so that a request without wishes pays nothing for those that have this one.
+const NEAR: u64 = u64::MAX;
+
+/// The number of a name; 0 only for the empty one, and never [`NEAR`].
 pub(super) fn key(name: &[u8]) -> u64 {
     if name.is_empty() {
         return 0;
@@ -31,7 +44,7 @@ pub(super) fn key(name: &[u8]) -> u64 {
     let fnv = name
         .iter()
         .fold(0xcbf2_9ce4_8422_2325_u64, |hash, &byte| (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3));
-    mix(fnv).max(1)
+    mix(fnv).clamp(1, NEAR - 1)
 }
 
 /// How much a replica is a name's own: the highest wins.

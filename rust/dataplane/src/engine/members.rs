@@ -2,7 +2,7 @@
 
 use slab::Slab;
 
-use super::{Action, Deployment, DeploymentKey, Engine, Picker, Queue, Replica, ReplicaKey, Window};
+use super::{Action, Deployment, DeploymentKey, Engine, Picker, Queue, Replica, ReplicaKey, Rule, Window};
 use crate::{error::Error, snapshot, snapshot::Snapshot};
 
 /// By the index of their keys.
@@ -64,18 +64,17 @@ impl<W> Engine<W> {
 
     fn declare(&mut self, name: &str, config: &snapshot::Deployment) -> DeploymentKey {
         let window = config.batch.map(Window::from);
-        let (gone, policy) = (config.unavailable.clone().map(Error::Unavailable), config.router.policy);
+        let gone = config.unavailable.clone().map(Error::Unavailable);
         let known = self.by_name.get(name).copied();
         if let Some(key) = known
             && let Some(deployment) = self.deployments.at(key)
         {
-            (deployment.config, deployment.gone) = (config.clone(), gone);
-            (deployment.picker.policy, deployment.window) = (policy, window);
+            (deployment.config, deployment.gone, deployment.window) = (config.clone(), gone, window);
             return key;
         }
         let (life, config) = (self.lives, config.clone());
         self.lives = self.lives.wrapping_add(1);
-        let (picker, queue) = (Picker::new(policy), Queue::default());
+        let (picker, queue) = (Picker::default(), Queue::default());
         let members = Vec::new();
         let deployment = Deployment { life, config, gone, members, picker, queue, window, alarm: None };
         let key = DeploymentKey { index: self.deployments.0.insert(deployment) as u32, life };
@@ -102,11 +101,16 @@ impl<W> Engine<W> {
             if self.by_id.contains_key(&address.id) {
                 continue;
             }
-            let member = ReplicaKey(self.replicas.insert(Replica::new(address.id.clone(), key, max_ongoing)));
+            let mut replica = Replica::new(address.id.clone(), key, max_ongoing);
+            replica.near = self.node.as_ref() == Some(&address.node_id);
+            let member = ReplicaKey(self.replicas.insert(replica));
             self.by_id.insert(address.id.clone(), member);
             deployment.members.push(member);
             self.actions.push_back(Action::Open(member, address.clone()));
         }
+        let near = deployment.members.iter().filter(|member| self.replicas[member.0].near).count();
+        let divided = (1..deployment.members.len()).contains(&near);
+        deployment.picker.rule = Rule::new(deployment.config.router.policy, self.near_first && divided);
     }
 
     fn refuse_all(&mut self, key: DeploymentKey) {

@@ -46,7 +46,7 @@ use self::{
     batch::Window,
     bind::Due,
     members::Deployments,
-    pick::Picker,
+    pick::{Picker, Rule},
     replica::Replica,
     traffic::Split,
 };
@@ -149,6 +149,10 @@ struct Deployment<W> {
 /// See the module.
 #[derive(Debug)]
 pub struct Engine<W> {
+    /// The caller's, for requests that prefer it.
+    node: Option<String>,
+    /// All do, where the policy leaves it open.
+    near_first: bool,
     deployments: Deployments<W>,
     by_name: HashMap<String, DeploymentKey>,
     replicas: Slab<Replica>,
@@ -168,6 +172,8 @@ pub struct Engine<W> {
 impl<W> Default for Engine<W> {
     fn default() -> Self {
         Self {
+            node: None,
+            near_first: false,
             deployments: Deployments::default(),
             by_name: HashMap::new(),
             replicas: Slab::new(),
@@ -188,6 +194,13 @@ impl<W> Engine<W> {
     /// One of several that share their splits' traffic out together.
     pub fn sharing(schedules: Schedules) -> Self {
         Self { schedules, ..Self::default() }
+    }
+
+    /// Knows which replicas are on its own node, for requests that would like those; with `near_first`, those of deployments
+    /// whose policy only balances all do.
+    #[must_use]
+    pub fn on(self, node: String, near_first: bool) -> Self {
+        Self { node: Some(node), near_first, ..self }
     }
 
     /// The next thing to do; a driver asks until there is none, after every event.

@@ -12,19 +12,40 @@ use super::{
 };
 use crate::snapshot::Policy;
 
+/// How a replica is picked for a request without wishes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Rule {
+    /// As the snapshot says.
+    Policy(Policy),
+    /// The least loaded of the caller's own node while one has room, else of all.
+    NearFirst,
+}
+
+impl Rule {
+    /// `near_first` decides where the policy only balances load.
+    pub(super) fn new(policy: Policy, near_first: bool) -> Self {
+        match policy {
+            Policy::LeastLoaded | Policy::PowerOfTwo if near_first => Self::NearFirst,
+            policy => Self::Policy(policy),
+        }
+    }
+}
+
+impl Default for Rule {
+    fn default() -> Self {
+        Self::Policy(Policy::default())
+    }
+}
+
 /// How the replicas of one deployment are picked.
 #[derive(Debug, Default)]
 pub(super) struct Picker {
-    pub(super) policy: Policy,
+    pub(super) rule: Rule,
     rotor: usize,
     random: fastrand::Rng,
 }
 
 impl Picker {
-    pub(super) fn new(policy: Policy) -> Self {
-        Self { policy, ..Self::default() }
-    }
-
     /// One of `members` that has room.
     pub(super) fn pick(
         &mut self,
@@ -32,31 +53,37 @@ impl Picker {
         members: &[ReplicaKey],
         affinity: Affinity,
     ) -> Option<ReplicaKey> {
+        if affinity.is_none() || self.rule == Rule::Policy(Policy::Custom) {
+            return self.by_rule(replicas, members);
+        }
+        if affinity.is_near() {
+            return self.nearest(replicas, members).or_else(|| self.by_rule(replicas, members));
+        }
+        if self.rule == Rule::Policy(Policy::ConsistentHash) && affinity.session == 0 {
+            return self.hashed(replicas, members, affinity);
+        }
+        self.preferred(replicas, members, affinity)
+    }
+
+    fn by_rule(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey]) -> Option<ReplicaKey> {
         let at = |key: &ReplicaKey| replicas.get(key.0);
-        if self.policy == Policy::Custom {
-            return None;
-        }
-        if self.policy == Policy::ConsistentHash && affinity.session == 0 {
-            let session = self.random.u64(1..);
-            return self.preferred(replicas, members, Affinity { session, ..affinity });
-        }
-        if !affinity.is_none() {
-            return self.preferred(replicas, members, affinity);
-        }
-        match self.policy {
-            Policy::RoundRobin => {
+        match self.rule {
+            Rule::Policy(Policy::Custom) => None,
+            Rule::Policy(Policy::ConsistentHash) => self.hashed(replicas, members, Affinity::default()),
+            Rule::Policy(Policy::RoundRobin) => {
                 let found = self.around(members).position(|key| at(key).is_some_and(Replica::has_room))?;
                 let found = (self.rotor + found) % members.len();
                 self.rotor = found + 1;
                 Some(members[found])
             }
-            Policy::PowerOfTwo if members.len() > 2 => {
+            Rule::Policy(Policy::PowerOfTwo) if members.len() > 2 => {
                 let (a, b) = (self.random.usize(..members.len()), self.random.usize(1..members.len()));
                 let two = [members[a], members[(a + b) % members.len()]];
                 let roomy = two.into_iter().filter(|key| at(key).is_some_and(Replica::has_room));
                 roomy.min_by_key(|key| replicas[key.0].load()).or_else(|| self.least_loaded(replicas, members))
             }
-            _ => self.least_loaded(replicas, members),
+            Rule::NearFirst => self.nearest(replicas, members).or_else(|| self.least_loaded(replicas, members)),
+            Rule::Policy(_) => self.least_loaded(replicas, members),
         }
     }
 
@@ -81,6 +108,20 @@ impl Picker {
         self.rotor += 1;
         let open = around.filter(|key| replicas.get(key.0).is_some_and(Replica::has_room));
         open.min_by_key(|key| replicas[key.0].load()).copied()
+    }
+
+    /// For a session that nobody has named.
+    fn hashed(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey], wish: Affinity) -> Option<ReplicaKey> {
+        let session = self.random.u64(1..);
+        self.preferred(replicas, members, Affinity { session, ..wish })
+    }
+
+    /// The least loaded of the caller's own node.
+    fn nearest(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey]) -> Option<ReplicaKey> {
+        let near = self.around(members).filter(|key| replicas.get(key.0).is_some_and(|replica| replica.near));
+        let found = Self::among(replicas, near.copied())?;
+        self.rotor += 1;
+        Some(found)
     }
 
     fn preferred(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey], wish: Affinity) -> Option<ReplicaKey> {
@@ -115,15 +156,20 @@ mod tests {
 
     impl Cluster {
         fn new(policy: Policy, n: usize, max_ongoing: u32) -> Self {
+            Self::by(Rule::Policy(policy), n, max_ongoing)
+        }
+
+        fn by(rule: Rule, n: usize, max_ongoing: u32) -> Self {
             let mut replicas = Slab::new();
             let members = (0..n)
                 .map(|i| {
                     let mut replica = Replica::new(i.to_string(), DeploymentKey { index: 0, life: 0 }, max_ongoing);
                     replica.session = Some(i as u64);
+                    replica.near = i % 2 == 0;
                     ReplicaKey(replicas.insert(replica))
                 })
                 .collect();
-            Self { replicas, members, picker: Picker::new(policy) }
+            Self { replicas, members, picker: Picker { rule, ..Picker::default() } }
         }
 
         fn pick(&mut self, wish: Affinity) -> Option<usize> {
@@ -186,8 +232,8 @@ mod tests {
 
     #[test]
     fn the_closed_the_draining_and_the_silent_are_not_picked() {
-        for policy in POLICIES {
-            let mut cluster = Cluster::new(policy, 4, 5);
+        for rule in RULES {
+            let mut cluster = Cluster::by(rule, 4, 5);
             cluster.replicas[0].reset(None);
             cluster.replicas[1].draining = true;
             cluster.replicas[2].listed = false;
@@ -247,11 +293,18 @@ mod tests {
         }
     }
 
-    const POLICIES: [Policy; 4] = [Policy::LeastLoaded, Policy::PowerOfTwo, Policy::RoundRobin, Policy::ConsistentHash];
+    const RULES: [Rule; 5] = [
+        Rule::Policy(Policy::LeastLoaded),
+        Rule::Policy(Policy::PowerOfTwo),
+        Rule::Policy(Policy::RoundRobin),
+        Rule::Policy(Policy::ConsistentHash),
+        Rule::NearFirst,
+    ];
 
     fn any_wish() -> impl Strategy<Value = Affinity> {
         prop_oneof![
             Just(NONE),
+            Just(NONE.or_near(true)),
             (0..3).prop_map(|i| wish(&format!("m{i}"), "")),
             (0..3).prop_map(|i| wish("", &format!("s{i}"))),
             (0..3, 0..3).prop_map(|(m, s)| wish(&format!("m{m}"), &format!("s{s}"))),
@@ -261,9 +314,9 @@ mod tests {
     proptest! {
         #[test]
         fn whoever_has_room_is_found(
-            policy in prop::sample::select(&POLICIES[..]), full in prop::collection::vec(any::<bool>(), 1..12), wish in any_wish(),
+            rule in prop::sample::select(&RULES[..]), full in prop::collection::vec(any::<bool>(), 1..12), wish in any_wish(),
         ) {
-            let mut cluster = Cluster::new(policy, full.len(), 1);
+            let mut cluster = Cluster::by(rule, full.len(), 1);
             for (at, full) in full.iter().enumerate() {
                 if *full {
                     cluster.replicas[at].take(NONE);
@@ -276,15 +329,15 @@ mod tests {
 
         #[test]
         fn wishes_never_heap_up(
-            policy in prop::sample::select(&POLICIES[..]), n in 2_usize..9, wishes in prop::collection::vec(any_wish(), 1..200),
+            rule in prop::sample::select(&RULES[..]), n in 2_usize..9, wishes in prop::collection::vec(any_wish(), 1..200),
         ) {
             let max_ongoing = 64;
-            let mut cluster = Cluster::new(policy, n, max_ongoing);
+            let mut cluster = Cluster::by(rule, n, max_ongoing);
             for wish in wishes {
                 let before = cluster.loads();
                 let total: u32 = before.iter().sum();
                 let bound = (2 * (total + 1)).div_ceil(n as u32).max(max_ongoing / 4);
-                if let Some(at) = cluster.take(wish) && !wish.is_none() {
+                if let Some(at) = cluster.take(wish) && !wish.is_none() && !wish.is_near() {
                     prop_assert!(before[at] < bound, "{before:?} {at}");
                 }
             }

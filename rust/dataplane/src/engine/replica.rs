@@ -32,7 +32,7 @@ pub struct Candidate {
 
 /// One replica as this caller knows it.
 #[derive(Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "four independent facts, none implies another")]
+#[expect(clippy::struct_excessive_bools, reason = "five independent facts, none implies another")]
 pub(super) struct Replica {
     pub(super) id: String,
     /// The hash of `id`.
@@ -46,6 +46,8 @@ pub(super) struct Replica {
     pub(super) draining: bool,
     /// It has not answered a PING: no new picks, but the link lives.
     pub(super) silent: bool,
+    /// It runs on the caller's node.
+    pub(super) near: bool,
     pub(super) max_ongoing: u32,
     /// This caller's requests there; a batch is one.
     pub(super) in_flight: u32,
@@ -75,6 +77,7 @@ impl Replica {
             listed: true,
             draining: false,
             silent: false,
+            near: false,
             max_ongoing,
             in_flight: 0,
             batches: Slab::new(),
@@ -211,7 +214,7 @@ impl Replica {
     pub(super) fn reset(&mut self, session: Option<u64>) {
         let id = std::mem::take(&mut self.id);
         let fresh = Self::new(id, self.deployment, self.max_ongoing);
-        *self = Self { session, listed: self.listed, draining: self.draining, ..fresh };
+        *self = Self { session, listed: self.listed, draining: self.draining, near: self.near, ..fresh };
     }
 
     /// Its rank for a request with wishes, the least is best: within the bound before beyond it; with the model before

@@ -2,6 +2,7 @@
 
 mod batch_walk;
 mod batches;
+mod near;
 mod traffic;
 mod walk;
 
@@ -13,7 +14,12 @@ use crate::snapshot::{Snapshot, Version};
 fn snapshot(n: u64, max_ongoing: u32, max_queued: i64, replicas: &[&str]) -> Snapshot {
     let replicas: Vec<_> = replicas
         .iter()
-        .map(|id| snapshot::Replica { id: (*id).into(), node_id: "n".into(), unix: Some((*id).into()), tcp: None })
+        .map(|id| snapshot::Replica {
+            id: (*id).into(),
+            node_id: "n".into(),
+            unix: Some((*id).into()),
+            ..Default::default()
+        })
         .collect();
     let deployment = snapshot::Deployment {
         app: "a".into(),
@@ -55,7 +61,10 @@ struct Driver {
 
 impl Driver {
     fn new(snapshot: &Snapshot) -> Self {
-        let mut engine = Engine::default();
+        Self::with(Engine::default(), snapshot)
+    }
+
+    fn with(mut engine: Engine<u32>, snapshot: &Snapshot) -> Self {
         engine.apply(snapshot);
         let key = engine.deployment("a#D").unwrap_or(DeploymentKey { index: 0, life: 0 });
         let (keys, started, batches, refused, closing) = Default::default();

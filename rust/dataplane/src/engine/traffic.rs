@@ -124,6 +124,7 @@ impl<W> Engine<W> {
     /// # Errors
     /// As [`Engine::choose`].
     pub fn choose_for(&mut self, key: SplitKey, affinity: Affinity) -> Result<Turn, Error> {
-        self.choose(key, |splitter| splitter.choose_for(affinity.session))
+        let session = if affinity.is_near() { 0 } else { affinity.session };
+        self.choose(key, |splitter| splitter.choose_for(session))
     }
 }

@@ -8,7 +8,7 @@ use std::{rc::Rc, sync::Arc};
 use bytes::{Bytes, BytesMut};
 use tokio::time::{Instant, timeout_at};
 
-use super::{link::Link, shard::Shard, waiting::Came};
+use super::{link::Link, shard::Shard, stream::Aside, waiting::Came};
 use crate::{
     engine::{Batch, DeploymentKey, Lease},
     snapshot::Deployment,
@@ -109,8 +109,8 @@ impl Shard {
                         // Whoever has more to do is woken now, others when there is an answer.
                         let asleep = packed.whole && !packed.wake;
                         let reader = if asleep { waiting.waker.take() } else { None };
-                        let packed = waiting.packed.take();
-                        link.with(stream.id(), |entry| (entry.packed, entry.reader) = (packed, reader));
+                        let packed = waiting.packed.take().map(Aside::Packed);
+                        link.with(stream.id(), |entry| (entry.aside, entry.reader) = (packed, reader));
                         sent.push(stream.id());
                         return waiting.tell(Ok(Came::Sent(stream, place)));
                     }

@@ -2,18 +2,20 @@
 //!
 //! No thread of the proxy waits for Python. A thread of Python's takes [`Choices::take`], and answers with ids; each answer
 //! is an order to the shard where the request waits, carried out between two of its events. A request that goes away
-//! meanwhile leaves the queue as any other, and the answer then says so.
+//! meanwhile leaves the queue as any other, and the answer then says so. When one that was assigned ends, the same
+//! descriptor tells that too: never of more than have been assigned, and those are in flight, which the slots bound.
 
 use std::{
     collections::HashMap,
     io::{Read, Write},
+    mem::take,
     os::{
         fd::{AsRawFd, RawFd},
         unix::net::UnixStream,
     },
     rc::Rc,
     sync::{
-        Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         mpsc::{SyncSender, sync_channel},
     },
     time::Duration,
@@ -21,7 +23,7 @@ use std::{
 
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
-use super::shard::Shard;
+use super::{Shared, shard::Shard};
 use crate::engine::{Assigned, Candidate, DeploymentKey, Place};
 
 /// A shard answers between two events; one that does not is gone.
@@ -55,7 +57,10 @@ pub(super) struct Choices {
 
 #[derive(Default)]
 struct Desk {
+    /// Sorted by number.
     fresh: Vec<Choice>,
+    /// Requests that were assigned and have ended.
+    ended: Vec<u64>,
     /// Where each request waits, until it has been assigned or its end was noticed.
     open: HashMap<u64, (usize, Place)>,
     next: u64,
@@ -83,15 +88,31 @@ impl Choices {
         (desk.shards.len() - 1, orders)
     }
 
-    /// A request waits at a shard.
-    pub(super) fn ask(&self, shard: usize, place: Place, choice: Choice) {
+    /// A request waits at a shard; its number.
+    fn ask(&self, shard: usize, place: Place, choice: Choice) -> u64 {
         let mut desk = self.desk();
         let number = desk.next;
         desk.next += 1;
         desk.open.insert(number, (shard, place));
         desk.fresh.push(Choice { number, ..choice });
-        if desk.fresh.len() == 1 {
-            // The one byte is always accepted: the last was read when the choices were taken.
+        self.announce(&desk);
+        number
+    }
+
+    /// A request has ended, or its choice has led nowhere.
+    fn end(&self, number: u64) {
+        let mut desk = self.desk();
+        if desk.open.remove(&number).is_none() {
+            desk.ended.push(number);
+            self.announce(&desk);
+        } else if let Ok(at) = desk.fresh.binary_search_by_key(&number, |choice| choice.number) {
+            desk.fresh.remove(at);
+        }
+    }
+
+    /// The one byte is always accepted: the last was read when everything was taken.
+    fn announce(&self, desk: &Desk) {
+        if desk.fresh.len() + desk.ended.len() == 1 {
             let _ = (&self.write).write(&[1]);
         }
     }
@@ -100,32 +121,52 @@ impl Choices {
         self.read.as_raw_fd()
     }
 
-    pub(super) fn take(&self) -> Vec<Choice> {
+    pub(super) fn take(&self) -> (Vec<Choice>, Vec<u64>) {
         let mut desk = self.desk();
         let _ = (&self.read).read(&mut [0; 8]);
-        std::mem::take(&mut desk.fresh)
+        (take(&mut desk.fresh), take(&mut desk.ended))
     }
 
-    fn order<T>(&self, number: u64, order: impl FnOnce(Place, SyncSender<T>) -> Order) -> Option<T> {
+    fn order<T>(&self, shard: usize, order: impl FnOnce(SyncSender<T>) -> Order) -> Option<T> {
         let (reply, answer) = sync_channel(1);
-        {
-            let desk = self.desk();
-            let (shard, place) = *desk.open.get(&number)?;
-            desk.shards[shard].send(order(place, reply)).ok()?;
-        }
+        self.desk().shards[shard].send(order(reply)).ok()?;
         answer.recv_timeout(ANSWER).ok()
     }
 
     pub(super) fn candidates(&self, number: u64) -> Option<(Vec<Candidate>, Option<String>)> {
-        self.order(number, |place, reply| Order::Candidates(place.deployment, reply))
+        let (shard, place) = *self.desk().open.get(&number)?;
+        self.order(shard, |reply| Order::Candidates(place.deployment, reply))
     }
 
     pub(super) fn assign(&self, number: u64, ids: Vec<String>) -> Assigned {
-        let assigned = self.order(number, |place, reply| Order::Assign(place, ids, reply)).unwrap_or(Assigned::Over);
-        if assigned != Assigned::Full {
-            self.desk().open.remove(&number);
+        // Not open meanwhile: once assigned, the request may end before the answer is here, and that must be told.
+        let Some((shard, place)) = self.desk().open.remove(&number) else { return Assigned::Over };
+        let assigned = self.order(shard, |reply| Order::Assign(place, ids, reply)).unwrap_or(Assigned::Over);
+        if assigned == Assigned::Full {
+            self.desk().open.insert(number, (shard, place));
         }
         assigned
+    }
+}
+
+/// A request of which a router in Python is asked, and told when this is dropped.
+pub(super) struct Chosen {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl Chosen {
+    /// Asks it.
+    pub(super) fn ask(shard: &Shard, place: Place, choice: Choice) -> Self {
+        let shared = Arc::clone(&shard.shared);
+        let number = shared.choices.ask(shard.index.get(), place, choice);
+        Self { shared, number }
+    }
+}
+
+impl Drop for Chosen {
+    fn drop(&mut self) {
+        self.shared.choices.end(self.number);
     }
 }
 

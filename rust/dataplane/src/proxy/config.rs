@@ -21,6 +21,7 @@ pub struct Config {
     pub token: Vec<u8>,
     pub snapshot_path: Option<PathBuf>,
     pub session_header: String,
+    pub prefer_local_node: bool,
 }
 
 impl fmt::Debug for Config {
@@ -78,6 +79,7 @@ impl Config {
             token: unhex(&token).ok_or_else(|| ConfigError::new("token", "is not hexadecimal"))?,
             snapshot_path: take(&mut fields, "snapshot_path")?,
             session_header: take(&mut fields, "session_header")?,
+            prefer_local_node: take(&mut fields, "prefer_local_node")?,
         };
         if let Some(name) = fields.keys().next() {
             return Err(ConfigError::new(name, "is not an option of the proxy"));
@@ -106,7 +108,7 @@ mod tests {
     fn valid() -> Value {
         json!({"host": "127.0.0.1", "port": 0, "root_path": "/api/", "request_timeout_s": null, "shards": 1,
             "keep_alive_timeout_s": 90.0, "max_head_bytes": 65536, "max_body_bytes": null, "node_id": "n",
-            "token": "00ff", "snapshot_path": null, "session_header": "x-session-id"})
+            "token": "00ff", "snapshot_path": null, "session_header": "x-session-id", "prefer_local_node": true})
     }
 
     fn parse(value: &Value) -> Result<Config, ConfigError> {

@@ -267,8 +267,8 @@ impl Proxy {
         self.shared.choices.fd()
     }
 
-    /// Requests that have come to wait for a router in Python.
-    pub fn choices(&self) -> Vec<Choice> {
+    /// Requests that have come to wait for a router in Python, and the numbers of those that were assigned and have ended.
+    pub fn choices(&self) -> (Vec<Choice>, Vec<u64>) {
         self.shared.choices.take()
     }
 

@@ -82,6 +82,11 @@ async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result
                 let place = lease.place;
                 (call.send(lease, &body), place)
             }
+            Came::Chosen(chosen) => {
+                let (lease, chosen) = *chosen;
+                let place = lease.place;
+                (call.send(lease, &body).map(|stream| stream.by(chosen)), place)
+            }
             Came::Sent(stream, place) => (Some(stream), place),
             Came::Again(place) => (None, place),
         };
@@ -107,6 +112,7 @@ async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result
                 if !body.rewind() {
                     return Err(Error::NotBegun);
                 }
+                drop(stream);
                 came = call.resumed(waiting, &body).await?;
                 continue;
             }
@@ -124,6 +130,7 @@ async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result
         if !again || !body.rewind() {
             return Err(error);
         }
+        drop(stream);
         call.shard.metrics.retried.up();
         came = call.again(place, &body).await?;
     }

@@ -83,7 +83,7 @@ impl Sender {
                 return None;
             }
             stream.fate = Fate::Cancelled;
-            stream.packed = None; // the entry may stay for long
+            stream.drop_frame(); // the entry may stay for long
             wake(&mut stream.reader);
             wake(&mut stream.sender);
             Some(stream.discard())

@@ -158,11 +158,17 @@ impl Copy {
         let mut sent = false;
         let mut came = self.shard.admit(self.deployment, self.affinity, pack, describe).await.map_err(refused)?;
         loop {
-            let request = &self.request;
+            let open =
+                |lease| self.shard.open(lease, flag::FIN, Some(self.until), |out| out.extend_from_slice(&self.request));
             let (stream, place) = match came {
                 Came::Lease(lease) => {
                     let place = lease.place;
-                    (self.shard.open(lease, flag::FIN, Some(self.until), |out| out.extend_from_slice(request)), place)
+                    (open(lease), place)
+                }
+                Came::Chosen(chosen) => {
+                    let (lease, chosen) = *chosen;
+                    let place = lease.place;
+                    (open(lease).map(|stream| stream.by(chosen)), place)
                 }
                 Came::Sent(stream, place) => (Some(stream), place),
                 Came::Again(place) => (None, place),
@@ -178,7 +184,10 @@ impl Copy {
                 self.held.lane.meter.copied.up();
             }
             match poll_fn(|cx| stream.poll_outcome(cx)).await {
-                Outcome::Back(waiting) => came = waiting.end(describe).await.map_err(refused)?,
+                Outcome::Back(waiting) => {
+                    drop(stream);
+                    came = waiting.end(describe).await.map_err(refused)?;
+                }
                 Outcome::Failed(_) => return Err(Unanswered::Failed),
                 Outcome::Head(head) => {
                     if !head.whole {

@@ -101,7 +101,8 @@ impl Shard {
     pub(super) fn new(shared: Arc<Shared>, metrics: Arc<Metrics>) -> Rc<Self> {
         let mut seed = [0; 8];
         getrandom::fill(&mut seed).expect("the operating system has random bytes");
-        let engine = RefCell::new(Engine::sharing(shared.schedules.clone()));
+        let (node, near_first) = (shared.config.node_id.clone(), shared.config.prefer_local_node);
+        let engine = RefCell::new(Engine::sharing(shared.schedules.clone()).on(node, near_first));
         Rc::new(Self {
             shared,
             metrics,

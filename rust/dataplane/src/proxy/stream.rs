@@ -15,6 +15,7 @@ use bytes::Bytes;
 
 use super::{
     batches::Packed,
+    choose::Chosen,
     link::{Link, is_final},
     sender::Sender,
     shard::Shard,
@@ -60,11 +61,19 @@ pub(super) enum Fate {
     Cancelled,
 }
 
+/// What an entry keeps for others than the request; one field for what few have, so that most pay for neither.
+pub(super) enum Aside {
+    /// The frame of a request that went in a batch, until it is begun: it may have to go in another.
+    Packed(Box<Packed>),
+    /// Tells the router in Python that chose the replica when the entry goes.
+    #[expect(dead_code, reason = "what it does, it does when it is dropped")]
+    Chosen(Box<Chosen>),
+}
+
 /// The entry in the link's table.
 pub(super) struct Stream {
     lease: Option<Lease>,
-    /// The frame of a request that went in a batch, until it is begun: it may have to go in another.
-    pub(super) packed: Option<Box<Packed>>,
+    pub(super) aside: Option<Aside>,
     /// The request counts as begun when the kernel has taken this many bytes of the link.
     pub(super) begun_at: u64,
     pub(super) fate: Fate,
@@ -91,7 +100,7 @@ impl Stream {
     pub(super) fn new(lease: Lease) -> Self {
         Self {
             lease: Some(lease),
-            packed: None,
+            aside: None,
             begun_at: u64::MAX,
             fate: Fate::Wanted,
             accepted: false,
@@ -146,7 +155,7 @@ impl Stream {
             }
             Kind::Response if !self.answered => {
                 self.answered = true;
-                self.packed = None;
+                self.drop_frame();
                 let view = ResponseHeadView::parse(payload.clone())?;
                 if !finished {
                     self.hold(view.body().len())?;
@@ -190,13 +199,24 @@ impl Stream {
         };
         if self.fate == Fate::Wanted {
             drop(engine);
-            let waiting = shard.again(place, self.packed.take());
+            let packed = match self.aside.take() {
+                Some(Aside::Packed(packed)) => Some(packed),
+                Some(Aside::Chosen(_)) | None => None,
+            };
+            let waiting = shard.again(place, packed);
             self.outcome = Some(waiting.map_or_else(Outcome::Failed, Outcome::Back));
         }
         self.end = Some(Ok(()));
         wake(&mut self.reader);
         wake(&mut self.sender);
         self.fate != Fate::Wanted
+    }
+
+    /// The request will go in no other batch.
+    pub(super) fn drop_frame(&mut self) {
+        if let Some(Aside::Packed(_)) = self.aside {
+            self.aside = None;
+        }
     }
 
     fn hold(&mut self, len: usize) -> Result<(), WireError> {
@@ -266,6 +286,12 @@ pub(super) struct StreamRef {
 impl StreamRef {
     pub(super) fn new(shard: Rc<Shard>, link: Rc<Link>, id: u32) -> Self {
         Self { shard, link, id, keep: false, meter: None }
+    }
+
+    /// A router in Python has chosen the replica.
+    pub(super) fn by(self, chosen: Box<Chosen>) -> Self {
+        self.link.with(self.id, |stream| stream.aside = Some(Aside::Chosen(chosen)));
+        self
     }
 
     pub(super) fn id(&self) -> u32 {

@@ -7,7 +7,12 @@ use std::{
     task::{Poll, Waker},
 };
 
-use super::{batches::Packed, choose::Choice, shard::Shard, stream::StreamRef};
+use super::{
+    batches::Packed,
+    choose::{Choice, Chosen},
+    shard::Shard,
+    stream::StreamRef,
+};
 use crate::{
     engine::{Admission, Affinity, DeploymentKey, Lease, Place},
     error::Error,
@@ -17,6 +22,8 @@ use crate::{
 pub(super) enum Came {
     /// A slot: the REQUEST may be sent.
     Lease(Lease),
+    /// The same, by a router in Python, which hears of the request's end; boxed, as this stands in every request's future.
+    Chosen(Box<(Lease, Box<Chosen>)>),
     /// The REQUEST was sent with its batch.
     Sent(StreamRef, Place),
     /// The request has to wait again.
@@ -28,6 +35,8 @@ pub(super) struct Waiter {
     pub(super) waker: Option<Waker>,
     /// Its frame, if it is to go in a batch.
     pub(super) packed: Option<Box<Packed>>,
+    /// The question to its router, if that is one in Python.
+    chosen: Option<Box<Chosen>>,
     came: Option<Result<Came, Error>>,
     /// It has left the queue, though its place may be there again already: that of a batch that came back.
     left: bool,
@@ -97,7 +106,8 @@ impl Shard {
     }
 
     fn wait(self: &Rc<Self>, place: Place, waiting: &mut Option<Waiting>) -> usize {
-        let key = self.waiters.borrow_mut().insert(Waiter { waker: None, packed: None, came: None, left: false });
+        let waiter = Waiter { waker: None, packed: None, chosen: None, came: None, left: false };
+        let key = self.waiters.borrow_mut().insert(waiter);
         *waiting = Some(Waiting { shard: Rc::clone(self), place, key });
         key
     }
@@ -126,13 +136,17 @@ impl Waiting {
         let shard = &self.shard;
         if shard.engine.borrow_mut().is_custom(self.place.deployment) && shard.waiters.borrow()[self.key].came.is_none()
         {
-            shard.shared.choices.ask(shard.index.get(), self.place, describe());
+            let chosen = Box::new(Chosen::ask(shard, self.place, describe()));
+            shard.waiters.borrow_mut()[self.key].chosen = Some(chosen);
         }
         std::future::poll_fn(|cx| {
             let mut waiters = self.shard.waiters.borrow_mut();
             let waiter = &mut waiters[self.key];
             if let Some(came) = waiter.came.take() {
-                return Poll::Ready(came);
+                return Poll::Ready(match (came, waiter.chosen.take()) {
+                    (Ok(Came::Lease(lease)), Some(chosen)) => Ok(Came::Chosen(Box::new((lease, chosen)))),
+                    (came, _) => came,
+                });
             }
             waiter.waker = Some(cx.waker().clone());
             Poll::Pending

@@ -89,10 +89,11 @@ impl Callee {
         deployment: &str,
         method: String,
         wishes: [String; 2],
+        near: bool,
         stream: bool,
         target: Option<String>,
     ) -> Self {
-        let affinity = Affinity::new(wishes[0].as_bytes(), wishes[1].as_bytes());
+        let affinity = Affinity::new(wishes[0].as_bytes(), wishes[1].as_bytes()).or_near(near);
         Self { caller: Arc::clone(caller), deployment: deployment.into(), method, wishes, affinity, stream, target }
     }
 

@@ -25,12 +25,14 @@ pub(crate) struct Chooser {
     caller: Arc<Caller>,
 }
 
-/// Id, node, address of TCP, whether it is open and has room, load, `max_ongoing_requests` and models of a replica.
-pub(crate) type Told = (String, String, Option<String>, bool, bool, u32, u32, Vec<String>);
+/// Id, node, address of TCP, whether it is open and has room, load, `max_ongoing_requests`, models, metadata and routing
+/// stats of a replica.
+pub(crate) type Told =
+    (String, String, Option<String>, bool, bool, u32, u32, Vec<String>, Option<String>, Option<String>);
 
 pub(crate) fn told(candidate: Candidate) -> Told {
-    let Candidate { address, open, load, room, max_ongoing, models } = candidate;
-    (address.id, address.node_id, address.tcp, open, room, load, max_ongoing, models)
+    let Candidate { address: at, open, load, room, max_ongoing, models } = candidate;
+    (at.id, at.node_id, at.tcp, open, room, load, max_ongoing, models, at.metadata, at.routing_stats)
 }
 
 /// A replica's id; None: no room; empty: the request has ended.
@@ -50,7 +52,7 @@ impl Chooser {
     }
 
     /// Calls that wait for their router since the last time, each with its deployment, the texts of its
-    /// head, whether it streams, and its arguments as `values.load_arguments` takes them.
+    /// head, whether it streams and prefers this node, and its arguments as `values.load_arguments` takes them.
     fn choosing<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
         let calls: Vec<_> = {
             let router = &mut self.caller.lock().router;
@@ -68,8 +70,8 @@ impl Chooser {
                 (head.method, head.request_id, head.route, head.app, head.multiplexed_model_id, head.session_id);
             let texts = texts.into_pyobject(py)?;
             let arguments = view.take_arguments().map(|arguments| value::of_call(py, arguments)).transpose()?;
-            let stream = pending.stream;
-            chosen.push((call, deployment, texts, stream, arguments).into_pyobject(py)?);
+            let flags = (pending.stream, pending.affinity.is_near());
+            chosen.push((call, deployment, texts, flags, arguments).into_pyobject(py)?);
         }
         Ok(chosen)
     }
@@ -94,9 +96,10 @@ impl Chooser {
         deployment: &str,
         model: &str,
         session: &str,
+        near: bool,
         ids: Option<Vec<String>>,
     ) -> PyResult<Option<Reservation>> {
-        let affinity = Affinity::new(model.as_bytes(), session.as_bytes());
+        let affinity = Affinity::new(model.as_bytes(), session.as_bytes()).or_near(near);
         let reserve = || self.caller.lock().router.reserve(deployment, affinity, ids.as_deref());
         let mut reserved = reserve();
         if matches!(reserved, Ok(None)) {

@@ -71,18 +71,21 @@ impl Client {
         Ok(Self { caller: Arc::new(Caller::new(node_id, token)?) })
     }
 
-    /// What handles of this deployment with these options call; `target`: the one replica that answers.
+    /// What handles of this deployment with these options call; `near`: rather a replica of this node; `target`: the one
+    /// replica that answers.
     #[expect(clippy::needless_pass_by_value, reason = "what a Python argument becomes is owned")]
+    #[expect(clippy::too_many_arguments, reason = "the options of a handle")]
     fn callee(
         &self,
         deployment: String,
         method: String,
         multiplexed_model_id: String,
         session_id: String,
+        near: bool,
         stream: bool,
         target: Option<String>,
     ) -> Callee {
-        Callee::new(&self.caller, &deployment, method, [multiplexed_model_id, session_id], stream, target)
+        Callee::new(&self.caller, &deployment, method, [multiplexed_model_id, session_id], near, stream, target)
     }
 
     fn publish(&self, py: Python<'_>, snapshot: &[u8], fresh: bool) -> PyResult<()> {

@@ -77,7 +77,7 @@ pub(super) struct Router {
 impl Router {
     pub(super) fn new(node_id: String, token: Arc<[u8]>, registry: Registry) -> Self {
         Self {
-            engine: Engine::default(),
+            engine: Engine::default().on(node_id.clone(), false),
             links: Slab::new(),
             by_key: HashMap::new(),
             lost: Vec::new(),
