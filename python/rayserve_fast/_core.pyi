@@ -28,7 +28,7 @@ __all__ = [
 __version__: str
 
 #: A replica as `routing.Told` describes it.
-Told: TypeAlias = tuple[str, str, str | None, bool, bool, int, int, list[str], str | None, str | None]
+_Told: TypeAlias = tuple[str, str, str | None, bool, bool, int, int, list[str], str | None, str | None]
 
 def check_pattern(pattern: str) -> None:
     """Raises ValueError if a route's pattern has no meaning: an unknown convertor, or a parameter twice."""
@@ -76,7 +76,7 @@ class Proxy:
     def assign(self, number: int, ids: list[str]) -> str | None:
         """The replica that has got the request; None: none of these has room; empty: the request has ended."""
 
-    def candidates(self, number: int) -> tuple[list[Told], str | None] | None: ...
+    def candidates(self, number: int) -> tuple[list[_Told], str | None] | None: ...
 
 @final
 class Batcher:
@@ -214,7 +214,7 @@ class Chooser:
     def choosing(self) -> list[tuple[Call, str, tuple[str, ...], tuple[bool, bool], tuple[Any, ...]]]:
         """Calls that wait for their router since the last time; flags: whether it streams, and prefers this node."""
 
-    def replicas(self, deployment: str) -> tuple[list[Told], str | None] | None:
+    def replicas(self, deployment: str) -> tuple[list[_Told], str | None] | None:
         """The replicas and the user's router; None until a snapshot holds the deployment."""
 
     def assign(self, call: Call, ids: list[str]) -> str | None:
@@ -242,7 +242,12 @@ class Mailbox:
 
     def __new__(cls, event_loop: AbstractEventLoop) -> Mailbox: ...
     def fileno(self) -> int: ...
-    def wait(self, call: Call) -> Awaitable[None]: ...
+    def wait(self, call: Call) -> Awaitable[None]:
+        """Ends with the call, or with its next item."""
+
+    def wait_for_end(self, call: Call) -> Awaitable[None]:
+        """Ends with the call, for somebody who takes nothing from it."""
+
     def is_empty(self) -> bool: ...
 
 class _Waiting(Protocol):

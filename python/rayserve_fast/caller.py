@@ -133,7 +133,7 @@ class Caller:
         pending = pending_call(texts, flags, encoded)
         router, replica_id = await self.routers.place(deployment, known, pending, assign)
         if replica_id is not None:
-            await self.watch(asyncio.get_running_loop()).wait(call)
+            await self.watch(asyncio.get_running_loop()).wait_for_end(call)
             completed(router, replica_id, pending.metadata.internal_request_id)
 
     def watch(self, loop: asyncio.AbstractEventLoop) -> LoopWatch:
@@ -177,6 +177,10 @@ class LoopWatch:
             self._reading = True
             loop.add_reader(self.client.fileno(), self._pump)
         return self._mailbox.wait(call)
+
+    def wait_for_end(self, call: _core.Call) -> Awaitable[None]:
+        """Ends with the call, for somebody who takes nothing from it and leaves the reading to those who do."""
+        return self._mailbox.wait_for_end(call)
 
     def _pump(self) -> None:
         if self._mailbox.is_empty() and (loop := self._loop()) is not None:

@@ -274,6 +274,38 @@ def test_a_router_hears_of_the_end_of_each_http_request(serve_instance: str) -> 
     assert len(at_proxy("default#Heard")[0]) == 5
 
 
+@serve.deployment
+class Patient:
+    def __init__(self) -> None:
+        self.told = asyncio.Event()
+
+    async def items(self) -> Any:
+        yield 1
+        await self.told.wait()
+        yield 2
+
+    async def hello(self) -> None:
+        pass
+
+    async def go_on(self) -> None:
+        self.told.set()
+
+
+@pytest.mark.usefixtures("serve_instance")
+def test_a_router_hears_of_the_end_of_a_stream_and_not_of_its_first_item() -> None:
+    handle = serve.run(Patient.options(request_router_config=PICKY).bind())
+    items = handle.options(stream=True).items.remote()
+    assert next(items) == 1
+    hello = handle.hello.remote()
+    hello.result()
+    router: Any = caller.current().routers._customs["default#Patient"].router
+    wait_for(lambda: hello.request_id in router.done)
+    assert items.request_id not in router.done
+    handle.go_on.remote().result()
+    assert list(items) == [2]
+    wait_for(lambda: items.request_id in router.done)
+
+
 TWO_NODES = """
 import os, sys
 os.environ["RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING"] = sys.argv[1]

@@ -11,6 +11,9 @@ use rayserve_dataplane::proxy::{Config, Proxy as Inner};
 
 use crate::client::{Told, told, word};
 
+/// Number, deployment, route, request id, model id and session id of a request that waits for its router.
+type Asked = (u64, String, String, String, String, String);
+
 /// See `_core.pyi`.
 #[pyclass(frozen, module = "rayserve_fast._core")]
 pub(crate) struct Proxy(Inner);
@@ -66,7 +69,7 @@ impl Proxy {
         self.0.choices_fd()
     }
 
-    fn choices(&self) -> (Vec<(u64, String, String, String, String, String)>, Vec<u64>) {
+    fn choices(&self) -> (Vec<Asked>, Vec<u64>) {
         let (fresh, ended) = self.0.choices();
         let told = fresh
             .into_iter()

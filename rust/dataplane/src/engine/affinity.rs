@@ -19,6 +19,7 @@ impl Affinity {
     }
 
     /// Prefers replicas of the caller's own node if `near`; the names decide if there are any.
+    #[must_use]
     pub fn or_near(self, near: bool) -> Self {
         if near && self.is_none() { Self { model: 0, session: NEAR } } else { self }
     }

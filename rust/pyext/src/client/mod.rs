@@ -162,7 +162,12 @@ impl Mailbox {
 
     /// What `await` waits on.
     fn wait(&self, py: Python<'_>, call: &Call) -> PyResult<Py<Waiting>> {
-        self.desk.wait(py, &call.caller, &call.pending)
+        self.desk.wait(py, &call.caller, &call.pending, Caller::notify)
+    }
+
+    /// What waits that take nothing wait on.
+    fn wait_for_end(&self, py: Python<'_>, call: &Call) -> PyResult<Py<Waiting>> {
+        self.desk.wait(py, &call.caller, &call.pending, Caller::notify_of_end)
     }
 
     /// Whether no task waits.
@@ -197,7 +202,7 @@ impl Call {
     /// What a task of the replica's own loop waits on; None: this is another thread or loop.
     fn waiting(&self, py: Python<'_>) -> PyResult<Option<Py<Waiting>>> {
         let desk = self.caller.home().and_then(|replica| replica.desk_of(&self.caller));
-        desk.map(|desk| desk.wait(py, &self.caller, &self.pending)).transpose()
+        desk.map(|desk| desk.wait(py, &self.caller, &self.pending, Caller::notify)).transpose()
     }
 
     /// Whether there is an outcome, or an item of a stream.

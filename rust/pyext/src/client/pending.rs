@@ -75,13 +75,21 @@ enum Waiter {
     Mailbox(Arc<Mailbox>, u64),
 }
 
+/// Who is told when the call has ended, whatever items came before.
+#[derive(Debug)]
+enum Dependent {
+    /// A call that needs its value, and for which of its arguments.
+    Call(Arc<Pending>, usize),
+    /// One that waits in an asyncio loop.
+    Loop(Arc<Mailbox>, u64),
+}
+
 #[derive(Debug)]
 struct Inner {
     place: Place,
     payload: Payload,
     needs: Vec<Need>,
-    /// Calls that need this one's value, and for which of their arguments.
-    dependents: Vec<(Arc<Pending>, usize)>,
+    dependents: Vec<Dependent>,
     /// Python objects that must live as long as the call.
     keep: Option<Py<PyAny>>,
     waiters: Vec<Waiter>,
@@ -214,7 +222,7 @@ impl Pending {
             if let Some(outcome) = other.outcome() {
                 self.inner().needs[index].came = Came::of(outcome);
             } else {
-                other.inner().dependents.push((Arc::clone(self), index));
+                other.inner().dependents.push(Dependent::Call(Arc::clone(self), index));
             }
         }
         self.needs()
@@ -297,13 +305,17 @@ impl Pending {
         self.inner().waiters.push(Waiter::Mailbox(mailbox, token));
     }
 
+    pub(super) fn notify_of_end(&self, mailbox: Arc<Mailbox>, token: u64) {
+        self.inner().dependents.push(Dependent::Loop(mailbox, token));
+    }
+
     pub(super) fn forget_mailbox(&self, token: u64) {
         self.inner().waiters.retain(|waiter| !matches!(waiter, Waiter::Mailbox(_, other) if *other == token));
     }
 
     /// Ends the call and wakes whoever waits. Returns the calls that have waited for the value, which they have now.
     pub(super) fn finish(&self, outcome: Outcome) -> Vec<Arc<Self>> {
-        let (waiters, dependents) = {
+        let (mut waiters, dependents) = {
             let mut inner = self.inner();
             inner.place = Place::Done;
             inner.payload = Payload::default();
@@ -313,11 +325,16 @@ impl Pending {
         };
         let mut ripe = Vec::with_capacity(dependents.len());
         // Before anybody can take the value away: who decodes it may change its bytes.
-        for (call, index) in dependents {
-            if let Some(need) = call.inner().needs.get_mut(index) {
-                need.came = Came::of(&outcome);
+        for dependent in dependents {
+            match dependent {
+                Dependent::Call(call, index) => {
+                    if let Some(need) = call.inner().needs.get_mut(index) {
+                        need.came = Came::of(&outcome);
+                    }
+                    ripe.push(call);
+                }
+                Dependent::Loop(mailbox, token) => waiters.push(Waiter::Mailbox(mailbox, token)),
             }
-            ripe.push(call);
         }
         if self.outcome.set(outcome).is_err() {
             return ripe; // cannot be: a call that has ended is not ended again

@@ -275,6 +275,16 @@ impl Caller {
         true
     }
 
+    /// The same for somebody who takes nothing from it and wants to know when it has ended: whoever else waits reads.
+    pub(super) fn notify_of_end(&self, call: &Arc<Pending>, mailbox: &Arc<Mailbox>, token: u64) -> bool {
+        let _state = self.lock();
+        let goes_on = call.outcome().is_none();
+        if goes_on {
+            call.notify_of_end(Arc::clone(mailbox), token);
+        }
+        goes_on
+    }
+
     /// The loop does not wait any more.
     pub(super) fn forget(&self, call: &Arc<Pending>, token: u64) {
         self.lock().unattend(call, || call.forget_mailbox(token));

@@ -90,19 +90,20 @@ impl Desk {
         })
     }
 
-    /// A wait for the call, which is over at once if there is something to take.
+    /// A wait for the call, which is over at once if `notify` says that there is nothing to wait for.
     pub(super) fn wait(
         self: &Arc<Self>,
         py: Python<'_>,
         caller: &Arc<Caller>,
         call: &Arc<Pending>,
+        notify: impl FnOnce(&Caller, &Arc<Pending>, &Arc<Mailbox>, u64) -> bool,
     ) -> PyResult<Py<Waiting>> {
         let token = lock(&self.waits).reserve();
         let call = (Arc::clone(caller), Arc::clone(call), token);
         let waiting = Py::new(py, Waiting { desk: Arc::clone(self), call, inner: Mutex::default() })?;
         lock(&self.waits).open[index_of(token)].1 = Some(waiting.clone_ref(py));
         let (caller, call, _) = &waiting.get().call;
-        if !caller.notify(call, &self.mailbox, token) {
+        if !notify(caller, call, &self.mailbox, token) {
             let over = lock(&self.waits).remove(token);
             drop(over);
             lock(&waiting.get().inner).state = State::Done;
