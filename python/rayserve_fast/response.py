@@ -286,4 +286,4 @@ class DeploymentResponseGenerator(_Response, answers.Stream, promises.ReferableI
 
 
 def _load_item(item: Any) -> Any:
-    return values.loads(item) if type(item) is bytes else values.loads(*item)
+    return values.loads(*item) if type(item) is tuple else values.loads(item)

@@ -78,6 +78,13 @@ class Streams:
             self.ended.append(type(error).__name__)
             raise
 
+    async def given(self, items: list[Any]) -> AsyncIterator[Any]:
+        for item in items:
+            yield item
+
+    def given_sync(self, items: list[Any]) -> Iterator[Any]:
+        yield from items
+
     async def for_ever(self) -> AsyncIterator[int]:
         i = 0
         try:
@@ -94,6 +101,8 @@ class Streams:
     async def plain_async(self) -> int:
         return 1
 
+
+LARGE = 64 * 1024  # from here on a payload has its own memory, which what is decoded refers to
 
 Pair = tuple[DeploymentHandle, Replica]
 
@@ -143,6 +152,14 @@ def test_items_come_in_order_whatever_makes_and_whatever_takes_them(
     streams: DeploymentHandle, method: str, taken: Any, n: int
 ) -> None:
     assert taken(getattr(streams, method).remote(n)) == list(range(n))
+
+
+@pytest.mark.parametrize("method", ["given", "given_sync"])
+@pytest.mark.parametrize("taken", [list, in_loop])
+def test_items_of_every_size_and_kind_arrive(streams: DeploymentHandle, method: str, taken: Any) -> None:
+    lengths = [0, 1, LARGE - 64, LARGE - 1, LARGE, 3 * LARGE, 3_000_000]
+    items = [whole for n in lengths for whole in (b"b" * n, "s" * n, ["x"] * (n // 2), bytearray(n))]
+    assert taken(getattr(streams, method).remote(items)) == items
 
 
 def test_an_item_is_there_before_the_next_is_made(streams: DeploymentHandle) -> None:
