@@ -127,6 +127,35 @@ def test_failing_constructor_shows_the_user_s_traceback(start: Start) -> None:
     assert "LookupError: no such model" in message
 
 
+def test_replicas_look_into_the_working_dir_and_then_into_the_app_dir(start: Start, tmp_path: Path) -> None:
+    code, data = tmp_path / "code", tmp_path / "data"
+    code.mkdir()
+    data.mkdir()
+    (code / "beside.py").write_text("WHERE = 'beside the module'")
+    (code / "both.py").write_text("WHERE = 'beside the module'")
+    (data / "both.py").write_text("WHERE = 'in the working directory'")
+    (data / "greeting.txt").write_text("hello from a file")
+    (code / "told.py").write_text(
+        """
+import beside
+from rayserve_fast import serve
+
+@serve.deployment
+def tell(request):
+    import both
+    return [beside.WHERE, both.WHERE, open("greeting.txt").read()]
+
+app = tell.bind()
+"""
+    )
+    process = start("run", "told:app", "--app-dir", "code", "--working-dir", "data", "--port", "0")
+    assert requests.get(url_of(process), timeout=10).json() == [
+        "beside the module",
+        "in the working directory",
+        "hello from a file",
+    ]
+
+
 def test_status_and_shutdown_of_a_cluster(start: Start, cluster: str) -> None:
     deployed = start("run", "main:app", "--address", cluster, "--port", "0", "--non-blocking")
     url = url_of(deployed)

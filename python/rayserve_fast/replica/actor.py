@@ -113,9 +113,9 @@ class ReplicaActor:
 def become(driver: DriverEnv, runtime_env: Mapping[str, Any]) -> None:
     """Make this process one of `driver`, instead of one of the driver that started the controller.
 
-    That one's job gives every actor its paths and runtime environment; `runtime_env` is the deployment's own. With a
-    `working_dir` its code is there, and Ray has put it first; otherwise the driver's paths come before those of this
-    interpreter. An inherited `pip`, `conda` or `container` cannot be undone here: the interpreter itself is theirs.
+    That one's job gives every actor its paths and runtime environment; `runtime_env` is the deployment's own. The
+    driver's paths come before those of this interpreter, and a `working_dir`, which Ray has made the current directory,
+    before them all. An inherited `pip`, `conda` or `container` cannot be undone here: the interpreter itself is theirs.
     """
     inherited = ray.get_runtime_context().runtime_env
     for name in set(inherited.get("env_vars") or ()).difference(runtime_env.get("env_vars") or ()):
@@ -124,17 +124,14 @@ def become(driver: DriverEnv, runtime_env: Mapping[str, Any]) -> None:
     for option in ("working_dir", "py_modules"):
         if option not in runtime_env:
             strangers.update(p for p in sys.path if f"/runtime_resources/{option}_files/" in p)
-    first: list[str] = []
-    if "working_dir" in runtime_env:
-        first = [os.getcwd()]
-    else:
-        first = [os.path.join(driver.cwd, p) for p in driver.sys_path]
-        if os.path.isdir(driver.cwd):
-            os.chdir(driver.cwd)
-    strangers.difference_update(first)
-    mine = [p for p in sys.path if p not in strangers]
-    _forget_modules(strangers, mine)
-    sys.path[:] = [*(p for p in first if p not in mine), *mine]
+    first = [os.getcwd()] if "working_dir" in runtime_env else []
+    theirs = [path for p in driver.sys_path if (path := os.path.join(driver.cwd, p)) not in first]
+    if not first and os.path.isdir(driver.cwd):
+        os.chdir(driver.cwd)
+    strangers.difference_update(first, theirs)
+    mine = [p for p in sys.path if p not in strangers and p not in first]
+    _forget_modules(strangers, [*first, *mine])
+    sys.path[:] = [*first, *(p for p in theirs if p not in mine), *mine]
 
 
 def _forget_modules(strangers: Iterable[str], kept: Iterable[str]) -> None:
