@@ -16,7 +16,6 @@ import io
 import os
 import pickle
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeAlias
@@ -24,6 +23,8 @@ from typing import Any, TypeAlias
 import ray.util
 from ray import ObjectRef, cloudpickle
 from ray.exceptions import RayError, RayTaskError
+
+from rayserve_fast.tracebacks import format_error
 
 Buffer: TypeAlias = "bytes | bytearray | memoryview"
 
@@ -139,7 +140,7 @@ def dump_error(error: BaseException, function_name: str) -> bytes:
         error: what was raised; a ``RayTaskError`` of a child call passes on its cause instead of nesting.
         function_name: what failed, for the traceback's first line.
     """
-    text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
+    text = format_error(error)
     cause = error.cause if isinstance(error, RayTaskError) else error
     try:
         encoded = cloudpickle.dumps(cause, 5)

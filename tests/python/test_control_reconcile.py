@@ -115,6 +115,21 @@ def test_a_replica_that_keeps_dying_young_is_backed_off() -> None:
     assert w.act() == [Start(0)]
 
 
+def test_the_same_failure_again_is_told_in_one_line() -> None:
+    w, told = World(), []
+    for error in ("boom", "boom", "bang"):
+        w.act()
+        told.append(reconcile.told(w.d, error))
+        w.fail_start(error)
+    assert told == [
+        "failed to start:\nboom",
+        "failed to start: attempt 2 of 3 failed in the same way.",
+        "failed to start:\nbang",
+    ]
+    w.deploy("v2")
+    assert reconcile.told(w.d, "bang") == "failed to start:\nbang"
+
+
 def test_one_replica_is_stopped_before_its_successor_starts_and_both_in_one_step() -> None:
     w = World()
     w.run()

@@ -57,9 +57,11 @@ def test_a_constructor_that_fails_is_retried_and_then_told_with_its_traceback(
         async def __call__(self, request: Any) -> str:
             return "never"
 
-    with pytest.raises(RuntimeError, match=r"(?s)Deploying application default failed:.*in __init__.*no such weights"):
+    told = r"(?s)Deploying application default failed:.*in __init__.*no such weights"
+    with pytest.raises(RuntimeError, match=told) as failed:
         serve.run(Bad.bind())
     assert tries.read_text() == "xxx"
+    assert str(failed.value).count("  File ") == 1, "only the user's frames"
     app = serve.status().applications["default"]
     assert app.status == "DEPLOY_FAILED"
     assert app.deployments["Bad"].status_trigger == "REPLICA_STARTUP_FAILED"

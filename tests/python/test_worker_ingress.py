@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -118,6 +119,15 @@ def test_lifespan_background_tasks_and_handles_work(shop: Any) -> None:
     assert LOG == ["up", "background"]
     shop.runtime.stop()
     assert LOG == ["up", "background", "down"]
+
+
+def test_the_log_of_a_failing_route_leaves_out_who_called_the_app(shop: Any, caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("ray").propagate = True
+    with caplog.at_level(logging.ERROR, "ray.serve"):
+        assert shop.link().get(1, path="/fails").status == 500
+    assert "test_worker_ingress.py" in caplog.text
+    assert "ValueError: of the user" in caplog.text
+    assert "replica/asgi.py" not in caplog.text
 
 
 def test_a_disconnect_ends_a_stream(shop: Any) -> None:

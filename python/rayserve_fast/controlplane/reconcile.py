@@ -118,6 +118,15 @@ def ready(d: Deployment, r: Replica, now: float) -> None:
                 d.failures = 0
 
 
+def told(d: Deployment, error: str) -> str:
+    """What the log says of a start that has just failed: the same error in a row only once."""
+    if not d.failures or d.failure != error:
+        return f"failed to start:\n{error}"
+    attempt = d.failures + 1
+    limit = f" of {d.threshold}" if attempt <= d.threshold else ""
+    return f"failed to start: attempt {attempt}{limit} failed in the same way."
+
+
 def start_failed(d: Deployment, r: Replica, error: str, now: float) -> None:
     """The replica's process or constructor failed before it was ready; it is gone."""
     d.replicas.pop(r.id, None)

@@ -226,7 +226,7 @@ class Replicas:
             reconcile.died(d, r, time.time())
         else:
             if r.state != "STOPPING":
-                logger.error(f"Replica {r.id} of {d.key} failed to start:\n{error}")
+                logger.error(f"Replica {r.id} of {d.key} {reconcile.told(d, error)}")
             reconcile.start_failed(d, r, error, time.time())
         self._controller.publish()
         self._controller.changed()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-import traceback
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -51,8 +50,10 @@ class ReplicaActor:
         """Construct the user's object and listen."""
         try:
             self._address = await asyncio.to_thread(self._start, spec)
-        except BaseException:  # the user's constructor may raise anything, SystemExit included
-            return StartFailure(traceback.format_exc())
+        except BaseException as error:  # the user's constructor may raise anything, SystemExit included
+            from rayserve_fast.tracebacks import format_error
+
+            return StartFailure(format_error(error))
         return self._address
 
     async def address(self) -> ReplicaAddress | None:

@@ -24,6 +24,7 @@ from rayserve_fast.replica.calls import (
     has_references,
     read_arguments,
 )
+from rayserve_fast.tracebacks import from_user_code
 
 if TYPE_CHECKING:
     from rayserve_fast._core import RequestHead
@@ -127,7 +128,7 @@ def failed(replica: object, heads: Sequence[RequestHead], error: BaseException) 
         len(heads),
         replica,
         ", ".join(head.request_id for head in heads),
-        exc_info=(type(error), error, error.__traceback__),
+        exc_info=(type(error), error, from_user_code(error.__traceback__)),
     )
     return responses.failure(error)
 

@@ -30,6 +30,7 @@ from rayserve_fast.replica.facts import Facts
 from rayserve_fast.replica.loop import UserLoop
 from rayserve_fast.replica.servable import Servable
 from rayserve_fast.replica.sync_pool import SyncPool
+from rayserve_fast.tracebacks import from_user_code
 
 if TYPE_CHECKING:
     from rayserve_fast._core import RequestHead
@@ -246,7 +247,7 @@ class ReplicaRuntime:
             "Request %s to %s failed.",
             head.request_id,
             self._spec.id,
-            exc_info=(type(error), error, error.__traceback__),
+            exc_info=(type(error), error, from_user_code(error.__traceback__)),
         )
         return responses.failure(error)
 
