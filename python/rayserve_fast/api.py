@@ -197,6 +197,7 @@ def start(
         A client with the functions of Ray Serve 1.0 to 1.2, where Ray Serve returns None today.
 
     Raises:
+        TypeError, ValueError: an option is wrong; pydantic's ValidationError, which is a ValueError, names the field.
         RuntimeError: the HTTP port is taken; the text names it. Nothing is left running.
     """
     for key in ("http_host", "http_port", "http_middlewares"):
@@ -344,6 +345,8 @@ def _cluster_options(
 
     http = http_options
     if not isinstance(http, HTTPOptions):
+        if not isinstance(http, Mapping | None):
+            raise TypeError(f"http_options must be a dict, HTTPOptions, or None; got {type(http).__name__}.")
         http = HTTPOptions.model_validate(dict(http or {}))
     inactive.warn_start(f"http_options.{field}" for field in http.model_fields_set)
     location = http.location or ProxyLocation._normalize(proxy_location) or ProxyLocation.EveryNode

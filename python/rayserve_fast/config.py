@@ -100,7 +100,7 @@ class HTTPOptions(BaseModel):
         default_factory=lambda: os.environ.get("RAY_SERVE_DEFAULT_HTTP_HOST") or "127.0.0.1",
         description="Address to listen on; 0.0.0.0 or :: to be reachable from outside. None starts no proxy.",
     )
-    port: int = Field(default=8000, description="Port to listen on; 0 takes a free one.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     middlewares: list[Any] = Field(default=[], description="Removed: a non-empty list is an error.")
     location: ProxyLocation | None = Field(default=None, description="Deprecated: `proxy_location` of `serve.start`.")
     num_cpus: int = Field(default=0, description="Removed: anything but 0 is an error.")
@@ -109,7 +109,9 @@ class HTTPOptions(BaseModel):
     request_timeout_s: float | None = Field(
         default=None, description="Seconds from the head of a request to the end of its answer; None: no limit."
     )
-    keep_alive_timeout_s: int = Field(default=90, description="Seconds that an idle connection stays open.")
+    keep_alive_timeout_s: int = Field(
+        default=90, ge=0, description="Seconds that an idle connection stays open; 0: each answer ends its connection."
+    )
     ssl_keyfile: str | None = Field(default=None, description="Path of the private key, with `ssl_certfile`.")
     ssl_certfile: str | None = Field(default=None, description="Path of the certificate chain, with `ssl_keyfile`.")
     ssl_keyfile_password: str | None = Field(default=None, description="What opens the private key.")

@@ -17,6 +17,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_validator,
+    model_validator,
 )
 
 from rayserve_fast.autoscaling import AutoscalingConfig, json_values
@@ -46,7 +47,8 @@ MAX_BATCH = 16 * 1024
 class DeploymentOptions(BaseModel):
     """Every option of `@serve.deployment` except the name; suffix `_s` is seconds."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+    # The title is what a ValidationError calls it: the reference's name.
+    model_config = ConfigDict(title="DeploymentConfig", extra="forbid", frozen=True, arbitrary_types_allowed=True)
 
     num_replicas: NonNegativeInt | None = 1
     ray_actor_options: Any = None
@@ -96,6 +98,13 @@ class DeploymentOptions(BaseModel):
             raise ValueError(f"deployment_actors must have unique names. Duplicate name(s): {twice}")
         return actors
 
+    @model_validator(mode="after")
+    def _whole_gangs(self) -> DeploymentOptions:
+        gang = self.gang_scheduling_config
+        if gang is not None and self.autoscaling_config is None and self.replicas_now() % gang.gang_size:
+            raise ValueError(f"num_replicas ({self.num_replicas}) must be a multiple of gang_size ({gang.gang_size}).")
+        return self
+
     def changed(self, given: dict[str, Any]) -> DeploymentOptions:
         """A copy with those that were given on top, all of them checked together; errors as for `check`."""
         kept = {name: getattr(self, name) for name in self.model_fields_set}
@@ -113,7 +122,7 @@ class DeploymentOptions(BaseModel):
         self._check_actor()
         self._check_batch()
         if self.gang_scheduling_config is not None:
-            self._check_gang(self.gang_scheduling_config)
+            self._check_gang()
         if self.placement_group_bundles is not None:
             self._check_bundles(self.placement_group_bundles)
             return self
@@ -150,12 +159,10 @@ class DeploymentOptions(BaseModel):
                 "each request: a batch goes to one. Leave one of the two out."
             )
 
-    def _check_gang(self, gang: GangSchedulingConfig) -> None:
+    def _check_gang(self) -> None:
         for option in ("max_replicas_per_node", "placement_group_strategy"):
             if getattr(self, option) is not None:
                 raise ValueError(f"Setting {option} is not allowed when gang_scheduling_config is provided.")
-        if self.autoscaling_config is None and self.replicas_now() % gang.gang_size:
-            raise ValueError(f"num_replicas ({self.num_replicas}) must be a multiple of gang_size ({gang.gang_size}).")
 
     def _check_bundles(self, bundles: list[dict[str, float]]) -> None:
         from ray.util.placement_group import validate_placement_group

@@ -116,6 +116,9 @@ cases = [
     (ValueError, lambda: serve.run(f.bind(), controller_options={"runtime_env": {"pip": []}})),
     (ValueError, lambda: serve.run_many([])),
     (ValueError, lambda: serve.start(http_options={"port": "x"})),
+    (ValueError, lambda: serve.start(http_options={"port": 99999})),
+    (TypeError, lambda: serve.start(http_options=3)),
+    (ValueError, lambda: serve.init(http_port=99999, ray_init_kwargs={"num_cpus": 1})),
 ]
 for error, case in cases:
     try:

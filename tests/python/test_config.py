@@ -72,6 +72,16 @@ def test_limits_of_our_own_are_positive(limit: dict[str, int]) -> None:
         HTTPOptions(**limit)
 
 
+@pytest.mark.parametrize("given", [{"port": 65536}, {"port": -1}, {"keep_alive_timeout_s": -1}])
+def test_a_port_or_a_time_that_is_none_is_refused_by_name(given: dict[str, int]) -> None:
+    with pytest.raises(ValidationError, match=next(iter(given))):
+        HTTPOptions(**given)
+
+
+def test_no_time_to_keep_connections_open_is_an_option() -> None:
+    assert HTTPOptions(keep_alive_timeout_s=0).keep_alive_timeout_s == 0
+
+
 @pytest.mark.parametrize("location", ["Disabled", "HeadOnly", "EveryNode"])
 def test_proxy_location_by_name(location: str) -> None:
     assert ProxyLocation._normalize(location) is ProxyLocation(location)

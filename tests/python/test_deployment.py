@@ -7,6 +7,7 @@ import pickle
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 from ray import cloudpickle
 
 from rayserve_fast import Application, Deployment, serve
@@ -45,6 +46,13 @@ def test_options_are_checked_together_with_those_given_before() -> None:
     with pytest.raises(ValueError, match="max_replicas_per_node is not allowed when placement_group_bundles"):
         base.options(placement_group_bundles=[{"CPU": 1}])
     assert base.options(placement_group_bundles=[{"CPU": 1}], max_replicas_per_node=None).num_replicas == 1
+
+
+@pytest.mark.parametrize("given", [{"gang_scheduling_config": {"gang_size": 2}}, {"max_ongoing_requests": 0}])
+def test_what_pydantic_refuses_is_called_by_the_reference_s_name(given: dict[str, Any]) -> None:
+    for declare in (serve.deployment, serve.deployment(Service).options):
+        with pytest.raises(ValidationError, match="1 validation error for DeploymentConfig"):
+            declare(**given)
 
 
 def test_autoscaling_outlives_a_change_of_the_number() -> None:

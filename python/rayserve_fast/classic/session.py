@@ -57,18 +57,21 @@ def init(
 
     Raises:
         TypeError: an argument that no version had.
+        ValueError: pydantic's ValidationError, a host or port that is none.
         RuntimeError: the HTTP port is taken.
     """
     from rayserve_fast import api
+    from rayserve_fast.config import HTTPOptions
 
     if unknown := set(older) - _OLDER:
         raise TypeError(f"serve.init() got unexpected keyword arguments {sorted(unknown)}")
+    http = HTTPOptions(host=http_host, port=http_port)
     warn_older("`serve.init`", "`serve.start`")
     if older.get("ray_init_kwargs") and not ray.is_initialized():
         ray.init(**{"namespace": NAMESPACE, **older["ray_init_kwargs"]})
     location = None if older.get("start_server", True) else "Disabled"
     if not running():
-        api.start(location, {"host": http_host, "port": http_port})
+        api.start(location, http)
     speak(FLASK)
 
 

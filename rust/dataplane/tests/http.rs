@@ -244,6 +244,19 @@ fn an_idle_connection_is_closed_and_a_busy_one_is_not() {
 }
 
 #[test]
+fn without_a_keep_alive_time_an_answer_ends_its_connection_and_an_early_one_may_wait() {
+    let (served, replicas) = Served::with(json!({"keep_alive_timeout_s": 0}), json!({}), 1);
+    let mut client = served.client();
+    std::thread::sleep(std::time::Duration::from_millis(100)); // many looks at idle connections
+    client.get("/");
+    let got = replicas[0].request();
+    replicas[0].answer(&got, "only");
+    let response = client.response();
+    assert_eq!((response.text().as_str(), response.header("connection")), ("only", Some("close")));
+    assert!(client.is_closed());
+}
+
+#[test]
 fn a_wrong_content_length_of_the_handler_never_reads_as_a_whole_answer() {
     let (served, replica) = Served::one();
     let mut client = served.client();

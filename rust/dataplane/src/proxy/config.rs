@@ -87,7 +87,7 @@ impl Config {
         check(!config.token.is_empty(), "token", "is empty")?;
         check((1..=256).contains(&config.shards), "shards", "must be from 1 to 256")?;
         check(config.max_head_bytes >= 1024, "max_head_bytes", "must be at least 1024")?;
-        check(config.keep_alive_timeout_s > 0.0, "keep_alive_timeout_s", "must be above 0")?;
+        check(config.keep_alive_timeout_s >= 0.0, "keep_alive_timeout_s", "must not be negative")?;
         check(config.root_path.len() < 32 * 1024, "root_path", "is too long")?;
         Ok(config)
     }
@@ -130,7 +130,7 @@ mod tests {
             ("token", json!("")),
             ("shards", json!(0)),
             ("max_head_bytes", json!(10)),
-            ("keep_alive_timeout_s", json!(0)),
+            ("keep_alive_timeout_s", json!(-1)),
             ("surprise", json!(1)),
         ] {
             let mut config = valid();

@@ -85,7 +85,7 @@ pub(super) async fn accept(shard: Rc<Shard>, listener: tokio::net::TcpListener) 
     let mut http = http1::Builder::new();
     // Not `pipeline_flush`: with it hyper buffers a response without end for a client that does not read.
     http.half_close(false)
-        .keep_alive(true)
+        .keep_alive(config.keep_alive_timeout_s > 0.0)
         .header_read_timeout(None)
         .max_buf_size(config.max_head_bytes.max(PIECE))
         .max_header_size(config.max_head_bytes);
@@ -237,7 +237,10 @@ impl Drop for Open {
 
 /// Looks at every connection four times in a keep-alive time, and at least once a second.
 pub(super) async fn sweep(shard: Rc<Shard>) {
-    let keep_alive = shard.shared.config.keep_alive_timeout_s;
+    let keep_alive = match shard.shared.config.keep_alive_timeout_s {
+        seconds if seconds > 0.0 => seconds,
+        _ => HEAD_TIMEOUT.as_secs_f64(), // an answer ends its connection; what is idle has not asked yet
+    };
     let period = (keep_alive / 4.0).clamp(0.01, 1.0);
     #[expect(clippy::cast_sign_loss, reason = "times are positive")]
     let ticks = |seconds: f64| (seconds / period).ceil() as u64;
