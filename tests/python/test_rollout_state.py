@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -110,6 +112,25 @@ def test_windows_with_too_few_requests_decide_nothing_and_hold_the_step_which_is
     assert actions(r) == ["start", "hold", "advance", "hold"], "each step may be held"
 
 
+def test_requests_without_an_answer_count_against_the_target_and_let_no_step_pass() -> None:
+    hanging = replace(window(20, p99=10_000.0), waiting=80)
+    for bound in ({"max_p99_ms": 300}, {"max_p99_ratio": 3}):
+        r = rollout(**bound)
+        r.observe(T0 + 5, hanging)
+        assert r.state == "ROLLED_BACK"
+        assert r.status().reason.endswith("in 20 requests within 10.0 s, 80 more without an answer yet")
+    r = rollout()
+    assert r.observe(T0 + 10, hanging) is not None
+    assert (r.state, r.step) == ("RUNNING", 0)
+    assert "(80 more have no answer yet)" in r.status().reason
+
+
+def test_a_latency_that_nobody_knows_is_within_no_bound() -> None:
+    r = rollout(max_p99_ms=300)
+    assert r.observe(T0 + 10, replace(GOOD, p99_ms=None)) is not None
+    assert (r.step, r.status().reason) == (0, "no answer whose time could be judged")
+
+
 def test_a_step_does_not_pass_on_a_glimpse_but_may_end_on_one() -> None:
     """The controller was restarted, and has seen little of a step that has lasted its time."""
     r = rollout()
@@ -203,6 +224,19 @@ def test_a_window_is_the_difference_of_two_readings_over_all_proxies() -> None:
     s.add(1, {"p": {"new": tally(150, 5, b1000=100, b2000=50), "old": tally(30)}, "q": {"new": tally(8)}}, 10)
     w = s.window("new")
     assert (w.seconds, w.requests, w.errors, w.old_requests, w.p99_ms) == (1, 51, 0, 20, 2.0)
+
+
+def test_requests_that_wait_since_before_the_window_have_taken_its_length_so_far() -> None:
+    s = Samples()
+    s.add(0, {"p": {"new": Tally(100, open=30), "old": Tally(10, open=1)}}, 10)
+    s.add(8, {"p": {"new": Tally(105, latency=Counter({1000.0: 5}), open=60), "old": Tally(11)}}, 10)
+    w = s.window("new")
+    assert (w.requests, w.waiting, w.p99_ms, w.old_p99_ms) == (5, 25, 8000.0, None)
+    s.add(9, {"p": {"new": Tally(200, latency=Counter({1000.0: 100}), open=2)}}, 10)
+    assert s.window("new").waiting == 0, "any of those that have ended may be one of them"
+    restarted = {"p": {"new": Tally(1, open=1)}}
+    s.add(10, restarted, 10)
+    assert s.window("new").waiting == 1, "and no more than there are"
 
 
 def test_a_window_forgets_what_is_older_than_itself() -> None:

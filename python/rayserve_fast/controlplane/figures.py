@@ -63,23 +63,26 @@ class Tally:
     requests: int = 0
     errors: int = 0
     latency: Counter[float] = field(default_factory=Counter)  # upper bound of the bucket in microseconds -> requests
+    open: int = 0  # that wait for the head of their answer, as of now
 
     @classmethod
     def read(cls, counted: Mapping[str, Any]) -> Tally:
         """From the JSON of one proxy."""
         latency = Counter(dict(counted.get("latency", ())))
-        return cls(counted.get("requests", 0), counted.get("errors", 0), latency)
+        return cls(counted.get("requests", 0), counted.get("errors", 0), latency, counted.get("open", 0))
 
     def add(self, other: Tally) -> None:
         self.requests += other.requests
         self.errors += other.errors
         self.latency.update(other.latency)
+        self.open += other.open
 
     def since(self, earlier: Tally) -> Tally:
         """What came after `earlier`; everything, if the proxy has begun to count anew in between."""
         if earlier.requests > self.requests:
             return self
-        return Tally(self.requests - earlier.requests, self.errors - earlier.errors, self.latency - earlier.latency)
+        latency = self.latency - earlier.latency
+        return Tally(self.requests - earlier.requests, self.errors - earlier.errors, latency, self.open)
 
     def quantile_ms(self, share: float) -> float | None:
         """The latency in ms that this share of the requests did not exceed: the upper bound of its bucket."""

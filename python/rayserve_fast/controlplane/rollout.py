@@ -9,8 +9,10 @@ decides. Time is Unix time, as a rollout outlives the process that drives it.
     PAUSED: no further step ─── a window crosses a bound, from RUNNING as well ── or abort ──▶ ABORTED (the same)
 
 Invariant: no window with fewer than `min_requests` requests of the new target decides anything. A step that has lasted
-its time without such a window is held, which is said once. While the old targets get too few requests for a p99 of
-their own, as in a last step of 1, the ratio is taken to the last one that was known; without any, the step is held too.
+its time without such a window is held, which is said once. Requests that have waited for an answer since before the window
+count against the target, as having taken the whole window, but no step passes because of them. While the old targets get
+too few requests for a p99 of their own, as in a last step of 1, the ratio is taken to the last one that was known; without
+any, the step is held too.
 """
 
 from __future__ import annotations
@@ -52,11 +54,22 @@ class Window:
     old_requests: int
     old_errors: int
     old_p99_ms: float | None
+    waiting: int = (
+        0  # at least so many have waited for the new target since before; p99_ms has them as the window's length
+    )
 
     @property
     def error_rate(self) -> float:
         """Errors per request of the new target, 0 without requests."""
-        return self.errors / self.requests if self.requests else 0.0
+        return self.errors / self._seen if self._seen else 0.0
+
+    @property
+    def _seen(self) -> int:
+        return self.requests + self.waiting
+
+    def enough(self, min_requests: int) -> bool:
+        """Whether a bound that it crosses is crossed."""
+        return self._seen >= min_requests
 
 
 @dataclass(frozen=True)
@@ -133,8 +146,7 @@ class Rollout:
         self.window = window
         if window.old_requests >= self.plan.min_requests:
             self.old_p99_ms = window.old_p99_ms
-        enough = window.requests >= self.plan.min_requests
-        if enough and (why := self._crossed(window)) is not None:
+        if window.enough(self.plan.min_requests) and (why := self._crossed(window)) is not None:
             self.state = "ROLLED_BACK"
             return self._decide(now, "roll_back", why)
         full = window.seconds >= FULL * min(self.plan.window_s, self.plan.step_duration_s)
@@ -192,7 +204,12 @@ class Rollout:
     def _lack(self, window: Window) -> str | None:
         """What there must be more of before the step can pass, in words."""
         if window.requests < self.plan.min_requests:
-            return f"{window.requests} of the {self.plan.min_requests} requests that a window must have to be judged"
+            more = f" ({window.waiting} more have no answer yet)" if window.waiting else ""
+            return (
+                f"{window.requests} of the {self.plan.min_requests} requests that a window must have to be judged{more}"
+            )
+        if window.p99_ms is None and (self.plan.max_p99_ms is not None or self.plan.max_p99_ratio is not None):
+            return "no answer whose time could be judged"
         if self.plan.max_p99_ratio is not None and self.old_p99_ms is None:
             needed = f"{self.plan.min_requests} requests of the old targets that max_p99_ratio needs"
             return f"{window.old_requests} of the {needed}"
@@ -249,12 +266,19 @@ class Samples:
             last = {**last, **tallies}
         new: list[Tally] = []
         old: list[Tally] = []
+        waiting = 0
+        seconds = self._samples[-1][0] - self._samples[0][0] if self._samples else 0.0
         for proxy, targets in last.items():
             for name, tally in targets.items():
-                (new if name == target else old).append(tally.since(first[proxy].get(name, Tally())))
+                before = first[proxy].get(name, Tally())
+                since = tally.since(before)
+                late = max(0, min(tally.open, before.open - since.requests))  # if all others have ended first
+                since.latency.update([seconds * 1e6] * late)
+                waiting += late if name == target else 0
+                (new if name == target else old).append(since)
         a, b = total(new), total(old)
-        seconds = self._samples[-1][0] - self._samples[0][0] if self._samples else 0.0
-        return Window(seconds, a.requests, a.errors, a.quantile_ms(0.99), b.requests, b.errors, b.quantile_ms(0.99))
+        p99, old_p99 = a.quantile_ms(0.99), b.quantile_ms(0.99)
+        return Window(seconds, a.requests, a.errors, p99, b.requests, b.errors, old_p99, waiting)
 
 
 def _told(window: Window) -> str:
@@ -263,4 +287,5 @@ def _told(window: Window) -> str:
 
 
 def _requests(window: Window) -> str:
-    return f"in {window.requests} requests within {window.seconds:.1f} s"
+    more = f", {window.waiting} more without an answer yet" if window.waiting else ""
+    return f"in {window.requests} requests within {window.seconds:.1f} s{more}"

@@ -12,8 +12,6 @@ import logging
 import pickle
 from typing import TYPE_CHECKING, Any
 
-from ray import cloudpickle
-
 if TYPE_CHECKING:
     from rayserve_fast.replica.servable import Servable
 
@@ -75,6 +73,8 @@ def _read(fact: str) -> dict[str, Any]:
 
 
 def _written(said: dict[str, Any]) -> str:
+    from ray import cloudpickle  # here, as routers that only read must not import Ray
+
     return base64.b64encode(cloudpickle.dumps(said)).decode()
 
 

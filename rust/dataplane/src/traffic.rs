@@ -19,11 +19,14 @@ use crate::{
 /// Of one target.
 #[derive(Debug, Default)]
 pub struct TargetMeter {
+    /// Requests that wait for the head of their answer.
+    pub open: Counter,
     /// Requests that have ended, whatever the end.
     pub requests: Counter,
     /// Those that were answered with a status of 5xx, not to the end, or not at all though the client was still there.
     pub errors: Counter,
-    /// From the choice of the target to the head of the answer, of requests that were answered or ran out of time.
+    /// From the choice of the target to the head of the answer; of those that ran out of time or whose client has left, until
+    /// then.
     pub latency: Histogram,
 }
 
@@ -105,6 +108,7 @@ impl Traffic {
         let meters = self.meters();
         for ((split, name), meter) in meters.targets.iter() {
             let target = sums.entry(split.clone()).or_default().targets.entry(name.clone()).or_default();
+            target.open += meter.open.value();
             target.requests += meter.requests.value();
             target.errors += meter.errors.value();
             meter.latency.add_to(&mut target.latency);
@@ -134,6 +138,7 @@ pub struct SplitTotals {
 #[derive(Debug, Default, Serialize)]
 #[expect(missing_docs, reason = "documented where it is counted")]
 pub struct TargetTotals {
+    pub open: u64,
     pub requests: u64,
     pub errors: u64,
     #[serde(serialize_with = "buckets")]
@@ -183,8 +188,8 @@ mod tests {
         assert_eq!(
             serde_json::to_value(&sums).expect("plain data"),
             serde_json::json!({"/x": {
-                "targets": {"a": {"requests": 2, "errors": 0, "latency": [[100, 2]]},
-                    "b": {"requests": 0, "errors": 1, "latency": []}},
+                "targets": {"a": {"open": 0, "requests": 2, "errors": 0, "latency": [[100, 2]]},
+                    "b": {"open": 0, "requests": 0, "errors": 1, "latency": []}},
                 "shadows": {"c": {"copied": 0, "answered": 0, "errors": 0, "dropped": dropped}}}})
         );
     }

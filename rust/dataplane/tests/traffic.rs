@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::time::Duration;
+
 use rayserve_dataplane::wire::{Fault, Kind, flag};
 use serde_json::json;
 use support::{
@@ -48,11 +50,18 @@ fn errors_are_those_of_the_target_and_latency_is_in_the_histogram() {
     let mut leaves = served.client();
     leaves.get("/");
     let got = a.request();
+    served.counts("targets", "a", "/open", 1);
+    std::thread::sleep(Duration::from_millis(100));
     leaves.hang_up();
     a.expect(Kind::Cancel);
     a.chunk_end(&got);
     served.counts("targets", "a", "/requests", 7);
     served.counts("targets", "a", "/errors", 4);
+    served.counts("targets", "a", "/open", 0);
+    // It has waited for so long.
+    let counted = served.traffic("targets", "a");
+    let waited = counted["latency"].as_array().expect("buckets").iter().filter(|it| it[0].as_u64() >= Some(100_000));
+    assert_eq!(waited.filter_map(|it| it[1].as_u64()).sum::<u64>(), 2);
 }
 
 #[test]

@@ -68,6 +68,11 @@ impl Page {
     }
 
     fn encode_splits(&self, encoder: &mut DescriptorEncoder<'_>) -> fmt::Result {
+        let help = "Requests of a split that wait for the head of their answer";
+        let mut family = encoder.encode_descriptor("ray_serve_traffic_open", help, None, MetricType::Gauge)?;
+        self.targets(&mut family, |mut metric, target| {
+            metric.encode_gauge(&i64::try_from(target.open).unwrap_or(i64::MAX))
+        })?;
         let help = "Requests of a split that have ended";
         let mut family = encoder.encode_descriptor("ray_serve_traffic_requests", help, None, MetricType::Counter)?;
         self.targets(&mut family, |mut metric, target| {

@@ -214,7 +214,8 @@ impl Call<'_> {
                         return Box::pin(self.choose(asked, body)).await;
                     }
                     Some((route, params)) if route.deployment != self.route.deployment => {
-                        (self.route, self.params) = (route, params);
+                        self.aim(route, None);
+                        self.params = params;
                     }
                     _ => return Err(error),
                 },

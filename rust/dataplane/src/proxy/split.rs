@@ -116,14 +116,14 @@ impl Call<'_> {
     /// earlier snapshot.
     pub(super) fn ask(&mut self, route: &Rc<Route>) -> Result<Option<Asked>, Error> {
         let (shard, headers) = (self.shard, &self.parts.headers);
-        (self.route, self.aimed) = match &route.fork {
-            None => (Rc::clone(route), None),
+        match &route.fork {
+            None => self.aim(Rc::clone(route), None),
             Some(Fork { key, targets, .. }) => {
                 let turn = shard.engine.borrow_mut().choose(*key, |it| it.choose(|sign| read(headers, sign)))?;
                 let (Turn::To(at) | Turn::Wait(Some(at))) = turn else { return Ok(None) };
-                (Rc::clone(&targets[at]), Some(Clock::now()))
+                self.aim(Rc::clone(&targets[at]), Some(Clock::now()));
             }
-        };
+        }
         shard.ask(self.route.deployment, self.marks.affinity).map(Some)
     }
 
@@ -156,6 +156,17 @@ impl Call<'_> {
 }
 
 impl Call<'_> {
+    /// From now on the request is one of that route, `aimed` if it is a target that was chosen for it.
+    pub(super) fn aim(&mut self, route: Rc<Route>, aimed: Option<Clock>) {
+        if let Some(meter) = &self.route.meter {
+            meter.open.down();
+        }
+        if let Some(meter) = &route.meter {
+            meter.open.up();
+        }
+        (self.route, self.aimed) = (route, aimed);
+    }
+
     /// Counts at its target what the request has come to, if its route has targets.
     pub(super) fn end(&mut self, result: &mut Result<(StreamRef, Head), Error>) {
         let (Some(meter), Some(since)) = (&self.route.meter, self.aimed.take()) else { return };
@@ -181,13 +192,14 @@ impl Call<'_> {
 impl Drop for Call<'_> {
     fn drop(&mut self) {
         let Some(meter) = &self.route.meter else { return };
+        meter.open.down();
         meter.requests.up();
-        // Out of time, or the client has left.
-        if let (Some(since), Some(deadline)) = (self.aimed, self.deadline)
-            && deadline <= Instant::now()
-        {
+        // Out of time, or the client has left: an answer would have taken longer than that.
+        if let Some(since) = self.aimed {
             meter.latency.record(since.elapsed());
-            meter.errors.up();
+            if self.deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                meter.errors.up();
+            }
         }
     }
 }
