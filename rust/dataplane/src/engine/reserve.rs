@@ -49,7 +49,9 @@ impl<W> Engine<W> {
     ) -> Result<Option<Lease>, Error> {
         let deployment = self.deployments.open(key)?;
         let place = Place { deployment: key, seq: deployment.queue.arrive(), affinity, since: None };
-        let Some(among) = among else { return Ok(self.lease(place)) };
+        let Some(among) = among else {
+            return Ok(if self.awaits_own(place) { None } else { self.lease(place) });
+        };
         let chosen: Vec<_> = among.iter().filter_map(|id| self.replica(key, id)).collect();
         let Some(chosen) = Picker::among(&self.replicas, chosen.into_iter()) else { return Ok(None) };
         Ok(self.take(chosen, place))

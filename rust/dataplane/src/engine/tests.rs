@@ -3,6 +3,7 @@
 mod batch_walk;
 mod batches;
 mod near;
+mod own;
 mod traffic;
 mod walk;
 

@@ -23,7 +23,7 @@ fn in_two_nodes(policy: Policy, near_first: bool) -> Driver {
 }
 
 impl Driver {
-    fn ask(&mut self, wish: Affinity) -> Option<&str> {
+    pub(super) fn ask(&mut self, wish: Affinity) -> Option<&str> {
         let Ok(Admission::Go(lease)) = self.engine.request(self.key, wish, |_| 0) else { return None };
         let key = lease.replica;
         self.started.push((0, lease));
