@@ -104,7 +104,17 @@ impl Replica {
         self.open() && (self.credits > 0 || (self.owed == 0 && self.in_flight < self.max_ongoing + backlog))
     }
 
-    /// How many more it takes; for batches, which have no backlog.
+    /// Whether it may begin one more at once, as far as this caller's own requests tell.
+    pub(super) fn has_slot(&self) -> bool {
+        self.slots() > 0
+    }
+
+    /// The same, as far as is known of all callers.
+    pub(super) fn is_free(&self) -> bool {
+        self.has_slot() && (self.credits > 0 || self.load() < self.max_ongoing)
+    }
+
+    /// How many more it takes without a backlog.
     pub(super) fn slots(&self) -> u32 {
         let free = if self.owed == 0 { self.max_ongoing.saturating_sub(self.in_flight) } else { 0 };
         if self.open() { free.max(self.credits) } else { 0 }

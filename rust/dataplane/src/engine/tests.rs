@@ -4,6 +4,7 @@ mod batch_walk;
 mod batches;
 mod near;
 mod own;
+mod ranks;
 mod traffic;
 mod walk;
 

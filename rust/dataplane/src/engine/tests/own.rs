@@ -149,7 +149,7 @@ fn a_slot_for_a_session_is_not_reserved_elsewhere_meanwhile() {
     let (mut driver, ids) = fresh(Policy::LeastLoaded, -1);
     driver.link(ids[1], 2);
     let reserve = |driver: &mut Driver, wish| {
-        let lease = driver.engine.reserve(driver.key, wish, None).expect("declared")?;
+        let lease = driver.engine.reserve(driver.key, wish, None::<&[Vec<String>]>).expect("declared")?;
         let replica = lease.replica;
         driver.engine.unsent(lease);
         Some(replica)
