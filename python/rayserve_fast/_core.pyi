@@ -73,7 +73,7 @@ class Proxy:
         The end of every assigned request is told; that of one whose `assign` says that it has ended may be.
         """
 
-    def assign(self, number: int, ids: list[str]) -> str | None:
+    def assign(self, number: int, ranks: list[list[str]]) -> str | None:
         """The replica that has got the request; None: none of these has room; empty: the request has ended."""
 
     def candidates(self, number: int) -> tuple[list[_Told], str | None] | None: ...
@@ -217,11 +217,11 @@ class Chooser:
     def replicas(self, deployment: str) -> tuple[list[_Told], str | None] | None:
         """The replicas and the user's router; None until a snapshot holds the deployment."""
 
-    def assign(self, call: Call, ids: list[str]) -> str | None:
+    def assign(self, call: Call, ranks: list[list[str]]) -> str | None:
         """The replica that has got the call; None: none of these has room; empty: the call has ended."""
 
     def reserve(
-        self, deployment: str, model: str, session: str, near: bool, ids: list[str] | None
+        self, deployment: str, model: str, session: str, near: bool, ranks: list[list[str]] | None
     ) -> Reservation | None:
         """A slot; None: there is no room."""
 

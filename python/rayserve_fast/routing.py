@@ -72,15 +72,15 @@ class Routers:
         deployment: str,
         known: Callable[[], tuple[list[Told], str | None] | None],
         pending: PendingRequest,
-        assign: Callable[[list[str]], str | None],
+        assign: Callable[[list[list[str]]], str | None],
     ) -> tuple[RequestRouter | None, ReplicaID | None]:
         """Ask the deployment's router until one of the replicas that it names takes the request.
 
         Args:
             deployment: the key of the deployment.
             known: the replicas and the router's definition, as they are now.
-            assign: gives the request to one of these replicas and returns its id; None: none has room; empty: the
-                request has ended.
+            assign: gives the request to a replica of these ranks and returns its id: the first with a free slot, else
+                the first with room for a backlog; None: none has room; empty: the request has ended.
 
         Returns:
             The router, and the replica; None if the request has ended.
@@ -94,16 +94,14 @@ class Routers:
             custom = self._custom(deployment_id, definition)
             first, factor, longest = custom.pauses
             custom.router._refresh(replicas)
-            for rank in await self._ranks(custom.router, pending) if replicas else ():
-                got = assign([replica.replica_id.unique_id for replica in rank])
-                if got == "":
-                    return custom.router, None
-                if got is not None:
-                    replica_id = ReplicaID(got, deployment_id)
-                    _tell(custom.router.on_request_routed, pending, replica_id, ReplicaResult())
-                    return custom.router, replica_id
-            if assign([]) == "":  # nobody waits any more
+            ranks = await self._ranks(custom.router, pending) if replicas else []
+            got = assign([[replica.replica_id.unique_id for replica in rank] for rank in ranks])
+            if got == "":  # nobody waits any more
                 return custom.router, None
+            if got is not None:
+                replica_id = ReplicaID(got, deployment_id)
+                _tell(custom.router.on_request_routed, pending, replica_id, ReplicaResult())
+                return custom.router, replica_id
             pause = min(longest, pause * factor) if pause else first
             await asyncio.sleep(pause)
 

@@ -222,8 +222,8 @@ async def _by_router(
         prefers_local=options._prefer_local_routing,
     )
 
-    def reserve(ids: list[str]) -> str | None:
-        reservation = owner.chooser.reserve(handle._key, "", "", False, ids)
+    def reserve(ranks: list[list[str]]) -> str | None:
+        reservation = owner.chooser.reserve(handle._key, "", "", False, ranks)
         if reservation is None:
             return None
         got.append(reservation)

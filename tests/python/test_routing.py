@@ -9,6 +9,7 @@ import urllib.request
 from typing import Any
 
 import pytest
+import ray
 from deployed import until_running, wait_for
 
 from rayserve_fast import caller, serve
@@ -216,7 +217,31 @@ class Picky(FIFOMixin, MultiplexMixin, RequestRouter):
         self.done.append(internal_request_id)
 
 
+class InOrder(RequestRouter):
+    """Each replica is a rank of its own, in alphabetical order."""
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        return [[one] for one in sorted(candidate_replicas, key=lambda replica: replica.replica_id.unique_id)]
+
+
 PICKY = RequestRouterConfig(request_router_class=Picky, request_router_kwargs={"favourite": "first"})
+
+
+@pytest.mark.usefixtures("serve_instance")
+def test_a_session_is_at_its_replica_from_the_first_call_of_a_process() -> None:
+    handle = serve.run(Group.options(num_replicas=4).bind())
+    linked(handle, 4)
+    sessions = [f"session-{i}" for i in range(4)]
+    homes = {name: handle.options(session_id=name).remote().result() for name in sessions}
+
+    @ray.remote(max_calls=1, num_cpus=0)
+    def fresh(handle: DeploymentHandle, name: str) -> list[str]:
+        return [handle.options(session_id=name).remote().result(timeout_s=20) for _ in range(8)]
+
+    for name, home in homes.items():
+        assert ray.get(fresh.remote(handle, name)) == [home] * 8
 
 
 @pytest.mark.usefixtures("serve_instance")
@@ -242,6 +267,15 @@ class TestCustomRouters:
         began = time.monotonic()
         assert {response.result() for response in [mine.remote(0.3) for _ in range(4)]} == {replicas[0]}
         assert time.monotonic() - began >= 0.6, "two at once, though the other replicas were idle"
+
+    def test_a_lower_rank_with_a_free_slot_is_taken_before_a_backlog(self) -> None:
+        in_order = RequestRouterConfig(request_router_class=InOrder)
+        handle = serve.run(Group.options(request_router_config=in_order).bind())
+        replicas = linked(handle)
+        for _ in range(50):  # so short that a backlog is allowed
+            assert handle.remote().result() == replicas[0]
+        responses = [handle.sleep.remote(0.5) for _ in range(6)]
+        assert sorted(response.result() for response in responses) == sorted(2 * replicas)
 
     def test_its_failure_costs_no_request(self) -> None:
         handle = serve.run(Group.options(request_router_config=PICKY).bind())

@@ -45,7 +45,7 @@ fn ended(served: &Served) -> Vec<u64> {
 }
 
 fn to_r0(served: &Served, number: u64) {
-    assert_eq!(served.proxy.assign(number, vec!["r0".into()]), Assigned::To("r0".into()));
+    assert_eq!(served.proxy.assign(number, vec![vec!["r0".into()]]), Assigned::To("r0".into()));
 }
 
 #[test]
@@ -80,7 +80,7 @@ fn a_client_that_leaves_ends_what_was_routed_and_nothing_else() {
     let got = replica.request();
     waits.get("/");
     let second = asked(&served);
-    assert_eq!(served.proxy.assign(second.number, vec!["r0".into()]), Assigned::Full);
+    assert_eq!(served.proxy.assign(second.number, vec![vec!["r0".into()]]), Assigned::Full);
     waits.hang_up();
     served.settles("requests_open", 1);
     eventually("it is over", || served.proxy.assign(second.number, vec![]) == Assigned::Over, String::new);
@@ -118,7 +118,11 @@ fn a_refused_request_has_ended_there_before_the_router_is_asked_again() {
     replica.write(got.link, rayserve_dataplane::wire::Header::new(Kind::Credit, 0).aux(1), b"");
     replica.expect(Kind::Unused);
     let number = again[0].number;
-    eventually("there is a credit", || served.proxy.assign(number, vec!["r0".into()]) != Assigned::Full, String::new);
+    eventually(
+        "there is a credit",
+        || served.proxy.assign(number, vec![vec!["r0".into()]]) != Assigned::Full,
+        String::new,
+    );
     replica.answer(&replica.request(), "second");
     assert_eq!(client.response().text(), "second");
     assert_eq!(ended(&served), [number]);

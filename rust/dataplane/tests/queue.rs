@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::os::unix::net::UnixListener;
+
 use rayserve_dataplane::wire::{Header, Kind, flag};
 use serde_json::json;
 use support::{Served, either, replica::Replica};
@@ -202,4 +204,26 @@ fn a_returned_request_goes_to_another_replica() {
     assert_eq!(&got.head.body()[..], b"x");
     other.answer(&got, "elsewhere");
     assert_eq!(client.response().text(), "elsewhere");
+}
+
+#[test]
+fn a_session_waits_for_the_first_attempt_to_link_to_its_replica_and_no_longer() {
+    let (served, replicas) = Served::with(json!({}), json!({}), 1);
+    let path = served.dir.path().join("mute");
+    let mute = UnixListener::bind(&path).expect("a socket");
+    let mute_address = json!({"id": "r1", "node_id": "n", "unix": path});
+    served.publish(json!({"replicas": [replicas[0].address(), mute_address]}), &[]);
+    let (attempt, _) = mute.accept().expect("it is tried");
+    let (mut waits, mut passes) = (served.client(), served.client());
+    waits.send("GET /waits HTTP/1.1\r\nhost: h\r\nx-session-id: visitor\r\n\r\n");
+    served.settles("queued", 1);
+    passes.get("/passes");
+    for (client, path) in [(&mut passes, "/passes"), (&mut waits, "/waits")] {
+        let got = replicas[0].request();
+        assert_eq!(got.head.path(), path.as_bytes());
+        replicas[0].answer(&got, path);
+        assert_eq!(client.response().text(), path);
+        // Then the attempt fails.
+        let _ = attempt.shutdown(std::net::Shutdown::Both);
+    }
 }

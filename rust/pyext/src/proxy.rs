@@ -82,8 +82,8 @@ impl Proxy {
         Some((candidates.into_iter().map(told).collect(), custom))
     }
 
-    fn assign(&self, py: Python<'_>, number: u64, ids: Vec<String>) -> Option<String> {
-        word(py.detach(|| self.0.assign(number, ids)))
+    fn assign(&self, py: Python<'_>, number: u64, ranks: Vec<Vec<String>>) -> Option<String> {
+        word(py.detach(|| self.0.assign(number, ranks)))
     }
 
     fn drain(&self) {

@@ -2,6 +2,7 @@
 //!
 //! Waiting here is cheap to cancel, to bound and to send elsewhere; nothing waits at a replica but its short backlog. A
 //! deadline is the driver's, which cancels. A request that comes back unbegun takes its old place again, ahead of everything that arrived later.
+//! Whoever waits for one certain replica (`own.rs`) stands aside, so that those behind pass.
 
 use std::{collections::VecDeque, time::Instant};
 
@@ -15,6 +16,8 @@ pub type Seq = u64;
 pub(super) struct Queue<W> {
     /// Sorted by `seq`.
     waiting: VecDeque<Waiting<W>>,
+    /// The same of those who stand aside.
+    aside: VecDeque<Waiting<W>>,
     next: Seq,
 }
 
@@ -26,12 +29,19 @@ struct Waiting<W> {
     waiter: W,
 }
 
+impl<W> Waiting<W> {
+    fn stand_in(self, line: &mut VecDeque<Self>) {
+        let at = line.partition_point(|other| other.seq < self.seq);
+        line.insert(at, self);
+    }
+}
+
 /// Since when a request has waited to be part of a batch; `None` until somebody with a clock has looked.
 pub(super) type Since = Option<Instant>;
 
 impl<W> Default for Queue<W> {
     fn default() -> Self {
-        Self { waiting: VecDeque::new(), next: 0 }
+        Self { waiting: VecDeque::new(), aside: VecDeque::new(), next: 0 }
     }
 }
 
@@ -42,8 +52,14 @@ impl<W> Queue<W> {
         self.next
     }
 
+    /// How many wait, aside too.
     pub(super) fn len(&self) -> usize {
-        self.waiting.len()
+        self.waiting.len() + self.aside.len()
+    }
+
+    /// Whether nobody stands before whoever comes now.
+    pub(super) fn is_clear(&self) -> bool {
+        self.waiting.is_empty()
     }
 
     /// Whether somebody who arrived before `seq` waits.
@@ -53,13 +69,32 @@ impl<W> Queue<W> {
 
     /// Whether whoever arrived as `seq` waits.
     pub(super) fn contains(&self, seq: Seq) -> bool {
-        self.waiting.binary_search_by_key(&seq, |other| other.seq).is_ok()
+        [&self.waiting, &self.aside].iter().any(|line| line.binary_search_by_key(&seq, |other| other.seq).is_ok())
     }
 
     /// Waits at the place that the order of arrival gives.
     pub(super) fn push(&mut self, seq: Seq, affinity: Affinity, since: Since, waiter: W) {
-        let at = self.waiting.partition_point(|other| other.seq < seq);
-        self.waiting.insert(at, Waiting { seq, affinity, since, waiter });
+        Waiting { seq, affinity, since, waiter }.stand_in(&mut self.waiting);
+    }
+
+    /// The same aside.
+    pub(super) fn push_aside(&mut self, seq: Seq, affinity: Affinity, since: Since, waiter: W) {
+        Waiting { seq, affinity, since, waiter }.stand_in(&mut self.aside);
+    }
+
+    /// The first in order steps aside.
+    pub(super) fn step_aside(&mut self) {
+        if let Some(first) = self.waiting.pop_front() {
+            first.stand_in(&mut self.aside);
+        }
+    }
+
+    /// Whoever stands aside takes the place that the order of arrival gives.
+    pub(super) fn rejoin(&mut self) {
+        if !self.aside.is_empty() {
+            self.waiting.append(&mut self.aside);
+            self.waiting.make_contiguous().sort_unstable_by_key(|waiting| waiting.seq);
+        }
     }
 
     /// Those that have come since the last time have waited since now.
@@ -95,12 +130,15 @@ impl<W> Queue<W> {
 
     /// Takes out whoever arrived as `seq`, if still waiting.
     pub(super) fn cancel(&mut self, seq: Seq) -> Option<W> {
-        let at = self.waiting.binary_search_by_key(&seq, |other| other.seq).ok()?;
-        self.waiting.remove(at).map(|found| found.waiter)
+        [&mut self.waiting, &mut self.aside].into_iter().find_map(|line| {
+            let at = line.binary_search_by_key(&seq, |other| other.seq).ok()?;
+            line.remove(at).map(|found| found.waiter)
+        })
     }
 
     /// Takes out everybody.
     pub(super) fn clear(&mut self) -> impl Iterator<Item = W> + use<W> {
+        self.rejoin();
         std::mem::take(&mut self.waiting).into_iter().map(|waiting| waiting.waiter)
     }
 }
@@ -130,6 +168,18 @@ mod tests {
         queue.push(second, Affinity::default(), None, second);
         queue.push(first, Affinity::default(), None, first);
         assert_eq!(drain(&mut queue), [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn whoever_stands_aside_waits_on_and_comes_back_in_order() {
+        let mut queue = queue(4);
+        queue.step_aside();
+        queue.push_aside(queue.next + 1, Affinity::default(), None, 5);
+        assert_eq!((queue.len(), queue.pop()), (5, Some(2)));
+        assert!(queue.contains(1) && queue.contains(3) && !queue.contains(2));
+        assert_eq!(queue.cancel(5), Some(5));
+        queue.rejoin();
+        assert_eq!(drain(&mut queue), [1, 3, 4]);
     }
 
     #[test]

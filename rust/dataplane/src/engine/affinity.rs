@@ -29,6 +29,11 @@ impl Affinity {
         self.session == NEAR
     }
 
+    /// Whether there is a session, which has a replica of its own.
+    pub(super) fn has_session(self) -> bool {
+        self.session != 0 && !self.is_near()
+    }
+
     pub(super) fn is_none(self) -> bool {
         self.model | self.session == 0
     }

@@ -13,17 +13,22 @@ impl<W> Engine<W> {
         replica.reset(Some(self.sessions));
         // One that does not batch yet has more slots than it can have batches.
         replica.max_ongoing = batches.map_or(max_ongoing, |batch| batch.concurrent.min(max_ongoing));
-        self.dispatch(deployment);
+        self.reconsider(deployment);
         self.reckon();
     }
 
-    /// A link is gone with all its leases. Returns whether the replica is still wanted: then the driver links again.
+    /// A link is gone with all its leases, or an attempt to link has failed. Returns whether the replica is still wanted:
+    /// then the driver links again.
     pub fn closed(&mut self, key: ReplicaKey) -> bool {
         let Some(replica) = self.replicas.get_mut(key.0) else { return false };
+        let (untried, deployment) = (replica.untried, replica.deployment);
         replica.reset(None);
         if !replica.listed {
             self.replicas.remove(key.0);
             return false;
+        }
+        if untried {
+            self.reconsider(deployment);
         }
         self.reckon();
         self.wants(key)
@@ -38,6 +43,8 @@ impl<W> Engine<W> {
     pub fn draining(&mut self, key: ReplicaKey) {
         if let Some(replica) = self.replicas.get_mut(key.0) {
             replica.draining = true;
+            let deployment = replica.deployment;
+            self.reconsider(deployment);
             self.reckon();
         }
     }
@@ -48,7 +55,7 @@ impl<W> Engine<W> {
             && std::mem::replace(&mut replica.silent, silent) != silent
         {
             let deployment = replica.deployment;
-            self.dispatch(deployment);
+            self.reconsider(deployment);
             self.reckon();
         }
     }

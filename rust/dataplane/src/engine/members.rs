@@ -56,7 +56,7 @@ impl<W> Engine<W> {
             if config.unavailable.is_some() {
                 self.refuse_all(key);
             } else {
-                self.dispatch(key);
+                self.reconsider(key);
             }
         }
         self.divide(snapshot);

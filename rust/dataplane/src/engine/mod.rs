@@ -12,6 +12,7 @@ mod bind;
 pub mod limit;
 mod links;
 mod members;
+mod own;
 pub mod pattern;
 mod pick;
 mod replica;
@@ -230,25 +231,38 @@ impl<W> Engine<W> {
     ) -> Result<Admission, Error> {
         let deployment = self.deployments.open(key)?;
         let place = Place { deployment: key, seq: deployment.queue.arrive(), affinity, since: None };
-        if deployment.queue.len() == 0
-            && deployment.window.is_none()
+        let at_once = deployment.queue.is_clear() && deployment.window.is_none();
+        let aside = self.awaits_own(place);
+        if at_once
+            && !aside
             && let Some(lease) = self.lease(place)
         {
             return Ok(Admission::Go(lease));
         }
-        let Deployment { queue, config, .. } = self.deployments.open(key)?;
-        if let Ok(limit) = usize::try_from(config.max_queued_requests)
-            && queue.len() >= limit
-        {
-            let (queued, policy) = (queue.len(), config.backpressure);
-            let queued = queued - self.forming(key);
-            if queued >= limit {
-                return Err(Error::Backpressure { queued, limit, policy });
-            }
+        if let Some(full) = self.full(key) {
+            // Better elsewhere than nowhere.
+            let lease = if at_once && aside { self.lease(place) } else { None };
+            return lease.map(Admission::Go).ok_or(full);
         }
-        self.deployments.open(key)?.queue.push(place.seq, affinity, None, waiter(place));
-        self.touch(key);
+        self.wait(place, aside, waiter(place));
         Ok(Admission::Wait(place))
+    }
+
+    /// Why one more may not wait.
+    fn full(&mut self, key: DeploymentKey) -> Option<Error> {
+        let Deployment { queue, config, .. } = self.deployments.at(key)?;
+        let limit = usize::try_from(config.max_queued_requests).ok().filter(|&limit| queue.len() >= limit)?;
+        let (queued, policy) = (queue.len(), config.backpressure);
+        let queued = queued - self.forming(key);
+        (queued >= limit).then_some(Error::Backpressure { queued, limit, policy })
+    }
+
+    fn wait(&mut self, place: Place, aside: bool, waiter: W) {
+        if let Some(Deployment { queue, .. }) = self.deployments.at(place.deployment) {
+            let push = if aside { Queue::push_aside } else { Queue::push };
+            push(queue, place.seq, place.affinity, place.since, waiter);
+            self.touch(place.deployment);
+        }
     }
 
     /// A request that came back unbegun, or is tried once more, takes its old place again; limits do not refuse it.
@@ -257,14 +271,15 @@ impl<W> Engine<W> {
     /// [`Error::Unavailable`] and [`Error::Deleted`].
     pub fn again(&mut self, place: Place, waiter: impl FnOnce(Place) -> W) -> Result<Admission, Error> {
         let deployment = self.deployments.open(place.deployment)?;
-        if !deployment.queue.has_before(place.seq)
-            && deployment.window.is_none()
+        let at_once = !deployment.queue.has_before(place.seq) && deployment.window.is_none();
+        let aside = self.awaits_own(place);
+        if at_once
+            && !aside
             && let Some(lease) = self.lease(place)
         {
             return Ok(Admission::Go(lease));
         }
-        self.deployments.open(place.deployment)?.queue.push(place.seq, place.affinity, place.since, waiter(place));
-        self.touch(place.deployment);
+        self.wait(place, aside, waiter(place));
         Ok(Admission::Wait(place))
     }
 
@@ -285,13 +300,18 @@ impl<W> Engine<W> {
         Some(Lease { replica: key, place, granted: replica.take(place.affinity), session, batch: None })
     }
 
-    /// Starts whoever waits first while there is room.
+    /// Starts whoever waits first while there is room; those behind one that waits for its own replica pass it.
     fn dispatch(&mut self, deployment: DeploymentKey) {
         if self.touch(deployment) {
             return;
         }
         while let Some((seq, affinity)) = self.deployments.at(deployment).and_then(|it| it.queue.first()) {
-            let Some(lease) = self.lease(Place { deployment, seq, affinity, since: None }) else { return };
+            let place = Place { deployment, seq, affinity, since: None };
+            if self.awaits_own(place) {
+                self.deployments.at(deployment).into_iter().for_each(|it| it.queue.step_aside());
+                continue;
+            }
+            let Some(lease) = self.lease(place) else { return };
             if let Some(waiter) = self.deployments.at(deployment).and_then(|it| it.queue.pop()) {
                 self.actions.push_back(Action::Start(waiter, lease));
             }

@@ -1,7 +1,7 @@
 //! Which replica takes a request: one that has room, by the deployment's policy and by what the request would like.
 //!
 //! Ties go round by a rotating offset. No policy leaves a request waiting while any replica has room, but for that of a
-//! user's router, which is asked elsewhere.
+//! user's router, which is asked elsewhere (`reserve.rs`); a session that waits for its replica (`own.rs`) is not asked for here.
 
 use slab::Slab;
 
@@ -17,7 +17,7 @@ use crate::snapshot::Policy;
 pub(super) enum Rule {
     /// As the snapshot says.
     Policy(Policy),
-    /// The least loaded of the caller's own node while one has room, else of all.
+    /// The least loaded of the caller's own node while one has a free slot, else of all.
     NearFirst,
 }
 
@@ -37,6 +37,11 @@ impl Default for Rule {
     }
 }
 
+/// What a replica must have to be picked.
+pub(super) trait Takes: Fn(&Replica) -> bool + Copy {}
+
+impl<F: Fn(&Replica) -> bool + Copy> Takes for F {}
+
 /// How the replicas of one deployment are picked.
 #[derive(Debug, Default)]
 pub(super) struct Picker {
@@ -53,25 +58,35 @@ impl Picker {
         members: &[ReplicaKey],
         affinity: Affinity,
     ) -> Option<ReplicaKey> {
-        if affinity.is_none() || self.rule == Rule::Policy(Policy::Custom) {
-            return self.by_rule(replicas, members);
+        let custom = self.rule == Rule::Policy(Policy::Custom);
+        if custom || (affinity.is_none() && self.rule != Rule::NearFirst) {
+            return self.by_rule(replicas, members, Replica::has_room);
         }
-        if affinity.is_near() {
-            return self.nearest(replicas, members).or_else(|| self.by_rule(replicas, members));
+        if affinity.is_none() || affinity.is_near() {
+            return self.near_first(replicas, members);
         }
         if self.rule == Rule::Policy(Policy::ConsistentHash) && affinity.session == 0 {
-            return self.hashed(replicas, members, affinity);
+            return self.hashed(replicas, members, affinity, Replica::has_room);
         }
-        self.preferred(replicas, members, affinity)
+        self.preferred(replicas, members, affinity, Replica::has_room)
     }
 
-    fn by_rule(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey]) -> Option<ReplicaKey> {
+    /// One of the caller's own node with a free slot, else one elsewhere; a backlog on the own node only if there is none.
+    fn near_first(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey]) -> Option<ReplicaKey> {
+        self.nearest(replicas, members, Replica::has_slot)
+            .or_else(|| self.by_rule(replicas, members, Replica::is_free))
+            .or_else(|| self.nearest(replicas, members, Replica::has_room))
+            .or_else(|| self.by_rule(replicas, members, Replica::has_room))
+    }
+
+    /// One for a request without wishes, of those that `takes` is true of.
+    fn by_rule(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey], takes: impl Takes) -> Option<ReplicaKey> {
         let at = |key: &ReplicaKey| replicas.get(key.0);
         match self.rule {
             Rule::Policy(Policy::Custom) => None,
-            Rule::Policy(Policy::ConsistentHash) => self.hashed(replicas, members, Affinity::default()),
+            Rule::Policy(Policy::ConsistentHash) => self.hashed(replicas, members, Affinity::default(), takes),
             Rule::Policy(Policy::RoundRobin) => {
-                let found = self.around(members).position(|key| at(key).is_some_and(Replica::has_room))?;
+                let found = self.around(members).position(|key| at(key).is_some_and(takes))?;
                 let found = (self.rotor + found) % members.len();
                 self.rotor = found + 1;
                 Some(members[found])
@@ -79,18 +94,21 @@ impl Picker {
             Rule::Policy(Policy::PowerOfTwo) if members.len() > 2 => {
                 let (a, b) = (self.random.usize(..members.len()), self.random.usize(1..members.len()));
                 let two = [members[a], members[(a + b) % members.len()]];
-                let roomy = two.into_iter().filter(|key| at(key).is_some_and(Replica::has_room));
-                roomy.min_by_key(|key| replicas[key.0].load()).or_else(|| self.least_loaded(replicas, members))
+                let taking = two.into_iter().filter(|key| at(key).is_some_and(takes));
+                taking.min_by_key(|key| replicas[key.0].load()).or_else(|| self.least_loaded(replicas, members, takes))
             }
-            Rule::NearFirst => self.nearest(replicas, members).or_else(|| self.least_loaded(replicas, members)),
-            Rule::Policy(_) => self.least_loaded(replicas, members),
+            Rule::NearFirst | Rule::Policy(_) => self.least_loaded(replicas, members, takes),
         }
     }
 
     /// The least loaded of those that somebody else has chosen.
-    pub(super) fn among(replicas: &Slab<Replica>, chosen: impl Iterator<Item = ReplicaKey>) -> Option<ReplicaKey> {
-        let roomy = chosen.filter(|key| replicas.get(key.0).is_some_and(Replica::has_room));
-        roomy.min_by_key(|key| replicas[key.0].load())
+    pub(super) fn among(
+        replicas: &Slab<Replica>,
+        chosen: impl Iterator<Item = ReplicaKey>,
+        takes: impl Takes,
+    ) -> Option<ReplicaKey> {
+        let taking = chosen.filter(|key| replicas.get(key.0).is_some_and(takes));
+        taking.min_by_key(|key| replicas[key.0].load())
     }
 
     /// All members, beginning with the rotor's.
@@ -103,35 +121,53 @@ impl Picker {
     }
 
     /// The rotor moves on, so that equals take turns.
-    fn least_loaded(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey]) -> Option<ReplicaKey> {
+    fn least_loaded(
+        &mut self,
+        replicas: &Slab<Replica>,
+        members: &[ReplicaKey],
+        takes: impl Takes,
+    ) -> Option<ReplicaKey> {
         let around = self.around(members);
         self.rotor += 1;
-        let open = around.filter(|key| replicas.get(key.0).is_some_and(Replica::has_room));
-        open.min_by_key(|key| replicas[key.0].load()).copied()
+        let taking = around.filter(|key| replicas.get(key.0).is_some_and(takes));
+        taking.min_by_key(|key| replicas[key.0].load()).copied()
     }
 
     /// For a session that nobody has named.
-    fn hashed(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey], wish: Affinity) -> Option<ReplicaKey> {
+    fn hashed(
+        &mut self,
+        replicas: &Slab<Replica>,
+        members: &[ReplicaKey],
+        wish: Affinity,
+        takes: impl Takes,
+    ) -> Option<ReplicaKey> {
         let session = self.random.u64(1..);
-        self.preferred(replicas, members, Affinity { session, ..wish })
+        self.preferred(replicas, members, Affinity { session, ..wish }, takes)
     }
 
     /// The least loaded of the caller's own node.
-    fn nearest(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey]) -> Option<ReplicaKey> {
+    fn nearest(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey], takes: impl Takes) -> Option<ReplicaKey> {
         let near = self.around(members).filter(|key| replicas.get(key.0).is_some_and(|replica| replica.near));
-        let found = Self::among(replicas, near.copied())?;
+        let found = Self::among(replicas, near.copied(), takes)?;
         self.rotor += 1;
         Some(found)
     }
 
-    fn preferred(&mut self, replicas: &Slab<Replica>, members: &[ReplicaKey], wish: Affinity) -> Option<ReplicaKey> {
+    /// The one that a request with wishes likes best; within the bound also its backlog, before anybody's free slot.
+    fn preferred(
+        &mut self,
+        replicas: &Slab<Replica>,
+        members: &[ReplicaKey],
+        wish: Affinity,
+        takes: impl Takes,
+    ) -> Option<ReplicaKey> {
         let around = self.around(members);
         self.rotor += 1;
         let open = around.filter_map(|key| Some((key, replicas.get(key.0).filter(|replica| replica.open())?)));
         let max_ongoing = open.clone().next()?.1.max_ongoing;
         let bound = Bound::of(open.clone().map(|(_, replica)| replica.load()), max_ongoing);
-        let roomy = open.filter(|(_, replica)| replica.has_room());
-        roomy.min_by_key(|(_, replica)| replica.rank(wish, bound)).map(|(key, _)| *key)
+        let taking = open.filter(|(_, replica)| takes(replica));
+        taking.min_by_key(|(_, replica)| replica.rank(wish, bound)).map(|(key, _)| *key)
     }
 }
 

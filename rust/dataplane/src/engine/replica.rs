@@ -32,7 +32,7 @@ pub struct Candidate {
 
 /// One replica as this caller knows it.
 #[derive(Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "five independent facts, none implies another")]
+#[expect(clippy::struct_excessive_bools, reason = "independent facts, none implies another")]
 pub(super) struct Replica {
     pub(super) id: String,
     /// The hash of `id`.
@@ -48,6 +48,8 @@ pub(super) struct Replica {
     pub(super) silent: bool,
     /// It runs on the caller's node.
     pub(super) near: bool,
+    /// The first attempt to link to it has neither come to a link nor failed.
+    pub(super) untried: bool,
     pub(super) max_ongoing: u32,
     /// This caller's requests there; a batch is one.
     pub(super) in_flight: u32,
@@ -78,6 +80,7 @@ impl Replica {
             draining: false,
             silent: false,
             near: false,
+            untried: true,
             max_ongoing,
             in_flight: 0,
             batches: Slab::new(),
@@ -101,7 +104,17 @@ impl Replica {
         self.open() && (self.credits > 0 || (self.owed == 0 && self.in_flight < self.max_ongoing + backlog))
     }
 
-    /// How many more it takes; for batches, which have no backlog.
+    /// Whether it may begin one more at once, as far as this caller's own requests tell.
+    pub(super) fn has_slot(&self) -> bool {
+        self.slots() > 0
+    }
+
+    /// The same, as far as is known of all callers.
+    pub(super) fn is_free(&self) -> bool {
+        self.has_slot() && (self.credits > 0 || self.load() < self.max_ongoing)
+    }
+
+    /// How many more it takes without a backlog.
     pub(super) fn slots(&self) -> u32 {
         let free = if self.owed == 0 { self.max_ongoing.saturating_sub(self.in_flight) } else { 0 };
         if self.open() { free.max(self.credits) } else { 0 }
@@ -210,11 +223,18 @@ impl Replica {
         std::mem::take(&mut self.credits)
     }
 
+    /// How much it is a session's own: the highest wins. `None`: it takes no requests, and no link to it is on the way.
+    pub(super) fn claim(&self, session: u64) -> Option<u64> {
+        let coming = self.untried && self.listed && !self.draining;
+        (coming || self.open()).then(|| score(session, self.seed))
+    }
+
     /// A new link begins with nothing in flight.
     pub(super) fn reset(&mut self, session: Option<u64>) {
         let id = std::mem::take(&mut self.id);
         let fresh = Self::new(id, self.deployment, self.max_ongoing);
-        *self = Self { session, listed: self.listed, draining: self.draining, near: self.near, ..fresh };
+        *self =
+            Self { session, listed: self.listed, draining: self.draining, near: self.near, untried: false, ..fresh };
     }
 
     /// Its rank for a request with wishes, the least is best: within the bound before beyond it; with the model before

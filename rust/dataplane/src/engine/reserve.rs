@@ -3,7 +3,7 @@
 //! A router in Python is told the candidates and names those that it would like; a broadcast names every replica; a caller
 //! that chooses first and sends later keeps the lease meanwhile. Whoever finds no room comes again.
 
-use super::{Action, Affinity, Candidate, DeploymentKey, Engine, Lease, Picker, Place, ReplicaKey};
+use super::{Action, Affinity, Candidate, DeploymentKey, Engine, Lease, Picker, Place, Replica, ReplicaKey};
 use crate::{error::Error, snapshot::Policy};
 
 /// What came of an attempt to give a waiting request to a replica.
@@ -37,7 +37,8 @@ impl<W> Engine<W> {
         (replica.deployment == key && !replica.draining).then_some(member)
     }
 
-    /// A slot of the least loaded of `among` that has room; of all replicas, by the deployment's policy, without.
+    /// A slot of the least loaded with a free one of the first of `ranks` that has such; if none has, the least loaded of the
+    /// first with room for a backlog. Without ranks a slot of any replica, by the deployment's policy.
     ///
     /// # Errors
     /// [`Error::Unavailable`] and [`Error::Deleted`].
@@ -45,21 +46,26 @@ impl<W> Engine<W> {
         &mut self,
         key: DeploymentKey,
         affinity: Affinity,
-        among: Option<&[String]>,
+        ranks: Option<&[impl AsRef<[String]>]>,
     ) -> Result<Option<Lease>, Error> {
         let deployment = self.deployments.open(key)?;
         let place = Place { deployment: key, seq: deployment.queue.arrive(), affinity, since: None };
-        let Some(among) = among else { return Ok(self.lease(place)) };
-        let chosen: Vec<_> = among.iter().filter_map(|id| self.replica(key, id)).collect();
-        let Some(chosen) = Picker::among(&self.replicas, chosen.into_iter()) else { return Ok(None) };
-        Ok(self.take(chosen, place))
+        let Some(ranks) = ranks else {
+            return Ok(if self.awaits_own(place) { None } else { self.lease(place) });
+        };
+        let first = |takes: fn(&Replica) -> bool| {
+            let known = |rank: &[String]| rank.iter().filter_map(|id| self.replica(key, id)).collect::<Vec<_>>();
+            ranks.iter().find_map(|rank| Picker::among(&self.replicas, known(rank.as_ref()).into_iter(), takes))
+        };
+        let chosen = first(Replica::has_slot).or_else(|| first(Replica::has_room));
+        Ok(chosen.and_then(|chosen| self.take(chosen, place)))
     }
 
-    /// Starts a request that waits for its router, at the least loaded of `ids` that has room.
-    pub fn assign(&mut self, place: Place, ids: &[String]) -> Assigned {
+    /// Starts a request that waits for its router, at one of `ranks` as [`Engine::reserve`] has it.
+    pub fn assign(&mut self, place: Place, ranks: &[Vec<String>]) -> Assigned {
         let waits =
             self.deployments.at(place.deployment).is_some_and(|deployment| deployment.queue.contains(place.seq));
-        let lease = match self.reserve(place.deployment, place.affinity, Some(ids)) {
+        let lease = match self.reserve(place.deployment, place.affinity, Some(ranks)) {
             Ok(Some(lease)) if waits => Lease { place, ..lease },
             Ok(None) if waits => return Assigned::Full,
             Ok(lease) => {

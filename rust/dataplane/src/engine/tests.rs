@@ -3,6 +3,8 @@
 mod batch_walk;
 mod batches;
 mod near;
+mod own;
+mod ranks;
 mod traffic;
 mod walk;
 

@@ -45,7 +45,7 @@ pub struct Choice {
 #[derive(Debug)]
 pub(super) enum Order {
     Candidates(DeploymentKey, SyncSender<(Vec<Candidate>, Option<String>)>),
-    Assign(Place, Vec<String>, SyncSender<Assigned>),
+    Assign(Place, Vec<Vec<String>>, SyncSender<Assigned>),
 }
 
 /// See the module.
@@ -138,10 +138,10 @@ impl Choices {
         self.order(shard, |reply| Order::Candidates(place.deployment, reply))
     }
 
-    pub(super) fn assign(&self, number: u64, ids: Vec<String>) -> Assigned {
+    pub(super) fn assign(&self, number: u64, ranks: Vec<Vec<String>>) -> Assigned {
         // Not open meanwhile: once assigned, the request may end before the answer is here, and that must be told.
         let Some((shard, place)) = self.desk().open.remove(&number) else { return Assigned::Over };
-        let assigned = self.order(shard, |reply| Order::Assign(place, ids, reply)).unwrap_or(Assigned::Over);
+        let assigned = self.order(shard, |reply| Order::Assign(place, ranks, reply)).unwrap_or(Assigned::Over);
         if assigned == Assigned::Full {
             self.desk().open.insert(number, (shard, place));
         }
@@ -180,8 +180,8 @@ pub(super) async fn obey(shard: Rc<Shard>, mut orders: UnboundedReceiver<Order>)
                 let custom = engine.config(key).and_then(|config| config.router.custom.clone());
                 let _ = reply.try_send((engine.candidates(key), custom));
             }
-            Order::Assign(place, ids, reply) => {
-                let assigned = shard.engine.borrow_mut().assign(place, &ids);
+            Order::Assign(place, ranks, reply) => {
+                let assigned = shard.engine.borrow_mut().assign(place, &ranks);
                 shard.settle();
                 let _ = reply.try_send(assigned);
             }

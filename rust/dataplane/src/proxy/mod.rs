@@ -277,9 +277,9 @@ impl Proxy {
         self.shared.choices.candidates(number)
     }
 
-    /// Gives a request to the least loaded of these replicas that has room.
-    pub fn assign(&self, number: u64, ids: Vec<String>) -> Assigned {
-        self.shared.choices.assign(number, ids)
+    /// Gives a request to a replica of these ranks, see [`Engine::assign`](crate::engine::Engine::assign).
+    pub fn assign(&self, number: u64, ranks: Vec<Vec<String>>) -> Assigned {
+        self.shared.choices.assign(number, ranks)
     }
 
     /// Makes `/-/healthz` say that this node is being drained; requests are still served.

@@ -56,7 +56,7 @@ impl Router {
                 self.finish(&call, Outcome::Gone(target.clone()));
                 continue;
             };
-            match self.engine.reserve(key, call.affinity, Some(std::slice::from_ref(target))) {
+            match self.engine.reserve(key, call.affinity, Some(&[std::slice::from_ref(target)])) {
                 Ok(Some(lease)) => self.send(&call, lease),
                 Ok(None) => self.held.aimed.push(call),
                 Err(error) => self.finish(&call, Outcome::Refused(error)),
@@ -68,10 +68,10 @@ impl Router {
         !self.held.aimed.is_empty()
     }
 
-    /// Gives a call that waits for its router to the least loaded of `ids` that has room.
-    pub(super) fn assign(&mut self, call: &Arc<Pending>, ids: &[String]) -> Assigned {
+    /// Gives a call that waits for its router to a replica, see [`Engine::assign`](rayserve_dataplane::engine::Engine::assign).
+    pub(super) fn assign(&mut self, call: &Arc<Pending>, ranks: &[Vec<String>]) -> Assigned {
         let Place::Queued(place) = call.place() else { return Assigned::Over };
-        let assigned = self.engine.assign(place, ids);
+        let assigned = self.engine.assign(place, ranks);
         self.settle();
         assigned
     }
@@ -92,10 +92,10 @@ impl Router {
         &mut self,
         deployment: &str,
         affinity: Affinity,
-        ids: Option<&[String]>,
+        ranks: Option<&[Vec<String>]>,
     ) -> Result<Option<(Lease, String)>, Error> {
         let Some(key) = self.engine.deployment(deployment) else { return Ok(None) };
-        let lease = self.engine.reserve(key, affinity, ids)?;
+        let lease = self.engine.reserve(key, affinity, ranks)?;
         Ok(lease.and_then(|lease| {
             let index = *self.by_key.get(&lease.replica)?;
             Some((lease, self.links[index].replica.id.clone()))

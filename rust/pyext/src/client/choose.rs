@@ -84,11 +84,11 @@ impl Chooser {
 
     /// The replica that has got the call; None: none of these has room; empty: the call has ended.
     #[expect(clippy::needless_pass_by_value, reason = "what a Python argument becomes is owned")]
-    fn assign(&self, call: &Call, ids: Vec<String>) -> Option<String> {
-        word(self.caller.assign(&call.pending, &ids))
+    fn assign(&self, call: &Call, ranks: Vec<Vec<String>>) -> Option<String> {
+        word(self.caller.assign(&call.pending, &ranks))
     }
 
-    /// A slot of one of `ids`, or by the deployment's policy of any replica; None: there is no room.
+    /// A slot of one of `ranks`, or by the deployment's policy of any replica; None: there is no room.
     #[expect(clippy::needless_pass_by_value, reason = "what a Python argument becomes is owned")]
     fn reserve(
         &self,
@@ -97,10 +97,10 @@ impl Chooser {
         model: &str,
         session: &str,
         near: bool,
-        ids: Option<Vec<String>>,
+        ranks: Option<Vec<Vec<String>>>,
     ) -> PyResult<Option<Reservation>> {
         let affinity = Affinity::new(model.as_bytes(), session.as_bytes()).or_near(near);
-        let reserve = || self.caller.lock().router.reserve(deployment, affinity, ids.as_deref());
+        let reserve = || self.caller.lock().router.reserve(deployment, affinity, ranks.as_deref());
         let mut reserved = reserve();
         if matches!(reserved, Ok(None)) {
             py.detach(|| self.caller.glance());
@@ -162,9 +162,9 @@ impl Caller {
         known
     }
 
-    fn assign(&self, call: &Arc<super::Pending>, ids: &[String]) -> Assigned {
+    fn assign(&self, call: &Arc<super::Pending>, ranks: &[Vec<String>]) -> Assigned {
         let mut state = self.lock();
-        let assigned = state.router.assign(call, ids);
+        let assigned = state.router.assign(call, ranks);
         self.nudge(&state);
         assigned
     }

@@ -27,7 +27,8 @@ impl Router {
                 entry.insert(link);
                 self.by_key.insert(key, index);
             }
-            Err(_) => self.lose(key, replica),
+            Err(_) if self.engine.closed(key) => self.lose(key, replica),
+            Err(_) => {}
         }
     }
 

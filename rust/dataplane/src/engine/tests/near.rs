@@ -23,7 +23,7 @@ fn in_two_nodes(policy: Policy, near_first: bool) -> Driver {
 }
 
 impl Driver {
-    fn ask(&mut self, wish: Affinity) -> Option<&str> {
+    pub(super) fn ask(&mut self, wish: Affinity) -> Option<&str> {
         let Ok(Admission::Go(lease)) = self.engine.request(self.key, wish, |_| 0) else { return None };
         let key = lease.replica;
         self.started.push((0, lease));
@@ -91,6 +91,38 @@ fn where_all_go_to_their_node_first_the_policies_that_do_more_than_balance_stand
     }
     let mut driver = in_two_nodes(Policy::RoundRobin, true);
     assert_eq!(driver.ask_all(nobody, 4), "abcd");
+}
+
+/// All replicas of the caller's node have two requests, and may be given more.
+fn with_backlogs(near_first: bool) -> Driver {
+    let mut driver = in_two_nodes(Policy::LeastLoaded, near_first);
+    let near = Affinity::default().or_near(true);
+    assert_eq!(driver.ask_all(near, 2), "ab");
+    for (_, lease) in std::mem::take(&mut driver.started) {
+        driver.engine.answered(lease, Some((0, true)));
+    }
+    assert_eq!(driver.ask_all(near, 4), "aabb");
+    driver
+}
+
+#[test]
+fn a_free_slot_elsewhere_goes_before_a_backlog_here() {
+    for wish in [Affinity::default(), Affinity::default().or_near(true)] {
+        let mut driver = with_backlogs(wish.is_none());
+        assert_eq!(driver.ask_all(wish, 4), "ccdd");
+        assert_eq!(driver.ask_all(wish, 2), "ab", "and a backlog before waiting");
+    }
+}
+
+#[test]
+fn a_backlog_here_goes_before_a_replica_elsewhere_that_others_fill() {
+    for wish in [Affinity::default(), Affinity::default().or_near(true)] {
+        let mut driver = with_backlogs(wish.is_none());
+        for id in ["c", "d"] {
+            driver.engine.replicas[driver.keys[id].0].report(2, false);
+        }
+        assert_eq!(driver.ask_all(wish, 2), "ab");
+    }
 }
 
 #[test]
