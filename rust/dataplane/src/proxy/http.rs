@@ -159,7 +159,7 @@ async fn dispatch(
         return Err(Error::NotFound { path });
     };
     route.takes(parts.method.as_str())?;
-    let body = Inbound::read(source, config.max_body_bytes).await?;
+    let body = Inbound::read(source, config.max_body_bytes, route.batched).await?;
     let deadline = deadline.map(|(instant, _)| instant);
     let mut call = Call { shard, conn, route, params, path: &path, parts, marks, deadline, aimed: None };
     let mut result = relay(&mut call, body).await;
