@@ -14,6 +14,7 @@ use tokio::time::{Instant, sleep_until, timeout_at};
 use super::{
     body::{Body, Inbound, LINGER, Source},
     builtin,
+    departure::{Departure, Presence, Unread},
     listen::{Conn, Open},
     relay::{Call, Marks, X_REQUEST_ID, relay},
     sender::Sender,
@@ -54,15 +55,17 @@ pub(super) async fn answer(conn: Rc<Conn>, request: Request<Incoming>) -> Result
     } else {
         let deadline = wishes.deadline(conn.shard.shared.config.request_timeout_s);
         if wishes.keep {
-            // On a task of its own the request goes on when hyper drops this future.
-            let keeper = Rc::clone(&conn);
-            let task = async move { handle(&keeper, &parts, incoming, &marks, deadline, true, open).await };
+            // On a task of its own the request goes on when hyper drops this future, and the client's presence with it.
+            let (keeper, departure) = (Rc::clone(&conn), Rc::new(Departure::default()));
+            let _present = Presence(Rc::clone(&departure));
+            let task =
+                async move { handle(&keeper, &parts, incoming, &marks, deadline, Some(&*departure), open).await };
             match tokio::task::spawn_local(task).await {
                 Ok(response) => response,
                 Err(_) => refusal(&Error::Internal("the request's task panicked".into()), Open::new(&conn)),
             }
         } else {
-            handle(&conn, &parts, incoming, &marks, deadline, false, open).await
+            handle(&conn, &parts, incoming, &marks, deadline, None, open).await
         }
     };
     response.headers_mut().append(X_REQUEST_ID, request_id);
@@ -75,10 +78,10 @@ async fn handle(
     incoming: Incoming,
     marks: &Marks,
     deadline: Deadline,
-    keep: bool,
+    departure: Option<&Departure>,
     open: Open,
 ) -> Response<Body> {
-    let work = dispatch(conn, parts, incoming, marks, deadline);
+    let work = dispatch(conn, parts, incoming, marks, deadline, departure);
     let result = match deadline {
         None => work.await,
         Some((instant, seconds)) => match timeout_at(instant, work).await {
@@ -113,12 +116,17 @@ async fn handle(
                 drop(stream);
                 Body::whole(body, open)
             } else {
-                if bodiless && !keep {
+                if bodiless && departure.is_none() {
                     let limit = Instant::now() + LINGER;
                     let until = deadline.map_or(limit, |(instant, _)| instant.min(limit));
                     tokio::task::spawn_local(see_out(stream.sender(), until));
                 }
-                streamed(stream, body, deadline, keep || bodiless, open)
+                let unread = match departure {
+                    _ if bodiless => Unread::Ignored,
+                    Some(_) => Unread::Told,
+                    None => Unread::Cancelled,
+                };
+                streamed(stream, body, deadline, unread, open)
             };
             response.map(|()| body)
         }
@@ -138,8 +146,8 @@ async fn see_out(stream: Sender, until: Instant) {
     }
 }
 
-fn streamed(mut stream: StreamRef, first: Bytes, deadline: Deadline, keep: bool, open: Open) -> Body {
-    stream.keep = keep;
+fn streamed(mut stream: StreamRef, first: Bytes, deadline: Deadline, unread: Unread, open: Open) -> Body {
+    stream.unread = unread;
     Body::streamed(first, stream, deadline.map(|(instant, _)| Box::pin(sleep_until(instant))), open)
 }
 
@@ -149,6 +157,7 @@ async fn dispatch(
     incoming: Incoming,
     marks: &Marks,
     deadline: Deadline,
+    departure: Option<&Departure>,
 ) -> Result<(StreamRef, Head), Error> {
     let source = Source::new(incoming, &parts.headers);
     let shard = &conn.shard;
@@ -161,7 +170,7 @@ async fn dispatch(
     route.takes(parts.method.as_str())?;
     let body = Inbound::read(source, config.max_body_bytes, route.batched).await?;
     let deadline = deadline.map(|(instant, _)| instant);
-    let mut call = Call { shard, conn, route, params, path: &path, parts, marks, deadline, aimed: None };
+    let mut call = Call { shard, conn, route, params, path: &path, parts, marks, deadline, departure, aimed: None };
     let mut result = relay(&mut call, body).await;
     call.end(&mut result);
     result
