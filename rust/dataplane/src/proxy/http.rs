@@ -8,7 +8,7 @@ use http::{
     header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER},
     request::Parts,
 };
-use hyper::body::Incoming;
+use hyper::{body::Incoming, ext::ReasonPhrase};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
@@ -69,6 +69,10 @@ pub(super) async fn answer(conn: Rc<Conn>, request: Request<Incoming>) -> Result
         }
     };
     response.headers_mut().append(X_REQUEST_ID, request_id);
+    if response.status().canonical_reason().is_none() {
+        // hyper would write `<none>`.
+        response.extensions_mut().insert(ReasonPhrase::from_static(b""));
+    }
     Ok(response)
 }
 
@@ -97,11 +101,7 @@ async fn handle(
         Ok((stream, Head { status, payload, view, whole })) => {
             let body = view.body();
             let mut response = Response::new(());
-            *response.status_mut() = u16::try_from(status)
-                .ok()
-                .and_then(|status| StatusCode::from_u16(status).ok())
-                .filter(|status| !status.is_informational())
-                .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            *response.status_mut() = final_status(status, marks);
             put_headers(response.headers_mut(), &view, &payload);
             let bodiless = bodiless(parts, response.status());
             let declared = response.headers().get(CONTENT_LENGTH);
@@ -132,6 +132,16 @@ async fn handle(
         }
         Err(error) => refusal(&error, open),
     }
+}
+
+/// The handler's status, if it is one that a response may end with.
+fn final_status(status: u32, marks: &Marks) -> StatusCode {
+    let known = u16::try_from(status).ok().and_then(|status| StatusCode::from_u16(status).ok());
+    known.filter(|known| !known.is_informational()).unwrap_or_else(|| {
+        let request_id = &*String::from_utf8_lossy(marks.id.as_bytes());
+        tracing::warn!(request_id, status, "a handler's status is not a final one; its client gets 500");
+        StatusCode::INTERNAL_SERVER_ERROR
+    })
 }
 
 /// hyper reads no body then, which is no reason to cancel the handler.
