@@ -133,6 +133,38 @@ def test_receive_tells_the_disconnect_that_follows_the_body() -> None:
         assert told.get(timeout=10) in ("http.disconnect", (True, "http.disconnect"))
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_handler_that_is_not_to_be_cancelled_is_told_when_its_client_leaves(streaming: bool) -> None:
+    told: queue.Queue[Any] = queue.Queue()
+
+    async def poll(request: Any) -> Any:
+        told.put(await request.is_disconnected())
+        until = time.monotonic() + 10
+        while not await request.is_disconnected() and time.monotonic() < until:
+            await asyncio.sleep(0.001)
+        told.put((await request.is_disconnected(), await request.body(), (await request.receive())["type"]))
+
+    async def handler(request: Any) -> Any:
+        async def items() -> AsyncIterator[bytes]:
+            yield b"first"
+            await poll(request)
+            yield b"second"
+            told.put("end")
+
+        if streaming:
+            return StreamingResponse(items())
+        await poll(request)
+        told.put("end")
+        return None
+
+    with ours(by_reference(handler)) as address:
+        head = f"POST / HTTP/1.1\r\n{CLOSE}x-request-disconnect-disabled: ?1\r\ncontent-length: 2\r\n\r\n"
+        leave_when(address, f"{head}hi".encode(), lambda: told.put(told.get(timeout=10)))
+        assert told.get(timeout=10) is False
+        assert told.get(timeout=10) == (True, b"hi", "http.disconnect")
+        assert told.get(timeout=10) == "end"
+
+
 def test_client_that_leaves_in_the_middle_of_its_body_is_noticed() -> None:
     told: queue.Queue[Any] = queue.Queue()
 

@@ -255,6 +255,11 @@ class RawAsgi:
                 await send(start)
             except OSError as error:
                 self.log.append(type(error).__name__)
+        elif what == "left":
+            pieces = [await receive(), await receive()]
+            self.log.append((await receive())["type"])
+            await send(start)
+            await send({"type": "http.response.body", "body": b"".join(piece["body"] for piece in pieces)})
         elif what == "twice":
             await send(start)
             await send(start)
@@ -334,6 +339,16 @@ def test_after_a_disconnect_send_raises_oserror(asgi: Any) -> None:
     link.send(wire.CANCEL, 1)
     assert link.answer(1).last.aux == wire.CANCELLED
     assert json.loads(link.get(2, query="log").body) == ["cancelled", "OSError"]
+
+
+def test_a_request_that_goes_on_without_its_client_has_its_body_then_the_disconnect_and_may_answer(asgi: Any) -> None:
+    link = asgi.link()
+    link.request(1, fin=False, query="left")
+    link.send(wire.BODY, 1, payload=b"he")
+    link.send(wire.WINDOW, 1, flags=wire.LEFT)
+    link.send(wire.BODY, 1, flags=wire.FIN, payload=b"llo")
+    assert link.answer(1).body == b"hello"
+    assert json.loads(link.get(2, query="log").body) == ["http.disconnect"]
 
 
 @pytest.mark.parametrize("what", ["nothing", "injection", "twice"])

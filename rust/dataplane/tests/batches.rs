@@ -212,6 +212,25 @@ fn a_long_body_follows_its_batch() {
 }
 
 #[test]
+fn a_batch_has_small_bodies_whole_however_they_come() {
+    let (served, replica, _first, got) = busy(json!({}), batched(8, 0.0));
+    let mut late = served.client();
+    late.send("POST /late HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\n\r\nbo");
+    served.settles("requests_open", 2);
+    let mut clients = waiting(&served, 1);
+    replica.answer(&got, "");
+    let batch = replica.batch();
+    assert_eq!(batch.len(), 1);
+    replica.answer(&batch[0], "");
+    assert_eq!(clients[0].response().status, 200);
+    late.send("dy");
+    let batch = replica.batch();
+    assert_eq!(&batch[0].head.body()[..], b"body");
+    replica.answer(&batch[0], "");
+    assert_eq!(late.response().status, 200);
+}
+
+#[test]
 fn those_who_wait_when_their_deployment_begins_to_batch_go_in_one() {
     let (served, replicas) = Served::with(json!({}), json!({"max_ongoing_requests": 1}), 1);
     let mut first = served.client();

@@ -2,7 +2,7 @@
 
 mod support;
 
-use rayserve_dataplane::wire::{BODY_WINDOW, Kind, MAX_CHUNK, MAX_INLINE, RequestHeadView, WINDOW, flag};
+use rayserve_dataplane::wire::{BODY_WINDOW, Header, Kind, MAX_CHUNK, MAX_INLINE, RequestHeadView, WINDOW, flag};
 use serde_json::json;
 use support::{Client, Served, replica::Got};
 
@@ -203,9 +203,69 @@ fn expect_100_continue_is_answered_before_the_body() {
     let mut client = served.client();
     client.send("POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 2\r\nexpect: 100-continue\r\n\r\n");
     assert_eq!(client.head().status, 100);
-    client.send("ok");
     let got = replica.request();
-    assert_eq!(&got.head.body()[..], b"ok");
+    client.send("ok");
+    assert_eq!(replica.body(&got), b"ok");
+    replica.answer(&got, "");
+    assert_eq!(client.response().status, 200);
+}
+
+#[test]
+fn a_handler_does_not_wait_for_a_small_body() {
+    let (served, replica) = Served::one();
+    for expect in ["", "expect: 100-continue\r\n"] {
+        let mut client = served.client();
+        client.send(format!("POST / HTTP/1.1\r\nhost: h\r\n{expect}content-length: 10\r\n\r\n"));
+        let got = replica.request();
+        assert!(!got.is_whole());
+        if !expect.is_empty() {
+            assert_eq!(client.head().status, 100);
+        }
+        replica.head(&got, 401, &[], flag::FIN, b"no");
+        let response = client.response();
+        assert_eq!((response.status, response.text().as_str()), (401, "no"));
+        client.send("0123456789");
+        client.get("/after");
+        let got = replica.request();
+        assert_eq!(got.head.path(), b"/after");
+        replica.answer(&got, "");
+        assert_eq!(client.response().status, 200);
+    }
+    served.settles("streams", 0);
+}
+
+#[test]
+fn a_small_body_that_is_late_is_streamed_and_what_came_before_goes_first() {
+    let (served, replica) = Served::one();
+    let mut client = served.client();
+    client.send("POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 10\r\n\r\n012");
+    let got = replica.request();
+    assert_eq!(&replica.expect(Kind::Body).payload[..], b"012");
+    replica.head(&got, 200, &[], 0, b"");
+    assert_eq!(client.head().status, 200);
+    for part in [&b"3456"[..], b"789"] {
+        client.send(part);
+        assert_eq!(&replica.expect(Kind::Body).payload[..], part);
+    }
+    assert!(replica.expect(Kind::Body).header.has(flag::FIN));
+    replica.chunk(&got, b"", flag::FIN);
+    assert_eq!(client.next_chunk(), b"");
+}
+
+#[test]
+fn a_late_body_that_is_refused_is_sent_once_more_from_its_beginning() {
+    let (served, replica) = Served::one();
+    let mut client = served.client();
+    client.send("POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 10\r\n\r\n012");
+    let got = replica.request();
+    assert_eq!(&replica.expect(Kind::Body).payload[..], b"012");
+    client.send("345");
+    assert_eq!(&replica.expect(Kind::Body).payload[..], b"345");
+    replica.send(&got, Kind::Busy, flag::FIN, 0, b"");
+    replica.write(got.link, Header::new(Kind::Credit, 0).aux(1), b"");
+    let got = replica.request();
+    client.send("6789");
+    assert_eq!(replica.body(&got), b"0123456789");
     replica.answer(&got, "");
     assert_eq!(client.response().status, 200);
 }

@@ -4,7 +4,7 @@ mod support;
 
 use rayserve_dataplane::wire::{Fault, Kind, flag};
 use serde_json::json;
-use support::Served;
+use support::{Client, Served};
 
 #[test]
 fn a_client_that_leaves_cancels_its_request_and_the_slot_comes_back_with_the_replicas_last_word() {
@@ -50,10 +50,57 @@ fn a_client_may_ask_not_to_be_cancelled() {
     let got = replica.request();
     client.hang_up();
     served.settles("connections", 0);
-    replica.is_quiet();
+    assert!(replica.expect(Kind::Window).header.has(flag::LEFT));
     replica.answer(&got, "nobody reads this");
     served.settles("streams", 0);
     assert_eq!(served.counter("cancelled"), 0);
+}
+
+#[test]
+fn a_replica_is_told_that_a_client_has_left_wherever_its_request_is_then() {
+    let (served, replicas) = Served::with(json!({}), json!({"max_ongoing_requests": 1}), 1);
+    let replica = &replicas[0];
+    let start = |method: &str| {
+        let mut client = served.client();
+        client.send(format!("{method} / HTTP/1.1\r\nhost: h\r\nx-request-disconnect-disabled: ?1\r\n\r\n"));
+        client
+    };
+    let streaming = |client: &mut Client| {
+        let got = replica.request();
+        replica.head(&got, 200, &[], 0, b"part");
+        assert_eq!(client.head().status, 200);
+        got
+    };
+    // Within its answer, and before it has a replica.
+    let mut client = start("GET");
+    let first = streaming(&mut client);
+    let queued = start("GET");
+    served.settles("queued", 1);
+    queued.hang_up();
+    client.hang_up();
+    let told = replica.expect(Kind::Window).header;
+    assert!(told.has(flag::LEFT) && told.stream == first.header.stream);
+    served.settles("connections", 0);
+    replica.chunk_end(&first);
+    let second = replica.request();
+    let told = replica.expect(Kind::Window).header;
+    assert!(told.has(flag::LEFT) && told.stream == second.header.stream);
+    replica.answer(&second, "");
+    // A client that is still there has not left: neither with its answer nor when it gets no body of it.
+    let mut client = start("GET");
+    let got = streaming(&mut client);
+    replica.chunk(&got, b"", flag::FIN);
+    while !client.next_chunk().is_empty() {}
+    let mut client = start("HEAD");
+    let got = streaming(&mut client);
+    client.get("/next");
+    let given_back = replica.expect(Kind::Window).header;
+    assert!(!given_back.has(flag::LEFT) && given_back.aux == 4);
+    replica.chunk(&got, b"", flag::FIN);
+    let got = replica.request();
+    replica.answer(&got, "");
+    assert_eq!(client.response().status, 200);
+    assert_eq!((served.counter("cancelled"), served.counter("streams")), (0, 0));
 }
 
 #[test]

@@ -257,6 +257,25 @@ fn without_a_keep_alive_time_an_answer_ends_its_connection_and_an_early_one_may_
 }
 
 #[test]
+fn the_status_line_says_what_the_handler_said_if_it_is_an_end() {
+    let (served, replica) = Served::one();
+    for (status, line) in [
+        (204, "HTTP/1.1 204 No Content"),
+        (299, "HTTP/1.1 299 "),
+        (100, "HTTP/1.1 500 Internal Server Error"),
+        (101, "HTTP/1.1 500 Internal Server Error"),
+        (1000, "HTTP/1.1 500 Internal Server Error"),
+    ] {
+        let mut client = served.client();
+        client.send("GET / HTTP/1.1\r\nhost: h\r\nconnection: close\r\n\r\n");
+        let got = replica.request();
+        replica.head(&got, status, &[], flag::FIN, b"");
+        let rest = String::from_utf8(client.rest()).expect("text");
+        assert!(rest.starts_with(&format!("{line}\r\n")), "{rest}");
+    }
+}
+
+#[test]
 fn a_wrong_content_length_of_the_handler_never_reads_as_a_whole_answer() {
     let (served, replica) = Served::one();
     let mut client = served.client();

@@ -103,10 +103,16 @@ fn a_target_sees_the_route_as_its_root_path() {
 #[test]
 fn a_snapshot_that_comes_while_a_body_is_read_is_the_one_that_counts() {
     let it = Split::start(&["a", "b"], &split(&[("a", 1.0), ("b", 0.0)]));
+    // Where requests are put together no small body is streamed.
+    let batched = json!({"batch": {"max_size": 4}});
+    let deployments: Vec<_> =
+        it.autos.iter().map(|(name, auto)| (*name, batched.clone(), vec![auto.address.clone()])).collect();
+    let publish = |a, b| it.served.publish_split(&split(&[("a", a), ("b", b)]), &deployments);
+    publish(1.0, 0.0);
     let mut client = it.served.client();
     client.send("POST /x HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\n\r\nbo");
     it.served.settles("requests_open", 1);
-    it.publish(&split(&[("b", 1.0)]));
+    publish(0.0, 1.0);
     client.send("dy");
     assert_eq!(client.response().text(), "b");
 }

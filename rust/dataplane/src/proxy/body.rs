@@ -2,6 +2,7 @@
 //!
 //! A response that came whole costs nothing; a streamed one gives window back as hyper takes it. A request's body keeps
 //! what it has sent until the replica has accepted the request, so that BUSY, RETURNED and a death can send it again.
+//! A small one that is there travels in its REQUEST; a handler never waits for one that is not.
 
 use std::{
     future::{Future, poll_fn},
@@ -11,7 +12,7 @@ use std::{
     time::Duration,
 };
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::{HeaderMap, header::EXPECT};
 use http_body::{Frame, SizeHint};
 use hyper::body::{Body as _, Incoming};
@@ -25,6 +26,10 @@ use crate::{
 
 /// A body that nobody wants, of a request or an answer, is read no longer than this.
 pub(super) const LINGER: Duration = Duration::from_secs(30);
+
+/// A small body that comes within this travels in its REQUEST. Clients that send head and body apart are through in a
+/// fraction of it; what takes longer should not keep a handler from starting.
+const MOMENT: Duration = Duration::from_millis(5);
 
 /// A response's body.
 pub(super) struct Body {
@@ -141,11 +146,12 @@ pub(super) enum Inbound {
 }
 
 impl Inbound {
-    /// Small bodies of known length are read now, before the request asks for a replica.
+    /// A small body of known length is awaited for a moment, before the request asks for a replica. One that the client
+    /// holds back until it is asked for is streamed, like what takes longer. `patient`: it is awaited in any case.
     ///
     /// # Errors
     /// The body is too large, broken, or its client has gone.
-    pub(super) async fn read(mut source: Source, limit: Option<u64>) -> Result<Self, Error> {
+    pub(super) async fn read(mut source: Source, limit: Option<u64>, patient: bool) -> Result<Self, Error> {
         let Some(incoming) = &source.incoming else { return Ok(Self::Whole(Bytes::new())) };
         let length = incoming.size_hint().exact();
         if let (Some(length), Some(limit)) = (length, limit)
@@ -154,17 +160,24 @@ impl Inbound {
             return Err(Error::BodyTooLarge { limit });
         }
         match length {
-            Some(length) if length <= MAX_INLINE as u64 => {
-                let mut whole: Option<BytesMut> = None;
-                while let Some(bytes) = poll_fn(|cx| source.poll(cx)).await? {
-                    if bytes.len() as u64 == length {
-                        return Ok(Self::Whole(bytes));
+            Some(length) if length <= MAX_INLINE as u64 && (patient || !source.held_back) => {
+                let mut parts = Vec::new();
+                let reading = async {
+                    while let Some(bytes) = poll_fn(|cx| source.poll(cx)).await? {
+                        if bytes.len() as u64 == length {
+                            return Ok(bytes);
+                        }
+                        parts.push(bytes);
                     }
-                    whole.get_or_insert_with(|| BytesMut::with_capacity(length as usize)).extend_from_slice(&bytes);
+                    Ok(parts.concat().into())
+                };
+                // The timer is armed when the first poll finds that something is missing, not before.
+                match if patient { Ok(reading.await) } else { timeout(MOMENT, reading).await } {
+                    Ok(whole) => whole.map(Self::Whole),
+                    Err(_) => Ok(Self::Streamed(Upload::new(source, limit, parts))),
                 }
-                Ok(Self::Whole(whole.unwrap_or_default().freeze()))
             }
-            _ => Ok(Self::Streamed(Upload::new(source, limit))),
+            _ => Ok(Self::Streamed(Upload::new(source, limit, Vec::new()))),
         }
     }
 
@@ -193,7 +206,7 @@ fn is_garbled(error: &hyper::Error) -> bool {
     cause.is_some_and(|cause| matches!(cause.kind(), io::ErrorKind::InvalidInput | io::ErrorKind::InvalidData))
 }
 
-/// A large or chunked body on its way.
+/// A large, chunked or slow body on its way.
 pub(super) struct Upload {
     source: Source,
     limit: Option<u64>,
@@ -209,12 +222,13 @@ pub(super) struct Upload {
 }
 
 impl Upload {
-    fn new(source: Source, limit: Option<u64>) -> Self {
+    /// `kept`: what was read already.
+    fn new(source: Source, limit: Option<u64>, kept: Vec<Bytes>) -> Self {
         Self {
             source,
             limit,
-            total: 0,
-            kept: Vec::new(),
+            total: kept.iter().map(|bytes| bytes.len() as u64).sum(),
+            kept,
             next: 0,
             pending: Bytes::new(),
             read_all: false,
@@ -243,7 +257,8 @@ impl Upload {
             }
             if !self.accepted && to.is_accepted() {
                 self.accepted = true;
-                self.kept.clear();
+                // What was read before there was a stream, or is sent once more, may still be ahead of its turn.
+                self.kept.drain(..self.next);
                 self.next = 0;
             }
             if !self.pending.is_empty() {

@@ -8,12 +8,13 @@ use http::{
     header::{ALLOW, CONNECTION, CONTENT_LENGTH, CONTENT_TYPE, RETRY_AFTER},
     request::Parts,
 };
-use hyper::body::Incoming;
+use hyper::{body::Incoming, ext::ReasonPhrase};
 use tokio::time::{Instant, sleep_until, timeout_at};
 
 use super::{
     body::{Body, Inbound, LINGER, Source},
     builtin,
+    departure::{Departure, Presence, Unread},
     listen::{Conn, Open},
     relay::{Call, Marks, X_REQUEST_ID, relay},
     sender::Sender,
@@ -54,18 +55,24 @@ pub(super) async fn answer(conn: Rc<Conn>, request: Request<Incoming>) -> Result
     } else {
         let deadline = wishes.deadline(conn.shard.shared.config.request_timeout_s);
         if wishes.keep {
-            // On a task of its own the request goes on when hyper drops this future.
-            let keeper = Rc::clone(&conn);
-            let task = async move { handle(&keeper, &parts, incoming, &marks, deadline, true, open).await };
+            // On a task of its own the request goes on when hyper drops this future, and the client's presence with it.
+            let (keeper, departure) = (Rc::clone(&conn), Rc::new(Departure::default()));
+            let _present = Presence(Rc::clone(&departure));
+            let task =
+                async move { handle(&keeper, &parts, incoming, &marks, deadline, Some(&*departure), open).await };
             match tokio::task::spawn_local(task).await {
                 Ok(response) => response,
                 Err(_) => refusal(&Error::Internal("the request's task panicked".into()), Open::new(&conn)),
             }
         } else {
-            handle(&conn, &parts, incoming, &marks, deadline, false, open).await
+            handle(&conn, &parts, incoming, &marks, deadline, None, open).await
         }
     };
     response.headers_mut().append(X_REQUEST_ID, request_id);
+    if response.status().canonical_reason().is_none() {
+        // hyper would write `<none>`.
+        response.extensions_mut().insert(ReasonPhrase::from_static(b""));
+    }
     Ok(response)
 }
 
@@ -75,10 +82,10 @@ async fn handle(
     incoming: Incoming,
     marks: &Marks,
     deadline: Deadline,
-    keep: bool,
+    departure: Option<&Departure>,
     open: Open,
 ) -> Response<Body> {
-    let work = dispatch(conn, parts, incoming, marks, deadline);
+    let work = dispatch(conn, parts, incoming, marks, deadline, departure);
     let result = match deadline {
         None => work.await,
         Some((instant, seconds)) => match timeout_at(instant, work).await {
@@ -94,11 +101,7 @@ async fn handle(
         Ok((stream, Head { status, payload, view, whole })) => {
             let body = view.body();
             let mut response = Response::new(());
-            *response.status_mut() = u16::try_from(status)
-                .ok()
-                .and_then(|status| StatusCode::from_u16(status).ok())
-                .filter(|status| !status.is_informational())
-                .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+            *response.status_mut() = final_status(status, marks);
             put_headers(response.headers_mut(), &view, &payload);
             let bodiless = bodiless(parts, response.status());
             let declared = response.headers().get(CONTENT_LENGTH);
@@ -113,17 +116,32 @@ async fn handle(
                 drop(stream);
                 Body::whole(body, open)
             } else {
-                if bodiless && !keep {
+                if bodiless && departure.is_none() {
                     let limit = Instant::now() + LINGER;
                     let until = deadline.map_or(limit, |(instant, _)| instant.min(limit));
                     tokio::task::spawn_local(see_out(stream.sender(), until));
                 }
-                streamed(stream, body, deadline, keep || bodiless, open)
+                let unread = match departure {
+                    _ if bodiless => Unread::Ignored,
+                    Some(_) => Unread::Told,
+                    None => Unread::Cancelled,
+                };
+                streamed(stream, body, deadline, unread, open)
             };
             response.map(|()| body)
         }
         Err(error) => refusal(&error, open),
     }
+}
+
+/// The handler's status, if it is one that a response may end with.
+fn final_status(status: u32, marks: &Marks) -> StatusCode {
+    let known = u16::try_from(status).ok().and_then(|status| StatusCode::from_u16(status).ok());
+    known.filter(|known| !known.is_informational()).unwrap_or_else(|| {
+        let request_id = &*String::from_utf8_lossy(marks.id.as_bytes());
+        tracing::warn!(request_id, status, "a handler's status is not a final one; its client gets 500");
+        StatusCode::INTERNAL_SERVER_ERROR
+    })
 }
 
 /// hyper reads no body then, which is no reason to cancel the handler.
@@ -138,8 +156,8 @@ async fn see_out(stream: Sender, until: Instant) {
     }
 }
 
-fn streamed(mut stream: StreamRef, first: Bytes, deadline: Deadline, keep: bool, open: Open) -> Body {
-    stream.keep = keep;
+fn streamed(mut stream: StreamRef, first: Bytes, deadline: Deadline, unread: Unread, open: Open) -> Body {
+    stream.unread = unread;
     Body::streamed(first, stream, deadline.map(|(instant, _)| Box::pin(sleep_until(instant))), open)
 }
 
@@ -149,6 +167,7 @@ async fn dispatch(
     incoming: Incoming,
     marks: &Marks,
     deadline: Deadline,
+    departure: Option<&Departure>,
 ) -> Result<(StreamRef, Head), Error> {
     let source = Source::new(incoming, &parts.headers);
     let shard = &conn.shard;
@@ -159,9 +178,9 @@ async fn dispatch(
         return Err(Error::NotFound { path });
     };
     route.takes(parts.method.as_str())?;
-    let body = Inbound::read(source, config.max_body_bytes).await?;
+    let body = Inbound::read(source, config.max_body_bytes, route.batched).await?;
     let deadline = deadline.map(|(instant, _)| instant);
-    let mut call = Call { shard, conn, route, params, path: &path, parts, marks, deadline, aimed: None };
+    let mut call = Call { shard, conn, route, params, path: &path, parts, marks, deadline, departure, aimed: None };
     let mut result = relay(&mut call, body).await;
     call.end(&mut result);
     result

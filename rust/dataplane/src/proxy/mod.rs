@@ -9,6 +9,7 @@ mod body;
 mod builtin;
 mod choose;
 mod config;
+mod departure;
 mod dial;
 mod http;
 mod link;

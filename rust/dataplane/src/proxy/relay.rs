@@ -14,6 +14,7 @@ use super::{
     batches::Packed,
     body::{Inbound, Upload},
     choose::Choice,
+    departure::Departure,
     http::Wishes,
     listen::Conn,
     sender::Sender,
@@ -55,6 +56,8 @@ pub(super) struct Call<'c> {
     pub(super) parts: &'c Parts,
     pub(super) marks: &'c Marks,
     pub(super) deadline: Option<Instant>,
+    /// If it goes on when its client leaves.
+    pub(super) departure: Option<&'c Departure>,
     /// Since when its route is a target that was chosen for it; none when what it has come to is counted.
     pub(super) aimed: Option<Clock>,
 }
@@ -95,12 +98,18 @@ async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result
             came = call.again(place, &body).await?;
             continue;
         };
+        if let Some(departure) = call.departure {
+            departure.follow(stream.sender());
+        }
         let outcome = match &mut body {
             Inbound::Whole(_) => poll_fn(|cx| stream.poll_outcome(cx)).await,
             Inbound::Streamed(upload) => with_upload(&stream, upload).await?,
         };
         let error = match outcome {
             Outcome::Head(head) => {
+                if let Some(departure) = call.departure {
+                    departure.hand_over();
+                }
                 if let Inbound::Streamed(upload) = body
                     && !upload.is_done()
                 {

@@ -1,4 +1,4 @@
-//! The direction from the client to the replica of one stream: body frames within the window, and CANCEL.
+//! The direction from the client to the replica of one stream: body frames within the window, CANCEL and WINDOW with LEFT.
 //!
 //! It does not keep the stream alive; what it asks of one that has gone is answered as of one that is over.
 
@@ -74,6 +74,13 @@ impl Sender {
 
     pub(super) fn finish(&self) {
         self.link.signal(Header::new(Kind::Body, self.id).with(flag::FIN));
+    }
+
+    /// Tells the replica that the client has left and that this is no reason to stop.
+    pub(super) fn leave(&self) {
+        if !self.is_over() {
+            self.link.signal(Header::new(Kind::Window, self.id).with(flag::LEFT));
+        }
     }
 
     /// Asks the replica to stop, once, if it has not ended the stream by itself.

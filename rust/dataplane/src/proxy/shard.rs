@@ -43,6 +43,8 @@ pub(super) struct Route {
     /// `HTTPOptions.root_path` and the prefix.
     pub(super) root_path: Vec<u8>,
     pub(super) retry_idempotent: bool,
+    /// One call may serve several requests: it should not wait for one whose small body is still on its way.
+    pub(super) batched: bool,
     /// The HTTP methods that are let through, if not all.
     pub(super) methods: Option<Vec<String>>,
     /// Several answer, each its share; `deployment` leads nowhere then.
@@ -156,16 +158,19 @@ impl Shard {
             prefix: route.prefix.as_bytes().to_vec(),
             root_path: [root_path, mounted.as_bytes()].concat(),
             retry_idempotent: false,
+            batched: false,
             methods: route.methods.clone(),
             fork: None,
             meter: None,
             copied: false,
         };
         if let Some(name) = &route.split {
-            resolved.fork = Some(Fork::new(self, engine, &resolved, name, snapshot.splits.get(name)?)?);
+            let fork = Fork::new(self, engine, &resolved, name, snapshot.splits.get(name)?)?;
+            (resolved.batched, resolved.fork) = (fork.is_batched(), Some(fork));
         } else {
             resolved.deployment = engine.deployment(&route.deployment)?;
-            resolved.retry_idempotent = engine.config(resolved.deployment)?.retry_idempotent;
+            let config = engine.config(resolved.deployment)?;
+            (resolved.retry_idempotent, resolved.batched) = (config.retry_idempotent, config.batch.is_some());
         }
         Some(resolved)
     }

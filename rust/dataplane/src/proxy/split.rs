@@ -48,6 +48,7 @@ impl Fork {
                 prefix: route.prefix.clone(),
                 root_path: route.root_path.clone(),
                 retry_idempotent: engine.config(deployment).is_some_and(|config| config.retry_idempotent),
+                batched: engine.config(deployment).is_some_and(|config| config.batch.is_some()),
                 methods: None, // the fork's own route has let the request through
                 fork: None,
                 meter: Some(shard.metrics.traffic.target(name, &target.name)),
@@ -57,6 +58,10 @@ impl Fork {
         let targets = targets.collect();
         let shadows = split.shadows.iter().filter(|shadow| shadow.share > 0.0);
         Some(Self { key, targets, shadows: shadows.map(|shadow| Shadow::new(shard, engine, name, shadow)).collect() })
+    }
+
+    pub(super) fn is_batched(&self) -> bool {
+        self.targets.iter().any(|target| target.batched)
     }
 }
 

@@ -1,7 +1,7 @@
 //! One request on one link: what has come back, who waits for it, and how it ends.
 //!
 //! The lease is the slot at the replica: it comes back with the replica's final frame, never with our CANCEL. A
-//! [`StreamRef`] is the request's end of it; dropping it before that frame cancels the request, and the entry stays until
+//! [`StreamRef`] is the request's end of it; dropping it before that frame mostly cancels the request, and the entry stays until
 //! the replica has said its last.
 
 use std::{
@@ -16,6 +16,7 @@ use bytes::Bytes;
 use super::{
     batches::Packed,
     choose::Chosen,
+    departure::Unread,
     link::{Link, is_final},
     sender::Sender,
     shard::Shard,
@@ -277,15 +278,15 @@ pub(super) struct StreamRef {
     shard: Rc<Shard>,
     link: Rc<Link>,
     id: u32,
-    /// Not to be cancelled when it is dropped.
-    pub(super) keep: bool,
+    /// What its being dropped means before the answer has ended.
+    pub(super) unread: Unread,
     /// Who counts an answer that breaks off.
     pub(super) meter: Option<Arc<TargetMeter>>,
 }
 
 impl StreamRef {
     pub(super) fn new(shard: Rc<Shard>, link: Rc<Link>, id: u32) -> Self {
-        Self { shard, link, id, keep: false, meter: None }
+        Self { shard, link, id, unread: Unread::Cancelled, meter: None }
     }
 
     /// A router in Python has chosen the replica.
@@ -373,20 +374,21 @@ impl StreamRef {
 
 impl Drop for StreamRef {
     fn drop(&mut self) {
-        if self.keep {
+        if self.unread == Unread::Cancelled {
+            self.sender().cancel();
+            if self.link.with(self.id, |stream| stream.end.is_some()) == Some(true) {
+                self.link.remove(&self.shard, self.id);
+            }
+        } else {
+            let told = if self.unread == Unread::Told { flag::LEFT } else { 0 };
             let window = self.link.with(self.id, |stream| {
                 stream.fate = Fate::Unwanted;
                 (stream.end.is_some(), stream.discard())
             });
             match window {
                 Some((true, _)) | None => self.link.remove(&self.shard, self.id),
-                Some((false, 0)) => {}
-                Some((false, window)) => self.link.signal(Header::new(Kind::Window, self.id).aux(window)),
-            }
-        } else {
-            self.sender().cancel();
-            if self.link.with(self.id, |stream| stream.end.is_some()) == Some(true) {
-                self.link.remove(&self.shard, self.id);
+                Some((false, 0)) if told == 0 => {}
+                Some((false, window)) => self.link.signal(Header::new(Kind::Window, self.id).with(told).aux(window)),
             }
         }
     }

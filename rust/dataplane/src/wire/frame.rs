@@ -23,6 +23,9 @@ pub mod flag {
     pub const STREAM: u8 = 8;
     /// In REQUEST and CALL: the stream is part of a batch, and begins with its BATCH.
     pub const BATCHED: u8 = 16;
+    /// In WINDOW, to the replica: the client has left, and its request goes on as it wished. A replica that does not know
+    /// the flag sees window, or none, being given back.
+    pub const LEFT: u8 = 32;
 }
 
 /// What a frame is.

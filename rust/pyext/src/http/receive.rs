@@ -126,7 +126,8 @@ pub(super) fn whole_body<'py>(py: Python<'py>, stream: &Arc<Stream>) -> Option<B
 /// What `receive` gives now, or None if it has to wait.
 fn message<'py>(py: Python<'py>, stream: &Arc<Stream>) -> PyResult<Option<Bound<'py, PyDict>>> {
     let mut state = stream.state();
-    let over = state.cancelled || (state.inbox.taken && state.answer == Answer::Complete);
+    // A request that goes on without its client has its body first: the rest of it comes, or CANCEL.
+    let over = state.cancelled || (state.inbox.taken && (state.left || state.answer == Answer::Complete));
     if let Some(gather) = state.inbox.gather.take_if(|_| !over) {
         // Who wanted the whole has given up.
         let begun = PyBackedBytes::from(gather.finish(py)?);

@@ -138,7 +138,8 @@ impl RequestHead {
 
     #[getter]
     fn disconnected(&self) -> bool {
-        self.stream.state().cancelled
+        let state = self.stream.state();
+        state.cancelled || state.left
     }
 
     #[getter]

@@ -14,6 +14,7 @@ use super::items;
 use super::link::Link;
 use super::replica::{Replica, Request, Work};
 use super::stream::Stream;
+use crate::http::receive;
 
 /// One frame of a trusted link; `fed`: streams whose readers are told once, of all pieces that have come together.
 pub(super) fn handle(
@@ -83,6 +84,10 @@ pub(super) fn handle(
         }
         Kind::Window => {
             if let Some(stream) = link.stream(header.stream) {
+                if header.has(flag::LEFT) {
+                    stream.state().left = true;
+                    receive::wake_readers(py, &stream)?;
+                }
                 items::widen(py, &stream, header.aux)?;
                 if stream.widen(header.aux) {
                     link.enqueue(&stream);

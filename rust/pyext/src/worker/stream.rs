@@ -71,6 +71,8 @@ pub(crate) struct State {
     pub(crate) answer: Answer,
     /// The caller has lost interest: CANCEL, or the link is gone.
     pub(crate) cancelled: bool,
+    /// The client has left a request that goes on.
+    pub(crate) left: bool,
     pub(crate) began: Option<Instant>,
     /// The slot is given back.
     pub(crate) released: bool,
@@ -182,6 +184,7 @@ impl Stream {
             children: Children::default(),
             answer: Answer::Nothing,
             cancelled: false,
+            left: false,
             began: None,
             released: false,
             slot: None,
