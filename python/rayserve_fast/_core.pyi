@@ -22,6 +22,7 @@ __all__ = [
     "Worker",
     "__version__",
     "check_pattern",
+    "check_snapshot",
     "head_parts",
 ]
 
@@ -32,6 +33,9 @@ _Told: TypeAlias = tuple[str, str, str | None, bool, bool, int, int, list[str], 
 
 def check_pattern(pattern: str) -> None:
     """Raises ValueError if a route's pattern has no meaning: an unknown convertor, or a parameter twice."""
+
+def check_snapshot(snapshot: bytes) -> None:
+    """Raises ValueError if proxies and handles could not read this snapshot, by their own parser; says why."""
 
 _Buffer: TypeAlias = bytes | bytearray | memoryview
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ import ray
 from rayserve_fast import inactive
 from rayserve_fast.controlplane import client
 from rayserve_fast.controlplane.options import ClusterOptions
-from rayserve_fast.controlplane.spec import DEFAULT_ROUTE, DeploymentID
+from rayserve_fast.controlplane.spec import BOUNDLESS, DEFAULT_ROUTE, DeploymentID
 from rayserve_fast.controlplane.status import ServeStatus
 from rayserve_fast.exceptions import RayServeException
 
@@ -356,10 +357,10 @@ def _cluster_options(
         host=http.host or "",
         port=http.port,
         root_path=http.root_path,
-        request_timeout_s=http.request_timeout_s,
-        keep_alive_timeout_s=http.keep_alive_timeout_s,
-        max_head_bytes=http.max_head_bytes,
-        max_body_bytes=http.max_body_bytes,
+        request_timeout_s=None if http.request_timeout_s == math.inf else http.request_timeout_s,
+        keep_alive_timeout_s=min(http.keep_alive_timeout_s, BOUNDLESS),
+        max_head_bytes=min(http.max_head_bytes, BOUNDLESS),
+        max_body_bytes=None if (http.max_body_bytes or 0) >= 2**63 else http.max_body_bytes,
         shards=http.shards,
         proxy_location=location.value if http.host else "Disabled",
     )

@@ -29,6 +29,7 @@ from rayserve_fast.deployment import Application, Deployment
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.ingress import asgi_app_of
 from rayserve_fast.replica.calls import handler_of
+from rayserve_fast.text import check_text
 
 if TYPE_CHECKING:
     from rayserve_fast.handle import DeploymentHandle
@@ -58,8 +59,8 @@ def build_target(target: RunTarget, default_runtime_env: Mapping[str, Any] | Non
         default_runtime_env: the driver's, for deployments that have none of their own.
 
     Raises:
-        TypeError: the target is no Application, or something bound cannot be pickled.
-        ValueError: the route prefix or the logging configuration is wrong.
+        TypeError: the target is no Application, something bound cannot be pickled, or the name or prefix is no text.
+        ValueError: the name, the route prefix or the logging configuration is wrong.
         RayServeException: the name is empty, or two deployments are FastAPI ingresses.
     """
     check_target(target)
@@ -78,6 +79,7 @@ def check_target(target: RunTarget) -> None:
         raise TypeError("`serve.run` expects an `Application` returned by `Deployment.bind()`.")
     if not target.name:
         raise RayServeException("Application name must a non-empty string.")
+    check_text("name", target.name)
     check_route_prefix(target.route_prefix)
     if target.logging_config is not None:
         from rayserve_fast.schema import LoggingConfig
@@ -211,6 +213,7 @@ def check_route_prefix(prefix: str | None) -> None:
     """
     if prefix is None:
         return
+    check_text("route_prefix", prefix)
     if not prefix.startswith("/"):
         raise ValueError(f"Invalid route_prefix '{prefix}', must start with a forward slash ('/').")
     if prefix != "/" and prefix.endswith("/"):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from rayserve_fast._core import Batcher
 from rayserve_fast.context import _current_replica, _serve_batch_request_context, _serve_request_context
+from rayserve_fast.controlplane.spec import BOUNDLESS
 
 if TYPE_CHECKING:
     from rayserve_fast._core import Ticket
@@ -52,9 +53,9 @@ class BatchQueue:
             function.check,
             self._run,
             options.batch_size_fn,
-            options.max_batch_size,
-            options.batch_wait_timeout_s,
-            options.max_concurrent_batches,
+            min(options.max_batch_size, BOUNDLESS),
+            min(options.batch_wait_timeout_s, BOUNDLESS),
+            min(options.max_concurrent_batches, BOUNDLESS),
             function.name,
         )
         self.put = self.batcher.put
@@ -64,7 +65,7 @@ class BatchQueue:
     def resize(self) -> None:
         """Take the function's options for the next batch; on any thread."""
         options = self.function.options
-        self.batcher.resize(options.max_batch_size, options.batch_wait_timeout_s)
+        self.batcher.resize(min(options.max_batch_size, BOUNDLESS), min(options.batch_wait_timeout_s, BOUNDLESS))
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self.batcher.turn)
 

@@ -8,6 +8,7 @@ outside; everything inside works on the plain values of `controlplane.spec`.
 from __future__ import annotations
 
 import base64
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -31,6 +32,7 @@ from rayserve_fast.controlplane.spec import DeploymentConfig
 from rayserve_fast.gang import GangPlacementStrategy, GangRuntimeFailurePolicy, GangSchedulingConfig
 from rayserve_fast.importing import import_attr
 from rayserve_fast.request_router import built_in
+from rayserve_fast.text import check_text
 
 __all__ = [
     "AggregationFunction",
@@ -116,12 +118,14 @@ class HTTPOptions(BaseModel):
     ssl_certfile: str | None = Field(default=None, description="Path of the certificate chain, with `ssl_keyfile`.")
     ssl_keyfile_password: str | None = Field(default=None, description="What opens the private key.")
     ssl_ca_certs: str | None = Field(default=None, description="Path of the authorities that clients must be from.")
-    max_head_bytes: int = Field(default=65536, gt=0, description="Bytes of the longest request head; beyond it 431.")
+    max_head_bytes: int = Field(
+        default=65536, ge=1024, description="Bytes of the longest request head, at least 1024; beyond it 431."
+    )
     max_body_bytes: int | None = Field(
         default=None, gt=0, description="Bytes of the longest request body, beyond it 413; None: no limit."
     )
     shards: int | None = Field(
-        default=None, gt=0, description="Threads of each proxy; None: as many as the node's cores allow."
+        default=None, gt=0, le=256, description="Threads of each proxy; None: as many as the node's cores allow."
     )
 
     @model_validator(mode="before")
@@ -148,6 +152,20 @@ class HTTPOptions(BaseModel):
         if self.host is None:
             self.__dict__["location"] = ProxyLocation.Disabled  # not by assignment, which would validate again
         return self
+
+    @field_validator("host", "root_path")
+    @classmethod
+    def _text(cls, text: str | None, info: ValidationInfo) -> str | None:
+        if text is not None:
+            check_text(str(info.field_name), text)
+        return text
+
+    @field_validator("request_timeout_s")
+    @classmethod
+    def _number(cls, seconds: float | None) -> float | None:
+        if seconds is not None and math.isnan(seconds):
+            raise ValueError("request_timeout_s must be a number of seconds, or None for no limit; got nan.")
+        return seconds
 
     @field_validator("ssl_certfile")
     @classmethod

@@ -16,6 +16,7 @@ from rayserve_fast.classic.deployable import Deployable
 from rayserve_fast.classic.graph import CallNode, Method, holds_node, method_of
 from rayserve_fast.classic.spelling import OlderOptions, rename
 from rayserve_fast.options import DeploymentOptions
+from rayserve_fast.text import check_text
 
 if TYPE_CHECKING:
     from rayserve_fast.config import (
@@ -90,6 +91,7 @@ class Deployment(Deployable):
             )
         if not isinstance(name, str):
             raise TypeError("name must be a string.")
+        check_text("name", name)
         if "#" in name:  # it separates application, deployment and replica in the names of actors
             raise ValueError(f"Deployment names must not contain the '#' character. Current name: {name}.")
         if not (inspect.isfunction(func_or_class) or inspect.isclass(func_or_class)):

@@ -18,6 +18,7 @@ from rayserve_fast.controlplane.spec import DeploymentID
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.response import DeploymentResponse, DeploymentResponseGenerator
 from rayserve_fast.selection import DeploymentBroadcastResponse, ReplicaSelection
+from rayserve_fast.text import check_text
 
 if TYPE_CHECKING:
     from rayserve_fast.response import AnyCaller
@@ -163,6 +164,8 @@ class DeploymentHandle:
     def _meet(self) -> AnyCaller:
         """Find out whom calls go through from now on."""
         owner, options = self._find_caller(), self._options
+        for option in ("method_name", "multiplexed_model_id", "session_id"):
+            check_text(option, getattr(options, option))
         self._callee = owner.client.callee(
             self._key,
             options.method_name,

@@ -24,6 +24,7 @@ from rayserve_fast.context import (
     get_replica_context,
 )
 from rayserve_fast.exceptions import RayServeException
+from rayserve_fast.text import check_text
 
 __all__ = ["get_multiplexed_model_id", "multiplexed"]
 
@@ -141,6 +142,7 @@ class ModelCache:
         if model_id in self._models:
             self._models.move_to_end(model_id)
             return self._models[model_id]
+        check_text("model_id", model_id)  # callers are told of it
         async with self._lock:
             if model_id not in self._models:  # somebody may have loaded it meanwhile
                 await self._make_room(model_id)

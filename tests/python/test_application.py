@@ -167,6 +167,23 @@ def test_an_application_needs_a_name() -> None:
         build(Leaf.bind(), "")
 
 
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: build(Leaf.bind(), 3), TypeError, "name: must be a string, got int"),
+        (lambda: build(Leaf.bind(), "a\ud800"), ValueError, r"name: 'a\\ud800' cannot be encoded as UTF-8"),
+        (lambda: build(Leaf.bind(), "a", 3), TypeError, "route_prefix: must be a string, got int"),
+        (lambda: build(Leaf.bind(), "a", "/\udfff"), ValueError, "route_prefix: .* lone surrogate at index 1"),
+        (lambda: Leaf.options(name="\ud800"), ValueError, "name: .* cannot be encoded as UTF-8"),
+    ],
+)
+def test_names_and_prefixes_are_text_that_travels(
+    make: collections.abc.Callable[[], Any], error: type[Exception], text: str
+) -> None:
+    with pytest.raises(error, match=text):
+        make()
+
+
 @pytest.mark.parametrize("prefix", ["x", "", "/x/", "/{x}", "/a}"])
 def test_a_bad_route_prefix_is_refused(prefix: str) -> None:
     with pytest.raises(ValueError, match="Invalid route_prefix"):

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import sys
 import warnings
+from dataclasses import asdict
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
 
+from rayserve_fast._core import Proxy
+from rayserve_fast.api import _cluster_options
 from rayserve_fast.autoscaling import DEFAULT_POLICY
 from rayserve_fast.config import (
     DEFAULT_ROUTER,
@@ -66,10 +71,40 @@ def test_http_options_are_checked_when_assigned() -> None:
     assert options.port == 81
 
 
-@pytest.mark.parametrize("limit", [{"max_head_bytes": 0}, {"max_body_bytes": 0}, {"shards": 0}])
-def test_limits_of_our_own_are_positive(limit: dict[str, int]) -> None:
-    with pytest.raises(ValidationError, match="greater than 0"):
-        HTTPOptions(**limit)
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_head_bytes": 1023}, "greater than or equal to 1024"),
+        ({"max_body_bytes": 0}, "greater than 0"),
+        ({"shards": 0}, "greater than 0"),
+        ({"shards": 257}, "less than or equal to 256"),
+        ({"port": -1}, "greater than or equal to 0"),
+        ({"port": 65536}, "less than or equal to 65535"),
+        ({"keep_alive_timeout_s": -1}, "greater than or equal to 0"),
+        ({"request_timeout_s": float("nan")}, "request_timeout_s must be a number of seconds"),
+        ({"host": "\ud800"}, "host"),
+        ({"root_path": "/\ud800"}, "root_path"),
+    ],
+)
+def test_what_a_proxy_could_not_start_with_is_refused_before(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValidationError, match=text):
+        HTTPOptions(**options)
+
+
+def test_limits_beyond_what_a_proxy_counts_are_none() -> None:
+    options = _cluster_options(
+        None,
+        {
+            "request_timeout_s": float("inf"),
+            "keep_alive_timeout_s": 2**64,
+            "max_head_bytes": sys.maxsize,
+            "max_body_bytes": 2**64,
+        },
+    )
+    config = {k: v for k, v in asdict(options).items() if k not in ("proxy_location", "placement_notice_s")}
+    rest = {"shards": 1, "node_id": "n", "token": "00", "snapshot_path": None, "session_header": "s"}
+    Proxy(json.dumps({**config, **rest, "prefer_local_node": True}).encode())
+    assert (options.request_timeout_s, options.max_body_bytes) == (None, None)
 
 
 @pytest.mark.parametrize("given", [{"port": 65536}, {"port": -1}, {"keep_alive_timeout_s": -1}])

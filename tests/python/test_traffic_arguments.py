@@ -55,6 +55,18 @@ RULE = {"header": "x-canary", "target": "b"}
             r"rules\[0\].target: must be a string",
         ),
         (lambda: serve.set_traffic("/x", {"a": 1}, rules=[{**RULE, "value": 1}]), TypeError, r"rules\[0\].value: must"),
+        (
+            lambda: serve.set_traffic("/\ud800", {"a": 1}),
+            ValueError,
+            "route_or_endpoint: .* cannot be encoded",
+        ),
+        (lambda: serve.set_traffic("/x", {"\ud800": 1}), ValueError, "weights: .* cannot be encoded as UTF-8"),
+        (
+            lambda: serve.set_traffic("/x", {"a": 1}, rules=[{**RULE, "value": "\ud800"}]),
+            ValueError,
+            r"rules\[0\].value: .* cannot be encoded as UTF-8",
+        ),
+        (lambda: serve.shadow_traffic("/x", "\ud800", 0.1), ValueError, "target: .* cannot be encoded as UTF-8"),
         (lambda: serve.shadow_traffic("/x", "", 0.1), ValueError, "target: must not be empty"),
         (lambda: serve.get_traffic(5), TypeError, "name: must be a string"),
         (lambda: serve.delete_traffic(None), TypeError, "route: must be a string"),

@@ -7,16 +7,18 @@ from typing import Any
 
 import pytest
 
-from rayserve_fast.controlplane import snapshot
+from rayserve_fast.controlplane import reconcile, snapshot
 from rayserve_fast.controlplane.rollout import Plan, Rollout
-from rayserve_fast.controlplane.spec import ApplicationSpec
+from rayserve_fast.controlplane.spec import ApplicationSpec, DeploymentConfig, DeploymentSpec, DriverEnv
 from rayserve_fast.controlplane.state import Application
 from rayserve_fast.controlplane.traffic import Traffic
 from rayserve_fast.exceptions import RayServeException
 
 
 def app(name: str, route: str | None = None, era: str = "") -> Application:
-    return Application(ApplicationSpec(name, route, "In", (), era=era), 0.0)
+    ingress = DeploymentSpec(name, "In", b"", DeploymentConfig(), DriverEnv(), False, None, "")
+    spec = ApplicationSpec(name, route, "In", (ingress,), era=era)
+    return Application(spec, 0.0, {"In": reconcile.deployed(None, ingress)})
 
 
 class World:

@@ -24,6 +24,7 @@ from rayserve_fast.controlplane.seen import OvertakenError
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.replica.calls import handler_of, is_async
+from rayserve_fast.text import check_text
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -76,8 +77,7 @@ def create(
     requests: str,
 ) -> None:
     """`create_backend`, once it is known which `session` requests its handlers get."""
-    if not isinstance(tag, str):
-        raise TypeError(f"backend_tag: must be a string, got {type(tag).__name__}.")
+    check_text("backend_tag", tag)
     if not (inspect.isfunction(func_or_class) or inspect.isclass(func_or_class)):
         raise TypeError(f"Backend must be a function or class, it is {type(func_or_class)}.")
     began, controller = time.monotonic(), session.require()

@@ -16,6 +16,7 @@ from rayserve_fast.classic.backends import create_backend
 from rayserve_fast.classic.handles import RayServeHandle
 from rayserve_fast.classic.requests import HandleRequest
 from rayserve_fast.classic.spelling import warn_older
+from rayserve_fast.text import check_text
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,6 +51,7 @@ def create_endpoint(
 def create(name: str, route: str | None, methods: Sequence[str], backend: str | None) -> None:
     """`create_endpoint` for both APIs."""
     if isinstance(route, str):
+        check_text("route", route)
         check_pattern(route)
     session.ask("create_endpoint", name, route, methods, None if backend is None else {backend: 1.0})
 

@@ -93,13 +93,15 @@ class Controller(RolloutOrders):
         """Take new targets, if applications are still as they were `seen`; what follows is told by `progress`.
 
         Raises:
-            RayServeException: a name or a route prefix belongs to another. Then nothing has changed.
+            RayServeException: a name or a route prefix belongs to another, or proxies could not read what an
+                application leads to. Then nothing has changed.
             OvertakenError: one that was seen is another by now. Then nothing has changed.
         """
         await self._recovered.wait()
         if self._closing:
             raise RayServeException("Serve is being shut down.")
         self._traffic.check_deploy(specs, self._apps, seen)
+        self._check_readable(specs)
         for spec in specs:
             self._target(spec)
         self.publish()
@@ -220,10 +222,16 @@ class Controller(RolloutOrders):
         """
         if not self._recovered.is_set():
             return []
-        self._version = (self._version[0], self._version[1] + 1)
-        self._snapshot = snapshot.build(self._version, self._apps, self._traffic)
+        version = (self._version[0], self._version[1] + 1)
+        try:
+            fresh = snapshot.readable(version, self._apps, self._traffic)
+        except (ValueError, TypeError) as e:  # orders are checked: this is what a replica has said, or our own mistake
+            logger.error(f"The routing table is not published, as no proxy could read it: {e}")
+            self._fleet.refuse(str(e))
+            return []
+        self._version, self._snapshot = version, fresh
         self._tell()
-        return self._fleet.publish(self._snapshot)
+        return self._fleet.publish(fresh)
 
     def _tell(self) -> None:
         self._news.set()
@@ -301,6 +309,13 @@ class Controller(RolloutOrders):
             self._replicas.start(app, d, r)
         if actions and d.leaving:
             self.publish()  # what waits for it must not wait until it is gone
+
+    def _check_readable(self, specs: Sequence[ApplicationSpec]) -> None:
+        """Refuse applications with which proxies could not read the snapshot any more; replicas matter not for that."""
+        apps = dict(self._apps)
+        for spec in specs:
+            apps[spec.name] = Application(spec, 0.0, {d.name: reconcile.deployed(None, d) for d in spec.deployments})
+            snapshot.check(f"The application {spec.name!r}", apps, self._traffic)
 
     def _target(self, spec: ApplicationSpec) -> None:
         old = self._apps.get(spec.name)

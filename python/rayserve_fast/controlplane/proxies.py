@@ -27,6 +27,8 @@ from rayserve_fast.controlplane.proxy import ProxyActor
 logger = logging.getLogger("ray.serve")
 
 RESTART_S = 5.0
+#: How long the proxies may take to say that they know a snapshot.
+PUBLISH_WAIT_S = 2.0
 #: How long a new replica waits for a proxy that is still starting.
 SETTLE_WAIT_S = 10.0
 #: How long a proxy may take to say what it has counted.
@@ -48,6 +50,7 @@ class _Proxy:
     task: asyncio.Task[None] | None = None
     needed_at: float = 0.0
     leaving: asyncio.Task[None] | None = None
+    refusal: str = ""  # why it did not take the last snapshot that it has answered for
 
 
 class Fleet:
@@ -60,6 +63,7 @@ class Fleet:
         self._changed = changed
         self._proxies: dict[str, _Proxy] = {}
         self._snapshot: bytes | None = None
+        self._sent: set[asyncio.Task[None]] = set()
         self.cover(())
 
     def cover(self, nodes: Iterable[str]) -> None:
@@ -75,19 +79,40 @@ class Fleet:
                 p.status = "DRAINING"
                 p.leaving = asyncio.ensure_future(self._retire(p))
 
-    def publish(self, snapshot: bytes) -> list[Any]:
-        """Send the snapshot to every proxy that listens; the references tell when it has arrived."""
+    def publish(self, snapshot: bytes) -> list[asyncio.Future[None]]:
+        """Send the snapshot to every proxy that listens; the futures end when it has arrived, or was refused."""
         self._snapshot = snapshot
-        return [p.handle.publish.remote(snapshot) for p in self._proxies.values() if p.address]
+        sent = [self._send(p, snapshot) for p in self._proxies.values() if p.address]
+        return [asyncio.shield(task) for task in sent]  # an answer counts also when nobody waits for it any more
 
-    async def linked(self, replica_id: str) -> None:
-        """Wait until every live proxy has a link to the replica, at most `LINK_WAIT_S`."""
+    def refuse(self, reason: str) -> None:
+        """Note that there is a snapshot which no proxy could read, and which is therefore not published."""
+        for p in self._proxies.values():
+            p.refusal = reason
+
+    async def refusal(self) -> str:
+        """Why no proxy that listens has taken the last snapshot; empty if one has, if none listens or none answers."""
+        if self._sent:
+            await asyncio.wait(self._sent, timeout=PUBLISH_WAIT_S)
+        refusals = [p.refusal for p in self._proxies.values() if p.status == "HEALTHY"]
+        return refusals[0] if refusals and all(refusals) else ""
+
+    async def linked(self, replica_id: str) -> str:
+        """Wait until every live proxy has a link to the replica, at most `LINK_WAIT_S`; says what is amiss then."""
         proxies = list(self._proxies.values())
         await within(SETTLE_WAIT_S, (p.settled.wait() for p in proxies))
         refs = [p.handle.wait_linked.remote([replica_id], LINK_WAIT_S) for p in proxies if p.status == "HEALTHY"]
         # A proxy that does not answer at all, on a node that is cut off, must not hold up the others' deployments.
-        if not await within(LINK_WAIT_S + 1, (_told(ref, replica_id) for ref in refs)):
-            logger.warning(f"A proxy does not say whether it has a link to replica {replica_id}.")
+        missing: list[str] = []
+        amiss = ""
+        if not await within(LINK_WAIT_S + 1, (_told(ref, missing) for ref in refs)):
+            amiss = f"A proxy does not say whether it has a link to replica {replica_id}."
+        if missing:
+            why = next((f": it refuses the routing table: {p.refusal}" for p in proxies if p.refusal), ".")
+            amiss = f"A proxy has no link to replica {replica_id} after {LINK_WAIT_S:g} s{why}"
+        if amiss:
+            logger.warning(amiss)
+        return amiss
 
     async def ready(self) -> tuple[str, int] | None:
         """The address of the head node's proxy, None without proxies. Raises OSError if it cannot listen."""
@@ -160,7 +185,7 @@ class Fleet:
                 p.address = await p.handle.start.remote(self._snapshot)
                 p.status, p.error = "HEALTHY", ""
                 if self._snapshot:
-                    p.handle.publish.remote(self._snapshot)  # what came while it started; an old version is ignored
+                    self._send(p, self._snapshot)  # what came while it started; an old version is ignored
                 self._settle(p)
                 await p.handle.watch.remote()
             except RayTaskError as e:
@@ -183,6 +208,26 @@ class Fleet:
                     self._changed()
                 return
 
+    def _send(self, p: _Proxy, snapshot: bytes) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(self._sending(p, p.handle.publish.remote(snapshot)))
+        self._sent.add(task)
+        task.add_done_callback(self._sent.discard)
+        return task
+
+    async def _sending(self, p: _Proxy, answer: Awaitable[None]) -> None:
+        """Note whether the proxy takes what it was sent; one that does not answer is `_live`'s business."""
+        try:
+            await answer
+        except RayTaskError as e:
+            refusal = str(e.cause) if isinstance(e.cause, ValueError) else ""  # else it is being restarted
+            if refusal and p.refusal != refusal:
+                logger.error(f"The proxy of node {p.node_id} refuses the routing table and keeps the last: {refusal}")
+            p.refusal = refusal
+        except RayError:
+            p.refusal = ""
+        else:
+            p.refusal = ""
+
     def _settle(self, p: _Proxy) -> None:
         p.settled.set()
         self._changed()
@@ -193,9 +238,8 @@ async def _counted(p: _Proxy) -> Mapping[str, Any]:
     return counted
 
 
-async def _told(missing: Awaitable[list[str]], replica_id: str) -> None:
-    if await missing:
-        logger.warning(f"A proxy has no link to replica {replica_id} after {LINK_WAIT_S} s.")
+async def _told(asked: Awaitable[list[str]], missing: list[str]) -> None:
+    missing += await asked
 
 
 async def within(timeout_s: float, awaitables: Iterable[Awaitable[Any]]) -> bool:

@@ -40,7 +40,8 @@ class ProxyActor:
         if self._address is None:
             self._address = await asyncio.to_thread(self._start)
         if snapshot is not None:
-            self._publish(snapshot)
+            with suppress(ValueError):  # it listens all the same; `publish`, which follows, tells why not
+                self._publish(snapshot)
         return self._address
 
     async def place(self) -> Place:
@@ -48,7 +49,7 @@ class ProxyActor:
         return Place.here()
 
     async def publish(self, snapshot: bytes) -> None:
-        """Swap in a newer snapshot; an older one is ignored."""
+        """Swap in a newer snapshot; an older one is ignored. Raises ValueError if it cannot be read."""
         self._publish(snapshot)
 
     async def wait_linked(self, replica_ids: list[str], timeout_s: float) -> list[str]:

@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from rayserve_fast.controlplane import reconcile
 from rayserve_fast.controlplane.options import NAMESPACE
 from rayserve_fast.controlplane.process import Place, gone, wait_gone
-from rayserve_fast.controlplane.proxies import Fleet, within
+from rayserve_fast.controlplane.proxies import PUBLISH_WAIT_S, Fleet, within
 from rayserve_fast.controlplane.routing_stats import RoutingStats
 from rayserve_fast.controlplane.spec import ReplicaID, ReplicaRank, ReplicaSpec
 from rayserve_fast.controlplane.state import Application, Deployment, Replica
@@ -27,8 +27,8 @@ from rayserve_fast.replica.actor import ReplicaActor, StartFailure
 
 logger = logging.getLogger("ray.serve")
 
-#: Once a drained replica is out of the snapshot, how long the proxies may take to say that they know.
-PUBLISH_WAIT_S = 2.0
+#: So often a replica that is being replaced looks whether the proxies read again what its successor is told by.
+REFUSAL_LOOK_S = 1.0
 #: How long a killed process may take to end before the controller goes on without it.
 KILL_WAIT_S = 5.0
 
@@ -138,7 +138,8 @@ class Replicas:
     async def _serve(self, app: Application, d: Deployment, r: Replica) -> None:
         """Publish the address, wait for the links, be ready, watch until the process dies."""
         self._controller.publish()
-        await self._fleet.linked(r.id)
+        if amiss := await self._fleet.linked(r.id):
+            app.notices.append(amiss)
         app.mark("linked")
         reconcile.ready(d, r, time.time())
         self._controller.changed()
@@ -152,8 +153,14 @@ class Replicas:
                 asking.cancel()
 
     async def _retire(self, d: Deployment, r: Replica) -> None:
-        """Drain, leave the snapshot, stop, die: in this order, so that no request is sent to a closed door."""
+        """Drain, leave the snapshot, stop, die: in this order, so that no request is sent to a closed door.
+
+        Not while every proxy refuses the snapshot, and so knows nobody else to send to.
+        """
         handle = self._handles[r.id]
+        while not d.deleting and (refusal := await self._fleet.refusal()):
+            logger.warning(f"Replica {r.id} of {d.key} stays, as every proxy refuses the routing table: {refusal}")
+            await asyncio.sleep(REFUSAL_LOOK_S)
         grace = d.spec.config.graceful_shutdown_timeout_s
         deadline = time.monotonic() + grace
         try:

@@ -39,7 +39,7 @@ class RolloutOrders(TrafficOrders):
     async def start_rollout(self, id: str, name: str, target: str, plan: Plan) -> None:
         """Begin a rollout; `id` is the caller's, so that a repeated call begins nothing. Raises as `roll_out` does."""
         now = time.time()
-        await self._order(lambda traffic: traffic.roll_out(id, name, target, plan, now, self._apps))
+        await self._order(name, lambda traffic: traffic.roll_out(id, name, target, plan, now, self._apps))
         rollout = self._traffic.rollouts.get(name)
         if rollout is not None and rollout.id == id and rollout.active and id not in self._driving:
             _log(rollout, rollout.history[0])
@@ -111,7 +111,7 @@ class RolloutOrders(TrafficOrders):
             traffic.rollouts[rollout.name] = rollout
             traffic.splits[rollout.name].weights = rollout.weights()
 
-        self._change(decide)
+        self._change(rollout.name, decide)
         _log(rollout, decision)
         await self._confirmed()
 

@@ -11,10 +11,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rayserve_fast.controlplane.spec import DeploymentID, ReplicaAddress
+from rayserve_fast._core import check_snapshot
+from rayserve_fast.controlplane.spec import BOUNDLESS, DeploymentID, ReplicaAddress
 from rayserve_fast.controlplane.state import Application, Deployment, Replica
 from rayserve_fast.controlplane.traffic import Split, Traffic
 from rayserve_fast.controlplane.traffic_checks import is_route
+from rayserve_fast.exceptions import RayServeException
 
 #: What keeps a client of an endpoint at one backend, unless its traffic says otherwise.
 SHARD_KEY = {"header": "x-serve-shard-key"}
@@ -34,6 +36,30 @@ def build(version: tuple[int, int], apps: Mapping[str, Application], traffic: Tr
         },
         separators=(",", ":"),
     ).encode()
+
+
+def readable(version: tuple[int, int], apps: Mapping[str, Application], traffic: Traffic) -> bytes:
+    """The snapshot, once the proxies' own parser has read it. Raises ValueError or TypeError if it cannot."""
+    json_bytes = build(version, apps, traffic)
+    check_snapshot(json_bytes)
+    return json_bytes
+
+
+def check(what: str, apps: Mapping[str, Application], traffic: Traffic) -> None:
+    """Refuse a change that leads to a snapshot which proxies cannot read: they would take no later one either.
+
+    Args:
+        what: the change, for the error.
+        apps: every application, as the change makes them.
+        traffic: every split and endpoint, as the change makes them.
+
+    Raises:
+        RayServeException: names the change, and says what the proxies' own parser says.
+    """
+    try:
+        readable((0, 0), apps, traffic)
+    except (ValueError, TypeError) as e:
+        raise RayServeException(f"{what} is refused, as no proxy could read what it leads to: {e}") from None
 
 
 def _routes(here: Mapping[str, Application], traffic: Traffic) -> list[dict[str, Any]]:
@@ -83,8 +109,8 @@ def _deployment(d: Deployment) -> dict[str, Any]:
     return {
         "app": d.spec.app,
         "name": d.spec.name,
-        "max_ongoing_requests": config.max_ongoing_requests,
-        "max_queued_requests": config.max_queued_requests,
+        "max_ongoing_requests": min(config.max_ongoing_requests, BOUNDLESS),
+        "max_queued_requests": min(config.max_queued_requests, BOUNDLESS),
         "backpressure": {
             "status_code": config.backpressure.status_code,
             "retry_after_s": config.backpressure.retry_after_s,
@@ -97,7 +123,7 @@ def _deployment(d: Deployment) -> dict[str, Any]:
         else {
             "max_size": config.max_batch_size,
             "wait_s": config.batch_wait_timeout_s,
-            "concurrent": config.max_concurrent_batches,
+            "concurrent": config.slots,
         },
         "replicas": [_replica(r, r.address) for r in serving if r.address is not None],
     }

@@ -15,6 +15,9 @@ from typing import Any
 
 DEFAULT_APP_NAME = "default"
 
+#: A limit above this is none that anybody meets: the data plane, which counts in 32 bits, is given this instead.
+BOUNDLESS = 2**31 - 1
+
 
 class DefaultRoute(str):
     """The route of an application for which none was given: its ingress may know one. Never travels."""
@@ -125,8 +128,8 @@ class DeploymentConfig:
 
     @property
     def slots(self) -> int:
-        """What one replica runs at once: requests, or batches."""
-        return self.max_ongoing_requests if self.max_batch_size is None else self.max_concurrent_batches
+        """What one replica runs at once: requests, or batches; at most `BOUNDLESS`."""
+        return min(self.max_ongoing_requests if self.max_batch_size is None else self.max_concurrent_batches, BOUNDLESS)
 
 
 @dataclass(frozen=True, slots=True)

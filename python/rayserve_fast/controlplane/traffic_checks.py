@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rayserve_fast.text import check_text
+
 #: How far the sum of weights may be from 1, as in the reference.
 TOLERANCE = 1e-8
 
@@ -48,6 +50,7 @@ def check_weights(name: str, weights: Any) -> None:
     for target, weight in weights.items():
         if not isinstance(target, str):
             raise TypeError(f"weights: a target is the name of an application, got {target!r}.")
+        check_text("weights", target)
         if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
             raise TypeError(f"weights: the weight of {target!r} must be a finite number, got {weight!r}.")
         if weight < 0 and is_route(name):
@@ -84,17 +87,18 @@ def check_share(name: str, share: Any) -> None:
 
 def endpoint_name(name: Any) -> str:
     """The name, if it can be told from a route and from a deployment's key."""
-    if not isinstance(name, str):
-        raise TypeError(f"endpoint_name: must be a string, got {type(name).__name__}.")
-    if not name or "/" in name or "#" in name:
-        raise ValueError(f"endpoint_name: must be a name without '/' and '#', got {name!r}.")
-    return name
+    text = check_text("endpoint_name", name)
+    if not text or "/" in text or "#" in text:
+        raise ValueError(f"endpoint_name: must be a name without '/' and '#', got {text!r}.")
+    return text
 
 
 def endpoint_route(route: Any) -> str | None:
     """The route, if it is one."""
     if route is not None and not (isinstance(route, str) and route.startswith("/")):
         raise TypeError(f"route: must be a string that starts with '/', or None for handles only, got {route!r}.")
+    if route is not None:
+        check_text("route", route)
     return route
 
 
@@ -103,13 +107,14 @@ def endpoint_methods(methods: Any) -> tuple[str, ...]:
     names = isinstance(methods, (list, tuple)) and all(isinstance(m, str) for m in methods)
     if not names or not methods:
         raise TypeError(f'methods: must be a list of HTTP methods such as ["GET"], got {methods!r}.')
+    for method in methods:
+        check_text("methods", method)
     return tuple(m.upper() for m in methods)
 
 
 def check_name(field: str, value: Any) -> None:
     """Refuse what is no name."""
-    if not isinstance(value, str):
-        raise TypeError(f"{field}: must be a string, got {type(value).__name__}.")
+    check_text(field, value)
     if not value:
         raise ValueError(f"{field}: must not be empty.")
 
@@ -165,6 +170,8 @@ def rule_of(index: int, rule: Any) -> dict[str, str | None]:
     value = rule.get("value")
     if value is not None and not isinstance(value, str):
         raise TypeError(f"{field}.value: must be a string, or None for any value, got {value!r}.")
+    if value is not None:
+        check_text(f"{field}.value", value)
     if "header" in rule:
         return {"header": _token(f"{field}.header", rule["header"]).lower(), "value": value, "target": rule["target"]}
     return {"cookie": _token(f"{field}.cookie", rule["cookie"]), "value": value, "target": rule["target"]}

@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from rayserve_fast.controlplane import store
+from rayserve_fast.controlplane import snapshot, store
 from rayserve_fast.controlplane.figures import (
     Reading,
     RouteTraffic,
@@ -56,15 +56,15 @@ class TrafficOrders:
         rules: Sequence[Mapping[str, str | None]] = (),
     ) -> None:
         """Give a route or an endpoint its targets. Raises what `Traffic.assign` raises."""
-        await self._order(lambda traffic: traffic.assign(name, weights, sticky, rules, self._apps))
+        await self._order(name, lambda traffic: traffic.assign(name, weights, sticky, rules, self._apps))
 
     async def shadow_traffic(self, name: str, target: str, share: float) -> None:
         """Copy a share of the requests to one more target. Raises what `Traffic.shadow` raises."""
-        await self._order(lambda traffic: traffic.shadow(name, target, share, self._apps))
+        await self._order(name, lambda traffic: traffic.shadow(name, target, share, self._apps))
 
     async def delete_traffic(self, route: str) -> None:
         """Forget the targets of a route. Raises what `Traffic.remove` raises."""
-        await self._order(lambda traffic: traffic.remove(route))
+        await self._order(route, lambda traffic: traffic.remove(route))
 
     async def traffic(self, name: str | None = None) -> dict[str, RouteTraffic]:
         """Targets and counts of one route or endpoint, or of all. Raises what `Traffic.split` raises."""
@@ -81,11 +81,11 @@ class TrafficOrders:
         traffic: Mapping[str, float] | None = None,
     ) -> None:
         """Register an endpoint, with these weights if given. Raises what `Traffic.create_endpoint` raises."""
-        await self._order(lambda held: held.create_endpoint(name, route, methods, traffic, self._apps))
+        await self._order(name, lambda held: held.create_endpoint(name, route, methods, traffic, self._apps))
 
     async def delete_endpoint(self, name: str) -> None:
         """Forget an endpoint; its backends stay. Raises ValueError if there is none of that name."""
-        await self._order(lambda traffic: traffic.delete_endpoint(name))
+        await self._order(name, lambda traffic: traffic.delete_endpoint(name))
 
     async def endpoints(self) -> dict[str, dict[str, Any]]:
         """Each endpoint's `route` (None: handles only), `methods`, `traffic` (weights) and `shadows` (shares)."""
@@ -122,8 +122,8 @@ class TrafficOrders:
         app = self._apps.get(target)
         return len(app.deployments[app.routed].among("RUNNING")) if app else 0
 
-    async def _order(self, change: Callable[[Traffic], object]) -> None:
-        """Carry out what a driver asked for, once, and wait for the proxies."""
+    async def _order(self, name: str, change: Callable[[Traffic], object]) -> None:
+        """Carry out what a driver asked for the split or endpoint of this name, once, and wait for the proxies."""
         await self._recovered.wait()
         call = ray.get_runtime_context().get_task_id()  # a repeated call has the id of the first
 
@@ -132,13 +132,14 @@ class TrafficOrders:
             traffic.orders = [*traffic.orders[1 - REMEMBERED :], call]
 
         if call not in self._traffic.orders:
-            self._change(once)
+            self._change(name, once)
         await self._confirmed()
 
-    def _change(self, change: Callable[[Traffic], object]) -> None:
-        """Change what is in force, if the change is allowed and can be saved."""
+    def _change(self, name: str, change: Callable[[Traffic], object]) -> None:
+        """Change what is in force, if the change is allowed, can be read by the proxies and can be saved."""
         changed = copy.deepcopy(self._traffic)
         change(changed)
+        snapshot.check(f"The change of the traffic of {name!r}", self._apps, changed)
         store.save_traffic(changed)
         self._traffic = changed
 

@@ -127,7 +127,7 @@ class ReplicaRuntime:
 
     def wait_idle(self, timeout_s: float) -> bool:
         """Whether everything that was begun has ended within `timeout_s` of a drain."""
-        return self._worker is None or self._idle.wait(timeout_s)
+        return self._worker is None or self._idle.wait(min(timeout_s, threading.TIMEOUT_MAX))
 
     def stop(self) -> None:
         """Let the user's object clean up, close every socket, end the threads; once, whoever else calls waits."""

@@ -33,6 +33,7 @@ fn _core(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<client::Chooser>()?;
     module.add_class::<client::Reservation>()?;
     module.add_class::<proxy::Proxy>()?;
+    module.add_function(wrap_pyfunction!(proxy::check_snapshot, module)?)?;
     module.add_class::<worker::Worker>()?;
     module.add_class::<http::request::RequestHead>()?;
     module.add_class::<http::request::CallHead>()?;

@@ -7,7 +7,10 @@
 use std::{collections::BTreeMap, os::fd::RawFd, time::Duration};
 
 use pyo3::{exceptions::PyValueError, prelude::*};
-use rayserve_dataplane::proxy::{Config, Proxy as Inner};
+use rayserve_dataplane::{
+    proxy::{Config, Proxy as Inner},
+    snapshot::{Snapshot, SnapshotError},
+};
 
 use crate::client::{Told, told, word};
 
@@ -20,6 +23,17 @@ pub(crate) struct Proxy(Inner);
 
 fn seconds(value: f64) -> Duration {
     Duration::try_from_secs_f64(value.max(0.0)).unwrap_or(Duration::MAX)
+}
+
+fn refused(error: &SnapshotError) -> PyErr {
+    let cause = std::error::Error::source(error).map_or_else(String::new, |cause| format!(": {cause}"));
+    PyValueError::new_err(format!("{error}{cause}"))
+}
+
+/// Whether proxies and handles can read this snapshot; see `_core.pyi`.
+#[pyfunction]
+pub(crate) fn check_snapshot(py: Python<'_>, snapshot: &[u8]) -> PyResult<()> {
+    py.detach(|| Snapshot::parse(snapshot)).map(drop).map_err(|error| refused(&error))
 }
 
 #[pymethods]
@@ -37,10 +51,7 @@ impl Proxy {
     }
 
     fn publish(&self, py: Python<'_>, snapshot: &[u8]) -> PyResult<bool> {
-        py.detach(|| self.0.publish(snapshot)).map_err(|error| {
-            let cause = std::error::Error::source(&error).map_or_else(String::new, |cause| format!(": {cause}"));
-            PyValueError::new_err(format!("{error}{cause}"))
-        })
+        py.detach(|| self.0.publish(snapshot)).map_err(|error| refused(&error))
     }
 
     #[expect(clippy::needless_pass_by_value, reason = "what Python passes is converted into a vector")]

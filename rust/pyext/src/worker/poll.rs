@@ -255,7 +255,7 @@ impl Poller {
     }
 
     fn greet(&self, replica: &Replica, link: &Arc<Link>, frame: &Frame) -> Result<(), Broken> {
-        let limit = replica.with_limit(|limit| limit.limit()) as u32;
+        let limit = u32::try_from(replica.with_limit(|limit| limit.limit())).unwrap_or(u32::MAX);
         let mut out = BytesMut::new();
         let mut input = lock(&link.input);
         let Some(callee) = &mut input.callee else { return Ok(()) };
