@@ -8,11 +8,11 @@ decides. Time is Unix time, as a rollout outlives the process that drives it.
        ▼ │                                               │
     PAUSED: no further step ─── a window crosses a bound, from RUNNING as well ── or abort ──▶ ABORTED (the same)
 
-Invariant: no window with fewer than `min_requests` requests of the new target decides anything. A step that has lasted
-its time without such a window is held, which is said once. Requests that have waited for an answer since before the window
-count against the target, as having taken the whole window, but no step passes because of them. While the old targets get
-too few requests for a p99 of their own, as in a last step of 1, the ratio is taken to the last one that was known; without
-any, the step is held too.
+Invariant: no window with fewer than `min_requests` requests of the new target decides anything. A step that has
+lasted its time without such a window is held, which is said once. Requests that have waited for an answer since before
+the window count against the target, as having taken all of it, but no step passes because of them. While the old
+targets get too few requests for a p99 of their own, as in a last step of 1, the ratio is taken to the last one that
+was known; without any, the step is held too.
 """
 
 from __future__ import annotations
