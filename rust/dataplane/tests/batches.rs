@@ -2,7 +2,7 @@
 
 mod support;
 
-use rayserve_dataplane::wire::{Header, Kind, flag};
+use rayserve_dataplane::wire::{Header, Kind, MAX_INLINE, flag};
 use serde_json::{Value, json};
 use support::{Client, Served, replica::Got, replica::Replica};
 
@@ -192,42 +192,67 @@ fn when_a_replica_dies_with_a_batch_only_what_may_be_done_twice_is_tried_again()
 }
 
 #[test]
-fn a_long_body_follows_its_batch() {
-    let (served, replica, _first, got) = busy(json!({}), batched(8, 0.0));
-    let mut clients = waiting(&served, 1);
-    let mut upload = served.client();
-    upload.send("POST /long HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n");
-    served.settles("queued", 2);
-    replica.answer(&got, "");
-    let batch = replica.batch();
-    assert!(batch[0].is_whole() && !batch[1].is_whole());
-    upload.chunk(b"one");
-    upload.chunk(b"two");
-    upload.send("0\r\n\r\n");
-    assert_eq!(replica.body(&batch[1]), b"onetwo");
-    for got in &batch {
-        replica.answer(got, "done");
+fn a_batch_waits_for_no_body_however_it_comes() {
+    let long = vec![b'x'; MAX_INLINE];
+    for (framing, begins, ends, body) in [
+        ("content-length: 4", &b"bo"[..], &b"dy"[..], &b"body"[..]),
+        ("transfer-encoding: chunked", b"1\r\nb\r\n", b"3\r\nody\r\n0\r\n\r\n", b"body"),
+        (&format!("content-length: {}", MAX_INLINE + 4), b"body", &long, &[b"body", &long[..]].concat()),
+    ] {
+        let (served, replica, _first, got) = busy(json!({}), batched(8, 0.0));
+        let mut late = served.client();
+        late.send(format!("POST /late HTTP/1.1\r\nhost: h\r\n{framing}\r\n\r\n"));
+        late.send(begins);
+        served.settles("requests_open", 2);
+        let mut clients = waiting(&served, 1);
+        replica.answer(&got, "");
+        let batch = replica.batch();
+        assert_eq!(batch.len(), 1);
+        replica.answer(&batch[0], "");
+        assert_eq!(clients[0].response().status, 200);
+        late.send(ends);
+        let batch = replica.batch();
+        let sent = if batch[0].is_whole() { batch[0].head.body().to_vec() } else { replica.body(&batch[0]) };
+        assert_eq!(sent, body);
+        replica.answer(&batch[0], "");
+        assert_eq!(late.response().status, 200);
     }
-    assert_eq!((clients[0].response().text(), upload.response().text()), ("done".into(), "done".into()));
 }
 
 #[test]
-fn a_batch_has_small_bodies_whole_however_they_come() {
+fn who_breaks_off_in_the_body_is_in_no_batch() {
     let (served, replica, _first, got) = busy(json!({}), batched(8, 0.0));
-    let mut late = served.client();
-    late.send("POST /late HTTP/1.1\r\nhost: h\r\ncontent-length: 4\r\n\r\nbo");
-    served.settles("requests_open", 2);
     let mut clients = waiting(&served, 1);
+    let mut garbled = served.client();
+    garbled.send("POST / HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n1\r\nb\r\nnot a chunk\r\n");
+    assert_eq!(garbled.response().status, 400);
+    let mut leaves = served.client();
+    leaves.send(format!("POST / HTTP/1.1\r\nhost: h\r\ncontent-length: {}\r\n\r\nb", 2 * MAX_INLINE));
+    served.settles("requests_open", 3);
+    leaves.hang_up();
+    served.settles("requests_open", 2);
     replica.answer(&got, "");
     let batch = replica.batch();
-    assert_eq!(batch.len(), 1);
+    assert_eq!(paths(&batch), ["/0"]);
     replica.answer(&batch[0], "");
     assert_eq!(clients[0].response().status, 200);
-    late.send("dy");
+}
+
+#[test]
+fn a_batch_takes_a_body_of_any_length_once_most_can_be_held() {
+    const LENGTH: usize = 17 * 1024 * 1024;
+    let (served, replica, _first, got) = busy(json!({}), batched(8, 0.0));
+    let mut upload = served.client();
+    upload.send(format!("POST /long HTTP/1.1\r\nhost: h\r\ncontent-length: {LENGTH}\r\n\r\n"));
+    upload.send(vec![b'x'; LENGTH - 1]);
+    served.settles("queued", 1);
+    replica.answer(&got, "");
     let batch = replica.batch();
-    assert_eq!(&batch[0].head.body()[..], b"body");
-    replica.answer(&batch[0], "");
-    assert_eq!(late.response().status, 200);
+    assert!(!batch[0].is_whole());
+    upload.send("x");
+    assert_eq!(replica.body(&batch[0]).len(), LENGTH);
+    replica.answer(&batch[0], "done");
+    assert_eq!(upload.response().text(), "done");
 }
 
 #[test]

@@ -31,6 +31,9 @@ pub(super) const LINGER: Duration = Duration::from_secs(30);
 /// fraction of it; what takes longer should not keep a handler from starting.
 const MOMENT: Duration = Duration::from_millis(5);
 
+/// What serves several requests at once should wait for none of their clients: a body up to this size is taken whole first.
+const WHOLE: u64 = 16 * 1024 * 1024;
+
 /// A response's body.
 pub(super) struct Body {
     content: Content,
@@ -147,7 +150,7 @@ pub(super) enum Inbound {
 
 impl Inbound {
     /// A small body of known length is awaited for a moment, before the request asks for a replica. One that the client
-    /// holds back until it is asked for is streamed, like what takes longer. `patient`: it is awaited in any case.
+    /// holds back until it is asked for is streamed, like what takes longer. `patient`: all of it is awaited, up to [`WHOLE`].
     ///
     /// # Errors
     /// The body is too large, broken, or its client has gone.
@@ -177,7 +180,16 @@ impl Inbound {
                     Err(_) => Ok(Self::Streamed(Upload::new(source, limit, parts))),
                 }
             }
-            _ => Ok(Self::Streamed(Upload::new(source, limit, Vec::new()))),
+            _ => {
+                let mut upload = Upload::new(source, limit, Vec::new());
+                while patient && !upload.read_all && upload.total <= WHOLE {
+                    let bytes = poll_fn(|cx| upload.source.poll(cx)).await?;
+                    upload.take(bytes)?;
+                }
+                upload.rewind();
+                let small = upload.read_all && upload.total <= MAX_INLINE as u64;
+                Ok(if small { Self::Whole(upload.kept.concat().into()) } else { Self::Streamed(upload) })
+            }
         }
     }
 
