@@ -246,7 +246,7 @@ class DeploymentHandle:
 
         Raises:
             ValueError: another deployment's replica was chosen.
-            RuntimeError: the selection has been used.
+            RuntimeError: the selection has been used, or its `async with` block has ended.
 
         Awaiting the answer raises `ReplicaUnavailableError` if the replica has gone meanwhile.
         """

@@ -175,6 +175,10 @@ class TestSelection:
                 assert [item async for item in streamed] == [selection.replica_id, 2]
                 with pytest.raises(RuntimeError, match="already been dispatched"):
                     handle.dispatch(selection)
+            async with handle.choose_replica() as unused:
+                pass
+            with pytest.raises(RuntimeError, match=f"block that chose {unused.replica_id} has ended"):
+                handle.dispatch(unused)
 
         asyncio.run(main())
 
