@@ -4,7 +4,8 @@ A caller comes into being with the first call. Its tender is a Python thread tha
 that nobody waits for, and takes over snapshots. The controller is always asked for the next one, and answers when there
 is one; no call waits for that unless it cannot be sent without. At exit every waiter is woken and the tender joined,
 because a thread that comes back to a finalizing interpreter is killed in the middle of native code. A forked child
-starts afresh.
+starts afresh; one whose parent was connected to Ray cannot, as it has neither a connection of its own nor a use for its
+parent's, over which every question would wait for ever.
 """
 
 from __future__ import annotations
@@ -215,6 +216,7 @@ _current: Caller | None = None
 _identity: tuple[str, bytes] | None = None
 _home: _Home | None = None
 _exiting = False
+_ray_is_parents = False
 _lock = threading.Lock()
 
 
@@ -253,6 +255,11 @@ def _connect() -> Caller:
             return _current
         if _exiting:
             raise RuntimeError("The interpreter exits: no more calls can be made.")
+        if _ray_is_parents:
+            raise RuntimeError(
+                "Handles do not work in a process that was forked from one that is connected to Ray: make the calls "
+                "in the parent or in a Ray task, or start the process with multiprocessing's 'spawn'."
+            )
         if ray_client.ray.is_connected():
             raise RayServeException(
                 "Handles do not work over Ray Client, as its process cannot reach the replicas' nodes: "
@@ -305,8 +312,9 @@ def _at_exit() -> None:
 
 
 def _after_fork() -> None:
-    global _current, _lock
+    global _current, _lock, _ray_is_parents
     _lock = threading.Lock()
+    _ray_is_parents = ray.is_initialized()
     if _current is not None:
         _current.abandon()
         _current = None

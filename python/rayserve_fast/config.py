@@ -31,7 +31,7 @@ from rayserve_fast.autoscaling import AggregationFunction, AutoscalingConfig, Au
 from rayserve_fast.controlplane.spec import DeploymentConfig
 from rayserve_fast.gang import GangPlacementStrategy, GangRuntimeFailurePolicy, GangSchedulingConfig
 from rayserve_fast.importing import import_attr
-from rayserve_fast.request_router import built_in
+from rayserve_fast.request_router import RequestRouter, built_in
 from rayserve_fast.text import check_text
 
 __all__ = [
@@ -292,11 +292,13 @@ class RequestRouterConfig(BaseModel):
     def model_post_init(self, context: Any) -> None:
         """Import what is named, name what is given: a wrong path fails here, not after the deployment."""
         given = self.request_router_class
-        found = built_in(given if isinstance(given, str) else f"{given.__module__}:{given.__name__}")
+        kind = given if isinstance(given, type) else None
+        found = built_in(f"{kind.__module__}:{kind.__qualname__}" if kind else str(given))
         if found is not None:
             self._policy, self.request_router_class = found.policy, f"{found.__module__}:{found.__name__}"
-        else:
-            self._policy, (self._router, self.request_router_class) = "custom", resolve(given, DEFAULT_ROUTER)
+            return
+        _check_router(given)
+        self._policy, (self._router, self.request_router_class) = "custom", resolve(given, DEFAULT_ROUTER)
 
     def plain(self) -> dict[str, Any]:
         """What travels: the fields, the engine's name for the rule, and a router of the user's own as text.
@@ -323,6 +325,21 @@ class RequestRouterConfig(BaseModel):
     def is_default_request_router(self) -> bool:
         """Whether the built-in router chooses."""
         return self.request_router_class == DEFAULT_ROUTER
+
+
+def _check_router(given: object) -> None:
+    """Whether a router of the user's own can be imported and is one."""
+    try:
+        router = import_attr(given) if isinstance(given, str) else given
+    except (ImportError, AttributeError, ValueError) as error:
+        raise type(error)(f"request_router_class {given!r} cannot be imported: {error}") from error
+    if not (isinstance(router, type) and issubclass(router, RequestRouter)):
+        raise TypeError(
+            f"request_router_class must be a class that derives from rayserve_fast.request_router.RequestRouter, "
+            f"got {router!r}."
+        )
+    if router.choose_replicas is RequestRouter.choose_replicas:
+        raise TypeError(f"request_router_class {router.__qualname__} must define `async def choose_replicas`.")
 
 
 class DeploymentActorConfig(BaseModel):

@@ -34,6 +34,8 @@ __all__ = [
 ]
 
 _UNSET: Any = object()
+#: The options that are text.
+_TEXTS = {"method_name", "multiplexed_model_id", "session_id"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class DeploymentHandle:
 
     #: The replica that answers all calls, if it is not for the router to choose.
     _target: str | None = None
+    #: Whether `_init` comes too late.
+    _initialized = False
 
     def __init__(
         self,
@@ -120,17 +124,24 @@ class DeploymentHandle:
             _prefer_local_routing: call replicas of this process's node while one has room; a model or session id
                 outranks it.
             request_serialization, response_serialization: accepted for compatibility; the values decide.
+
+        Raises:
+            TypeError: a name or an id is no str.
         """
         given = {name: value for name, value in locals().items() if name != "self" and value is not _UNSET}
-        options = replace(self._options, **given)
-        return DeploymentHandle(
+        for name in _TEXTS & given.keys():
+            if not isinstance(given[name], str):
+                raise TypeError(f"handle.options: {name} must be a str, got {given[name]!r}.")
+        copy = DeploymentHandle(
             self.deployment_name,
             self.app_name,
-            _options=options,
+            _options=replace(self._options, **given),
             _handle_id=self.handle_id,
             _local=self._local,
             _key=self._key,
         )
+        self._initialized = copy._initialized = True
+        return copy
 
     def __getattr__(self, name: str) -> DeploymentHandle:
         # Copying, pickling and inspection ask for dunder names, before __init__ has run even; none is a method to call.
@@ -175,7 +186,7 @@ class DeploymentHandle:
             options.stream,
             self._target,
         )
-        self._owner = owner
+        self._owner, self._initialized = owner, True
         return owner
 
     def _pack(
@@ -240,6 +251,7 @@ class DeploymentHandle:
         """
         from rayserve_fast.selection import choose
 
+        self._initialized = True
         return choose(self, args, kwargs)
 
     def dispatch(
@@ -249,7 +261,7 @@ class DeploymentHandle:
 
         Raises:
             ValueError: another deployment's replica was chosen.
-            RuntimeError: the selection has been used.
+            RuntimeError: the selection has been used, or its `async with` block has ended.
 
         Awaiting the answer raises `ReplicaUnavailableError` if the replica has gone meanwhile.
         """
@@ -260,12 +272,13 @@ class DeploymentHandle:
 
     @property
     def is_initialized(self) -> bool:
-        """Whether this process has called anything yet; there is nothing to initialize in a handle itself."""
-        return self._local or caller.exists()
+        """Whether `_init`, `options` or a call has been asked of this handle: `_init` then raises."""
+        return self._initialized
 
     def running_replicas_populated(self) -> bool:
         """Whether this process holds a link to a replica."""
-        return self.is_initialized and self._find_caller().client.counters()["links"] > 0
+        begun = self._initialized and (self._local or caller.exists())
+        return begun and self._find_caller().client.counters()["links"] > 0
 
     def _find_caller(self) -> AnyCaller:
         """What calls are made with: this process's caller, or its applications in local testing mode."""
@@ -275,11 +288,26 @@ class DeploymentHandle:
 
         return applications
 
-    def _init(self, *, _prefer_local_routing: bool = _UNSET, **_: Any) -> None:
-        """Handles need no initialization: this is `options` for the handle itself."""
+    def _init(
+        self, *, _prefer_local_routing: bool = _UNSET, _source: Any = None, _run_router_in_separate_loop: bool = True
+    ) -> None:
+        """Set, once and before anything else is done with this handle, what then holds for it and its copies.
+
+        Args:
+            _prefer_local_routing: see `options`.
+            _source, _run_router_in_separate_loop: accepted for compatibility.
+
+        Raises:
+            RuntimeError: it is too late.
+        """
+        if self._initialized:
+            raise RuntimeError(
+                "Handle has already been initialized: `_init` is for once, and comes before `options`, methods by name "
+                "and calls. Take another handle, or `options(_prefer_local_routing=...)`."
+            )
         if _prefer_local_routing is not _UNSET:
             self._options = replace(self._options, _prefer_local_routing=_prefer_local_routing)
-            self._owner = None
+        self._initialized = True
 
     def shutdown(self) -> None:
         """Accepted for compatibility: links belong to the process, not to a handle."""

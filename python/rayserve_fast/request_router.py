@@ -9,13 +9,14 @@ on a thread of its own in the process that routes: of the proxy for HTTP, of the
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rayserve_fast.controlplane.spec import DeploymentID, ReplicaID
-from rayserve_fast.replica import facts
+from rayserve_fast.importing import import_attr
 
 __all__ = [
     "FIFOMixin",
@@ -163,6 +164,8 @@ class RequestRouter:
 
     def _refresh(self, replicas: Iterable[RunningReplica]) -> None:
         """Take over what is known now; the objects stay the same as long as their replicas."""
+        from rayserve_fast.replica import facts  # here: it needs Ray, which configuration must not pay for
+
         before, news = set(self._replicas), False
         now = {replica.replica_id: replica for replica in replicas}
         for replica_id in before - now.keys():
@@ -269,25 +272,19 @@ class ConsistentHashRouter(_BuiltIn):
     policy = "consistent_hash"
 
 
-#: By class name: where Ray Serve has its own routers.
-_REFERENCE = {
-    "ray.serve._private.request_router": PowerOfTwoChoicesRequestRouter,
-    "ray.serve._private.request_router.pow_2_router": PowerOfTwoChoicesRequestRouter,
-    "ray.serve.experimental.round_robin_router": RoundRobinRouter,
-    "ray.serve.experimental.consistent_hash_router": ConsistentHashRouter,
-}
-
-
 def built_in(path: str) -> type[_BuiltIn] | None:
-    """The built-in router of an import path, of this project's or of Ray Serve's own.
+    """The built-in router of an import path; one of Ray Serve's means the same path of this project.
 
     >>> built_in("ray.serve.experimental.round_robin_router:RoundRobinRouter").policy
     'round_robin'
     >>> built_in("my_routers:Mine") is None
     True
     """
-    module, _, name = path.replace(":", ".").rpartition(".")
-    found = _REFERENCE.get(module)
-    ours = (LeastLoadedRequestRouter, PowerOfTwoChoicesRequestRouter, RoundRobinRouter, ConsistentHashRouter)
-    candidates = ours if module == __name__ else (found,) if found else ()
-    return next((router for router in candidates if router.__name__ == name), None)
+    own = re.sub(r"^ray\.serve\b", "rayserve_fast", path)
+    if not own.startswith("rayserve_fast."):
+        return None
+    try:
+        found = import_attr(own)
+    except (ImportError, AttributeError):  # a router of Ray Serve's that has no counterpart here
+        return None
+    return found if isinstance(found, type) and issubclass(found, _BuiltIn) and "policy" in vars(found) else None

@@ -93,14 +93,14 @@ class Routers:
             replicas = [running(deployment_id, one) for one in told if one[3]]
             custom = self._custom(deployment_id, definition)
             first, factor, longest = custom.pauses
-            custom.router._refresh(replicas)
+            _tell(custom.router, "_refresh", replicas)
             ranks = await self._ranks(custom.router, pending) if replicas else []
             got = assign([[replica.replica_id.unique_id for replica in rank] for rank in ranks])
             if got == "":  # nobody waits any more
                 return custom.router, None
             if got is not None:
                 replica_id = ReplicaID(got, deployment_id)
-                _tell(custom.router.on_request_routed, pending, replica_id, ReplicaResult())
+                _tell(custom.router, "on_request_routed", pending, replica_id, ReplicaResult())
                 return custom.router, replica_id
             pause = min(longest, pause * factor) if pause else first
             await asyncio.sleep(pause)
@@ -109,9 +109,9 @@ class Routers:
         candidates = list(router.curr_replicas.values())
         router.num_pending_requests += 1
         try:
-            return await router.choose_replicas(candidates, pending)
-        except Exception:
-            logger.exception("The request router of %s failed; any replica may do.", router._deployment_id)
+            return _checked(await router.choose_replicas(candidates, pending))
+        except Exception as error:
+            logger.exception("%s failed, any replica may do: %r", _described(router, "choose_replicas"), error)
             return [candidates]
         finally:
             router.num_pending_requests -= 1
@@ -127,8 +127,10 @@ class Routers:
                 kind, kwargs, pauses = pickle.loads(base64.b64decode(definition))
                 router = kind(deployment_id=deployment_id, self_node_id=self._node_id)
                 router.initialize_state(**kwargs)
-            except Exception:
-                logger.exception("The request router of %s cannot be made; any replica may do.", deployment_id)
+            except Exception as error:
+                logger.exception(
+                    "The request router of %s cannot be made, any replica may do: %r", deployment_id, error
+                )
                 router = _Anybody(deployment_id)
         custom = Custom(definition or "", router, pauses)
         if definition is not None:
@@ -208,11 +210,27 @@ class HttpRouting:
 def completed(router: RequestRouter | None, replica_id: ReplicaID | None, request_id: str) -> None:
     """Tell a router that a request of its has ended."""
     if router is not None and replica_id is not None:
-        _tell(router.on_request_completed, replica_id, request_id)
+        _tell(router, "on_request_completed", replica_id, request_id)
 
 
-def _tell(hook: Callable[..., None], *args: Any) -> None:
+def _tell(router: RequestRouter, method: str, *args: Any) -> None:
     try:
-        hook(*args)
-    except Exception:
-        logger.exception("%r failed.", hook)
+        getattr(router, method)(*args)
+    except Exception as error:
+        logger.exception("%s failed: %r", _described(router, method), error)
+
+
+def _described(router: RequestRouter, method: str) -> str:
+    return f"{type(router).__qualname__}.{method} of the request router of {router._deployment_id}"
+
+
+def _checked(ranks: Any) -> list[list[RunningReplica]]:
+    """What a router has chosen; TypeError if it is not what it should be."""
+    try:
+        lists = [list(rank) for rank in ranks]
+    except TypeError:
+        lists = [[ranks]]
+    for replica in (replica for rank in lists for replica in rank):
+        if not isinstance(replica, RunningReplica):
+            raise TypeError(f"it must return lists of RunningReplica, the best first, not {ranks!r}")
+    return lists

@@ -123,6 +123,7 @@ class ReplicaSelection:
     _handle: Any = field(default=None, repr=False)
     _reservation: Reservation | None = field(default=None, repr=False)
     _dispatched: bool = field(default=False, repr=False)
+    _left: bool = field(default=False, repr=False)  # its context has ended, and the slot is somebody else's
 
     @property
     def address(self) -> str:
@@ -146,6 +147,10 @@ class ReplicaSelection:
             raise RuntimeError(
                 f"ReplicaSelection for {self.replica_id} has already been dispatched. "
                 "Each selection can only be dispatched once."
+            )
+        if self._left:
+            raise RuntimeError(
+                f"The `async with` block that chose {self.replica_id} has ended: dispatch inside it, or choose again."
             )
         self._dispatched = True
         chosen = self._handle.options(stream=handle._options.stream)
@@ -174,7 +179,7 @@ async def choose(
         chosen = next(one for one in (known[0] if known else told) if one[0] == reservation.replica)
         _, node_id, tcp, *_, metadata, _stats = chosen
         host, _, port = (tcp or "").rpartition(":")
-        yield ReplicaSelection(
+        selection = ReplicaSelection(
             reservation.replica,
             host,
             int(port) if port else None,
@@ -183,6 +188,10 @@ async def choose(
             _handle=handle,
             _reservation=reservation,
         )
+        try:
+            yield selection
+        finally:
+            selection._left = True
     finally:
         reservation.release()
 

@@ -70,6 +70,9 @@ class Model:
         for i in range(n):
             yield i
 
+    async def hidden_items(self) -> Any:
+        return (item for item in [1])
+
     async def context(self) -> dict[str, Any]:
         request, replica = _get_serve_request_context(), serve.get_replica_context()
         seen_in_thread = await asyncio.to_thread(lambda: _get_serve_request_context().request_id)

@@ -56,6 +56,8 @@ def test_wrong_calls_are_told_what_is_wrong(run: Run) -> None:
         handle.nothing.remote().result(timeout_s=20)
     with pytest.raises(TypeError, match="returned a generator"):
         handle.items.remote(1).result(timeout_s=20)
+    with pytest.raises(TypeError, match="Method 'hidden_items' returned a generator"):
+        handle.hidden_items.remote().result(timeout_s=20)
     with pytest.raises(TypeError, match="cannot be pickled"):
         handle.remote(threading.Lock()).result(timeout_s=20)
     with pytest.raises(TypeError, match="cannot be sent"):

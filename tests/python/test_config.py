@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from rayserve_fast import deployment
 from rayserve_fast._core import Proxy
 from rayserve_fast.api import _cluster_options
 from rayserve_fast.autoscaling import DEFAULT_POLICY
@@ -26,6 +27,7 @@ from rayserve_fast.config import (
     gRPCOptions,
 )
 from rayserve_fast.importing import import_attr
+from rayserve_fast.request_router import RequestRouter
 from rayserve_fast.schema import LoggingConfig, TracingConfig
 
 
@@ -33,8 +35,15 @@ def policy(context: Any) -> Any:
     """An autoscaling policy of the user's."""
 
 
-class Router:
+class Router(RequestRouter):
     """A request router of the user's."""
+
+    async def choose_replicas(self, candidate_replicas: Any, pending_request: Any = None) -> Any:
+        return [candidate_replicas]
+
+
+class Undecided(RequestRouter):
+    """One that does not choose."""
 
 
 def test_defaults_warn_of_nothing() -> None:
@@ -154,6 +163,26 @@ def test_a_pluggable_class_that_does_not_exist_is_told_at_once() -> None:
         AutoscalingPolicy(policy_function=f"{__name__}:nothing")
     with pytest.raises(ModuleNotFoundError, match="no_such_module"):
         RequestRouterConfig(request_router_class="no_such_module.Router")
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "text"),
+    [
+        ("no_such_module.Router", ModuleNotFoundError, "'no_such_module.Router' cannot be imported"),
+        ("json:Router", AttributeError, "'json:Router' cannot be imported"),
+        ("json", ValidationError, "'json' cannot be imported"),
+        ("json.dumps", TypeError, "must be a class that derives from .*RequestRouter, got <function dumps"),
+        (int, TypeError, "must be a class that derives from .*RequestRouter, got <class 'int'>"),
+        (Undecided, TypeError, "Undecided must define `async def choose_replicas`"),
+    ],
+)
+def test_what_is_no_router_is_refused_before_it_is_deployed(given: Any, error: type[Exception], text: str) -> None:
+    for refused in (
+        lambda: RequestRouterConfig(request_router_class=given),
+        lambda: deployment(request_router_config={"request_router_class": given})(print),
+    ):
+        with pytest.raises(error, match=f"request_router_class {text}"):
+            refused()
 
 
 def test_arguments_of_pluggable_classes_are_json() -> None:

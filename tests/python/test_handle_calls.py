@@ -12,6 +12,7 @@ import signal
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -323,6 +324,38 @@ def test_options_of_a_handle_hold_for_its_methods() -> None:
     named = handle.options(session_id="s")
     assert (named.predict._options.session_id, handle.predict._options.session_id) == ("s", "")
     assert named.predict._options.method_name == "predict"
+
+
+@pytest.mark.parametrize("option", ["method_name", "multiplexed_model_id", "session_id"])
+def test_an_option_that_must_be_text_is_named(option: str) -> None:
+    with pytest.raises(TypeError, match=f"{option} must be a str, got 3"):
+        DeploymentHandle("D", "app").options(**{option: 3})  # type: ignore[arg-type]
+
+
+USES: dict[str, Callable[[DeploymentHandle], object]] = {
+    "_init": lambda handle: handle._init(),
+    "options": lambda handle: handle.options(stream=True),
+    "a method": lambda handle: handle.predict,
+    "a call": lambda handle: handle.remote(),
+    "a choice": lambda handle: handle.choose_replica(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_handle_is_initialized_once_and_before_it_is_used(use: str, replica: Replicas, connect: Any) -> None:
+    handle = connect(Cluster(replica()))
+    assert not handle.is_initialized
+    USES[use](handle)
+    again = pickle.loads(pickle.dumps(handle))
+    for late in (handle, handle.options()):
+        assert late.is_initialized
+        with pytest.raises(RuntimeError, match="already been initialized"):
+            late._init(_prefer_local_routing=True)
+    assert not again.is_initialized, "what travels is another handle"
+    with pytest.raises(TypeError, match="_prefer_node"):
+        again._init(_prefer_node=True)
+    again._init(_prefer_local_routing=True, _source="?", _run_router_in_separate_loop=False)
+    assert again.predict._options._prefer_local_routing
 
 
 def test_request_ids_are_random_uuids() -> None:

@@ -191,6 +191,37 @@ def test_a_call_that_does_not_end_is_cut_off_when_its_deployment_goes() -> None:
     release.set()
 
 
+def test_what_was_called_for_a_call_that_is_cut_off_is_cancelled() -> None:
+    """As on a cluster, where the links of the replica that ends break."""
+    begun, ended = threading.Event(), threading.Event()
+
+    @serve.deployment(graceful_shutdown_timeout_s=20)
+    class Back:
+        async def __call__(self) -> None:
+            begun.set()
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.set()
+
+    @serve.deployment(graceful_shutdown_timeout_s=0.1)
+    class Front:
+        def __init__(self, back: DeploymentHandle) -> None:
+            self.back = back
+
+        async def __call__(self) -> None:
+            await self.back.remote()
+
+    response = run(Front.bind(Back.bind())).remote()
+    assert begun.wait(10)
+    began = time.monotonic()
+    serve.delete("default")
+    assert time.monotonic() - began < 10
+    assert ended.is_set()
+    with pytest.raises(ActorDiedError, match="Front"):
+        response.result(timeout_s=10)
+
+
 def test_the_environment_can_force_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_SERVE_FORCE_LOCAL_TESTING_MODE", "1")
     assert serve.run(Model.bind()).remote().result(timeout_s=10) == "from the network"

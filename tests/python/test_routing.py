@@ -16,6 +16,7 @@ from rayserve_fast import caller, serve
 from rayserve_fast.config import RequestRouterConfig
 from rayserve_fast.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from rayserve_fast.handle import DeploymentHandle
+from rayserve_fast.importing import import_attr
 from rayserve_fast.request_router import (
     FIFOMixin,
     MultiplexMixin,
@@ -73,12 +74,15 @@ def get(url: str, **headers: str) -> str:
         ("ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter", "power_of_two"),
         ("ray.serve.experimental.consistent_hash_router:ConsistentHashRouter", "consistent_hash"),
         ("ray.serve.experimental.round_robin_router.RoundRobinRouter", "round_robin"),
+        ("ray.serve._private.request_router.pow_2_router:PowerOfTwoChoicesRequestRouter", "power_of_two"),
         ("rayserve_fast.request_router:LeastLoadedRequestRouter", "least_loaded"),
     ],
 )
 def test_built_in_routers_are_rules_of_the_engine_by_either_name(router: str, policy: str) -> None:
-    plain = RequestRouterConfig(request_router_class=router).plain()
-    assert (plain["policy"], plain["custom"]) == (policy, None)
+    own = router.replace("ray.serve.", "rayserve_fast.")
+    for given in (router, own, import_attr(own)):
+        plain = RequestRouterConfig(request_router_class=given).plain()
+        assert (plain["policy"], plain["custom"]) == (policy, None)
     assert RequestRouterConfig().plain()["policy"] == "least_loaded"
 
 
@@ -175,6 +179,10 @@ class TestSelection:
                 assert [item async for item in streamed] == [selection.replica_id, 2]
                 with pytest.raises(RuntimeError, match="already been dispatched"):
                     handle.dispatch(selection)
+            async with handle.choose_replica() as unused:
+                pass
+            with pytest.raises(RuntimeError, match=f"block that chose {unused.replica_id} has ended"):
+                handle.dispatch(unused)
 
         asyncio.run(main())
 

@@ -98,7 +98,7 @@ def test_an_exception_of_the_user_comes_with_its_traceback(replica: Any) -> None
             "Tried to call a method 'missing' that does not exist. Available methods: ['add', ",
         ),
         ("items", wire.WRONG_KIND, "Method 'items' returned a generator."),
-        ("hidden_items", wire.WRONG_KIND, "returned a generator."),
+        ("hidden_items", wire.WRONG_KIND, "Method 'hidden_items' returned a generator."),
         ("unpicklable", 8, "cannot be sent"),
     ],
 )

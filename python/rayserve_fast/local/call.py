@@ -98,11 +98,19 @@ class LocalHead(_RequestContext):
             return False
         if self.replica is not None:
             self.replica.cancel(self)
+        self._cancel_children()
+        return True
+
+    def cut_off(self, why: str) -> None:
+        """End the call because its replica ends, and cancel what was called for it."""
+        self.finish("died", why)
+        self._cancel_children()
+
+    def _cancel_children(self) -> None:
         with self._changed:
             children = list(self._children)
         for child in children:
             child.cancel()
-        return True
 
     def adopt(self, child: LocalHead) -> None:
         """The child is called by what this call runs."""

@@ -134,7 +134,7 @@ class LocalReplica:
             self._changed.wait_for(lambda: not self._running, self._config.graceful_shutdown_timeout_s)
             left = list(self._running)
         for call in left:
-            call.finish("died", "its deployment has been deleted or replaced")
+            call.cut_off("its deployment has been deleted or replaced")
         self._end()
 
     def _end(self) -> None:

@@ -95,14 +95,14 @@ class Calls:
     def dump(self, result: Any) -> tuple[bytes, list[memoryview]]:
         """A result as the pickle and the buffers beside it."""
         if isinstance(result, (GeneratorType, AsyncGeneratorType)):
-            raise WrongKindError(_wrong_kind(result.__name__))
+            raise WrongKindError  # `dump_error` knows of which method
         return _dump(result)
 
     def dump_error(self, head: CallHead, error: BaseException) -> tuple[int, bytes]:
         """An error as the code and the payload of an ERROR frame."""
         for kind, fault in _FAULTS.items():
             if isinstance(error, kind):
-                return fault, str(error).encode()
+                return fault, (str(error) or _wrong_kind(head.method)).encode()
         return USER, values.dump_error(error, head.method)
 
     def _find(self, name: str, streaming: bool) -> tuple[Callable[..., Any], bool]:

@@ -1,0 +1,1 @@
+"""What users of Ray Serve name by a path under `ray.serve._private`, and nothing else."""
