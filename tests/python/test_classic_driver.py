@@ -151,8 +151,9 @@ def test_several_routes(base: str) -> None:
     assert requests.post(f"{base}/patterns/users", timeout=20).status_code == 404
     handle = serve.get_app_handle("routes")
     assert handle.predict_with_route.remote("/b/c", "x").result(timeout_s=20) == "x"
-    assert handle.predict.remote(1).result(timeout_s=20)["type"] == "int"
-    with pytest.raises(RayServeException, match="/c does not exist in dags routes"):
+    with pytest.raises(RayServeException, match=r"call predict_with_route.* '/a', '/b/c'\."):
+        handle.predict.remote(1).result(timeout_s=20)
+    with pytest.raises(RayServeException, match="'/c' does not exist in dags routes: there are '/a', '/b/c'"):
         handle.predict_with_route.remote("/c", 1).result(timeout_s=20)
 
 

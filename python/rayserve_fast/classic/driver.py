@@ -43,7 +43,8 @@ class GraphIngress:
 
     def __init__(self, plans: Mapping[str, Plan], adapter: Adapter | None = None) -> None:
         self._graphs: dict[str, ReadyPlan] = {path: plan.ready() for path, plan in plans.items()}
-        self._only = next(iter(self._graphs.values())) if set(self._graphs) == {ANY_PATH} else None
+        self._single = next(iter(self._graphs.values())) if len(self._graphs) == 1 else None
+        self._only = self._single if ANY_PATH in self._graphs else None
         self._input = None if adapter is None else _direct(adapter)
         pattern = self._only is None and any("{" in path for path in self._graphs)
         self._fastapi = None
@@ -74,8 +75,17 @@ class GraphIngress:
         return Ready.of_json(result) if result is None or isinstance(result, (str, bytes)) else result
 
     async def predict(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph; with several of them the first."""
-        return await next(iter(self._graphs.values()))(*args, **kwargs)
+        """Run the graph.
+
+        Raises:
+            RayServeException: there are several.
+        """
+        if self._single is None:
+            raise RayServeException(
+                f"This DAGDriver has several graphs: call predict_with_route(route, ...) with one of its routes, "
+                f"{', '.join(map(repr, self._graphs))}."
+            )
+        return await self._single(*args, **kwargs)
 
     async def predict_with_route(self, route: str, *args: Any, **kwargs: Any) -> Any:
         """Run the graph of this route.
@@ -84,7 +94,9 @@ class GraphIngress:
             RayServeException: there is none.
         """
         if (graph := self._graphs.get(route)) is None:
-            raise RayServeException(f"{route} does not exist in dags routes")
+            raise RayServeException(
+                f"{route!r} does not exist in dags routes: there are {', '.join(map(repr, self._graphs))}."
+            )
         return await graph(*args, **kwargs)
 
 
