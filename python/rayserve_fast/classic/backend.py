@@ -27,6 +27,7 @@ from rayserve_fast.exceptions import RayServeException
 from rayserve_fast.replica import batches
 from rayserve_fast.replica.calls import is_async
 from rayserve_fast.replica.request import Request
+from rayserve_fast.replica.responses import Refused
 
 #: Over HTTP: the method to call.
 CALL_METHOD = b"x-serve-call-method"
@@ -35,6 +36,10 @@ _HOOKS = {"check_health", "reconfigure", "record_autoscaling_stats", "record_rou
 
 Arrived: TypeAlias = Request | HandleRequest
 Arguments: TypeAlias = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+class NoMethodError(RayServeException, Refused):
+    """A client has asked for a method that is not there, which is answered 400."""
 
 
 class Backend:
@@ -142,7 +147,9 @@ class Backend:
             if callable(found):
                 return found  # type: ignore[no-any-return]
         public = [attr for attr in dir(self._user) if not attr.startswith("_") and callable(getattr(self._user, attr))]
-        raise RayServeException(f"The backend has no method '{name}' to call. Available methods: {public}.")
+        # Only a header names a method that is not there. To have no `__call__` is no fault of the client's.
+        kind = RayServeException if name == "__call__" else NoMethodError
+        raise kind(f"The backend has no method '{name}' to call. Available methods: {public}.")
 
     def _ready(self, arrived: Arrived, method: Method) -> Arguments | None:
         """The arguments for one request if there is nothing to wait for: the way of nearly all."""

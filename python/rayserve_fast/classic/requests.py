@@ -7,7 +7,6 @@ as it is, as it answers to the names of Starlette's request.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +14,9 @@ from urllib.parse import parse_qsl, quote
 
 from starlette.datastructures import Headers
 
+from rayserve_fast.classic.header_values import Authorization, UserAgent
 from rayserve_fast.replica.request import _Lazy, loads
+from rayserve_fast.replica.responses import Refused
 
 if TYPE_CHECKING:
     from rayserve_fast.replica.request import Request
@@ -102,6 +103,10 @@ class HandleRequest:
 def parsed(data: Any) -> Any:
     """The value of JSON text; any other value is itself."""
     return loads(data.encode() if isinstance(data, str) else data) if isinstance(data, (str, bytes)) else data
+
+
+class BadJson(Refused, ValueError):
+    """The body of an HTTP request is no JSON; not caught, it is a 400, as with Flask."""
 
 
 class FlaskRequest:
@@ -194,6 +199,27 @@ class FlaskRequest:
         return kind
 
     @property
+    def content_length(self) -> int | None:
+        """Bytes of the body by its header; None if that is not there, as with a chunked body, or no number."""
+        text = self.headers.get("content-length", "")
+        return int(text) if text.isascii() and text.isdigit() else None
+
+    @property
+    def user_agent(self) -> UserAgent:
+        """What the client says that it is; empty if it says nothing."""
+        return UserAgent(self.headers.get("user-agent", ""))
+
+    @property
+    def authorization(self) -> Authorization | None:
+        """The client's credentials; None if there are none, or none that can be read."""
+        return Authorization.of_header(self.headers.get("authorization"))
+
+    @property
+    def endpoint(self) -> None:
+        """None: what Flask means is the name of a view function, and Flask has routed nothing here."""
+        return None
+
+    @property
     def mimetype(self) -> str:
         """The type alone, in lower case."""
         return (self.content_type or "").partition(";")[0].strip().lower()
@@ -257,15 +283,23 @@ class FlaskRequest:
         """The value of a JSON body; None if the content type is another. From a handle: of the data, whatever it is.
 
         Raises:
-            ValueError: the body is no JSON.
+            ValueError: the body is no JSON. Over HTTP the client is answered 400 if the handler does not catch it.
         """
-        return parsed(self._body) if self.is_json or not self._is_http else None
+        return self._parsed() if self.is_json or not self._is_http else None
 
     def get_json(self, force: bool = False, silent: bool = False, cache: bool = True) -> Any:
         """`json`; with `force` whatever the content type, with `silent` None instead of an error."""
         try:
-            return parsed(self._body) if force else self.json
-        except json.JSONDecodeError:
+            return self._parsed() if force else self.json
+        except ValueError:
             if silent:
                 return None
             raise
+
+    def _parsed(self) -> Any:
+        try:
+            return parsed(self._body)
+        except ValueError as error:
+            if not self._is_http:
+                raise
+            raise BadJson(f"The body of the request is not JSON: {error}.") from error

@@ -41,6 +41,12 @@ class Ready:
         return cls((status, [*_JSON, *more] if more else _JSON, json.dumps(value)))
 
 
+class Refused(Exception):
+    """A request that the client has got wrong. Raised by code of this package; its text is the answer's."""
+
+    status_code = 400
+
+
 def encode(result: Any) -> Answer | Response:
     """Turn a handler's return value into an answer.
 
@@ -74,8 +80,8 @@ def encode(result: Any) -> Answer | Response:
 def failure(error: BaseException) -> Answer:
     """The answer for an exception that a handler raised before its response began.
 
-    Only a full queue and a deployment that failed to deploy, here or further down the chain of handles, tell the client
-    anything; the rest is in the replica's log.
+    Only a request that is refused, a full queue and a deployment that failed to deploy, here or further down the chain
+    of handles, tell the client anything; the rest is in the replica's log.
     """
     from rayserve_fast.exceptions import BackPressureError, DeploymentUnavailableError
 
@@ -84,6 +90,8 @@ def failure(error: BaseException) -> Answer:
         if error.retry_after_s is not None:
             headers.append((b"retry-after", str(max(0, math.ceil(error.retry_after_s))).encode()))
         return error.status_code, headers, error.message.encode()
+    if isinstance(error, Refused):
+        return error.status_code, _TEXT, str(error.args[0]).encode()
     if isinstance(error, DeploymentUnavailableError):
         return 503, [], error.message.encode()
     return 500, [], b"Internal Server Error"

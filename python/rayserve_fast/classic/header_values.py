@@ -1,0 +1,83 @@
+"""What Flask makes of two headers of a request: who the client says it is, and its credentials. See `requests.py`."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from urllib.request import parse_http_list, parse_keqv_list
+
+
+class UserAgent(str):
+    """The header `User-Agent`: its text, of which nothing is parsed, as in werkzeug since 2.1.
+
+    >>> agent = UserAgent("curl/8.5.0")
+    >>> agent.string, str(agent), agent.browser
+    ('curl/8.5.0', 'curl/8.5.0', None)
+    """
+
+    __slots__ = ()
+
+    platform = browser = version = language = None
+
+    @property
+    def string(self) -> str:
+        """The text itself."""
+        return str(self)
+
+
+@dataclass(frozen=True)
+class Authorization:
+    """The header `Authorization`.
+
+    Args:
+        type: the scheme, in lower case.
+        parameters: of Basic `username` and `password`, of others what they list, such as Digest's `realm`.
+        token: what follows the scheme if it is no list, such as a bearer's.
+    """
+
+    type: str
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    token: str | None = None
+
+    @classmethod
+    def of_header(cls, value: str | None) -> Authorization | None:
+        """None: there is no such header, or it is no credentials.
+
+        >>> found = Authorization.of_header("Basic YWRhOnNlY3JldA==")
+        >>> found.type, found.username, found.password
+        ('basic', 'ada', 'secret')
+        >>> Authorization.of_header("Bearer abc=").token, Authorization.of_header("Basic abc")
+        ('abc=', None)
+        """
+        scheme, _, rest = (value or "").partition(" ")
+        scheme, rest = scheme.lower(), rest.strip()
+        if not rest:
+            return None
+        if scheme == "basic":
+            try:
+                username, _, password = base64.b64decode(rest, validate=True).decode().partition(":")
+            except (binascii.Error, UnicodeDecodeError):
+                return None
+            return cls(scheme, {"username": username, "password": password})
+        if "=" not in rest.rstrip("="):
+            return cls(scheme, token=rest)
+        return cls(scheme, parse_keqv_list([part for part in parse_http_list(rest) if "=" in part]))
+
+    @property
+    def username(self) -> str | None:
+        """Of Basic and Digest."""
+        return self.parameters.get("username")
+
+    @property
+    def password(self) -> str | None:
+        """Of Basic."""
+        return self.parameters.get("password")
+
+    def get(self, name: str, default: str | None = None) -> str | None:
+        """A parameter."""
+        return self.parameters.get(name, default)
+
+    def __getitem__(self, name: str) -> str | None:
+        return self.parameters.get(name)

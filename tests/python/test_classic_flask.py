@@ -1,0 +1,154 @@
+"""The Flask-shaped request that backends get after `serve.init`: over a proxy and a replica in this process."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+import requests
+from classic_replica import backend
+from http_pair import ours
+
+from rayserve_fast import serve
+from rayserve_fast.classic.backend import AsyncBackend, Backend, SyncBackend
+from rayserve_fast.classic.requests import FlaskRequest, HandleRequest
+from rayserve_fast.classic.session import FLASK
+
+
+def flask_parts(flask_request: Any) -> dict[str, Any]:
+    r = flask_request
+    return {
+        "method": r.method,
+        "path": r.path,
+        "full_path": r.full_path,
+        "args": r.args,
+        "lists": r.args.to_dict(flat=False),
+        "number": r.args.get("n", 0, type=int),
+        "form": r.form,
+        "values": r.values,
+        "files": {name: [file.filename, file.file.read().decode()] for name, file in r.files.items()},
+        "data": r.data.decode(),
+        "raw": r.get_data(as_text=True),
+        "json": r.json,
+        "forced": r.get_json(force=True, silent=True),
+        "header": r.headers.get("X-One"),
+        "cookies": r.cookies,
+        "mimetype": r.mimetype,
+        "url": r.url,
+        "remote": r.remote_addr,
+        "web": serve.context.web,
+        "batch_size": serve.context.batch_size,
+    }
+
+
+async def flask_parts_async(flask_request: Any) -> dict[str, Any]:
+    await asyncio.sleep(0)
+    return flask_parts(flask_request)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"), [(flask_parts, SyncBackend), (flask_parts_async, AsyncBackend)], ids=["sync", "async"]
+)
+def test_a_flask_shaped_request_has_plain_values(function: Any, kind: type[Backend]) -> None:
+    with backend(function, FLASK, kind=kind) as url:
+        got = requests.get(f"{url}/a%20b?n=1&n=2&empty=", headers={"x-one": "1"}, cookies={"c": "2"}).json()
+        assert got["method"] == "GET"
+        assert (got["path"], got["full_path"]) == ("/a b", "/a b?n=1&n=2&empty=")
+        assert (got["args"], got["lists"]) == ({"n": "1", "empty": ""}, {"n": ["1", "2"], "empty": [""]})
+        assert (got["number"], got["header"], got["cookies"]) == (1, "1", {"c": "2"})
+        assert (got["json"], got["data"], got["form"]) == (None, "", {})
+        assert (got["remote"], got["url"]) == ("127.0.0.1", f"{url}/a%20b?n=1&n=2&empty=")
+        assert (got["web"], got["batch_size"]) == (True, None)
+
+        got = requests.post(url, json={"x": [1]}).json()
+        assert (got["json"], got["forced"], got["data"]) == ({"x": [1]}, {"x": [1]}, '{"x": [1]}')
+
+        got = requests.post(url, data='{"x": 1}').json()
+        assert (got["json"], got["forced"], got["mimetype"]) == (None, {"x": 1}, "")
+
+        got = requests.post(f"{url}?a=q", data={"a": "f", "b": "2 é"}).json()
+        assert (got["form"], got["values"]) == ({"a": "f", "b": "2 é"}, {"a": "q", "b": "2 é"})
+        assert (got["data"], got["raw"]) == ("", "a=f&b=2+%C3%A9")
+
+        got = requests.post(url, data={"t": "v"}, files={"f": ("n.txt", b"hello")}).json()
+        assert (got["form"], got["files"]) == ({"t": "v"}, {"f": ["n.txt", "hello"]})
+
+        large = "x" * 1_000_000
+        assert requests.post(url, data=large).json()["data"] == large
+
+
+def test_a_json_body_that_cannot_be_read_is_an_error_unless_silent() -> None:
+    request = FlaskRequest.of_call(HandleRequest("{", {}))
+    assert request.get_json(force=True, silent=True) is None
+    with pytest.raises(ValueError, match="property name"):
+        request.get_json(force=True)
+
+
+def reads_json(flask_request: Any) -> Any:
+    return flask_request.get_json(force=True) if flask_request.args else flask_request.json
+
+
+async def reads_json_async(flask_request: Any) -> Any:
+    return reads_json(flask_request)
+
+
+@serve.accept_batch
+def reads_jsons(flask_requests: list[Any]) -> list[Any]:
+    results: list[Any] = []
+    for request in flask_requests:
+        try:
+            results.append(reads_json(request))
+        except ValueError as error:
+            results.append(error)
+    return results
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "options"),
+    [
+        (reads_json, SyncBackend, {}),
+        (reads_json_async, AsyncBackend, {}),
+        (reads_jsons, SyncBackend, {"max_batch_size": 2}),
+    ],
+    ids=["sync", "async", "batch"],
+)
+def test_a_client_that_sends_no_json_is_answered_400(function: Any, kind: type[Backend], options: Any) -> None:
+    with ours(kind, "/", "", function, (), FLASK, **options) as (host, port):
+        url = f"http://{host}:{port}"
+        for where, body in ((url, b"{"), (f"{url}?force=1", b""), (url, b'"\xff"')):
+            answer = requests.post(where, data=body, headers={"content-type": "application/json"}, timeout=30)
+            assert answer.status_code == 400
+            assert answer.text.startswith("The body of the request is not JSON: ")
+        assert requests.post(url, json=[1], timeout=30).json() == [1]
+
+
+def test_a_flask_shaped_request_knows_its_client() -> None:
+    def told(flask_request: Any) -> Any:
+        found, agent = flask_request.authorization, flask_request.user_agent
+        credentials = None if found is None else [found.type, found.username, found.password, found.token]
+        return [flask_request.content_length, agent.string, agent.browser, credentials, flask_request.endpoint]
+
+    with backend(told, FLASK) as url:
+        agent = {"user-agent": "me/1"}
+        assert requests.post(url, data=b"four", auth=("ada", "a:b"), headers=agent).json() == [
+            4,
+            "me/1",
+            None,
+            ["basic", "ada", "a:b", None],
+            None,
+        ]
+        bearer = {**agent, "authorization": "Bearer x.y=="}
+        assert requests.post(url, data=iter([b"chunk"]), headers=bearer).json() == [
+            None,
+            "me/1",
+            None,
+            ["bearer", None, None, "x.y=="],
+            None,
+        ]
+        for unread in ("Basic !", "Basic", ""):
+            assert requests.get(url, headers={"authorization": unread}).json()[3] is None
+    call = FlaskRequest.of_call(HandleRequest("data", {}, "GET", {"authorization": 'Digest username="a", realm="b,c"'}))
+    assert call.authorization is not None
+    assert (call.authorization.username, call.authorization["realm"]) == ("a", "b,c")
+    assert (call.content_length, call.user_agent, call.endpoint) == (None, "", None)
