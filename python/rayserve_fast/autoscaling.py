@@ -26,6 +26,7 @@ from pydantic import (
 )
 
 from rayserve_fast.importing import import_attr
+from rayserve_fast.settings import Settings
 
 DEFAULT_POLICY = "rayserve_fast.autoscaling_policy:default_autoscaling_policy"
 _METRICS_INTERVAL_S = 10.0
@@ -75,7 +76,7 @@ class AutoscalingPolicy(BaseModel):
         return self.policy_function == DEFAULT_POLICY
 
 
-class AutoscalingConfig(BaseModel):
+class AutoscalingConfig(Settings):
     """Between which bounds, towards which load and how fast the number of replicas follows the traffic.
 
     >>> AutoscalingConfig(min_replicas=3, max_replicas=2)

@@ -314,7 +314,8 @@ async def _items(claim: _Claim) -> AsyncGenerator[Any, None]:
 
 
 def _checked_size(size: Any) -> int:
-    if not isinstance(size, int) and not (isinstance(size, float) and size.is_integer()):
+    whole = isinstance(size, int) or (isinstance(size, float) and size.is_integer())
+    if not whole or isinstance(size, bool):
         raise TypeError(f"max_batch_size must be an integer of at least 1, got {size!r}.")
     if size < 1:
         raise ValueError(f"max_batch_size must be an integer of at least 1, got {size!r}.")
@@ -322,7 +323,7 @@ def _checked_size(size: Any) -> int:
 
 
 def _checked_wait(wait: Any) -> float:
-    if not isinstance(wait, (int, float)):
+    if not isinstance(wait, (int, float)) or isinstance(wait, bool):
         raise TypeError(f"batch_wait_timeout_s must be a number of seconds of at least 0, got {wait!r}.")
     if not wait >= 0:
         raise ValueError(f"batch_wait_timeout_s must be a number of seconds of at least 0, got {wait!r}.")
@@ -330,7 +331,7 @@ def _checked_wait(wait: Any) -> float:
 
 
 def _checked_concurrency(concurrency: Any) -> int:
-    if not isinstance(concurrency, int) or concurrency < 1:
+    if not isinstance(concurrency, int) or isinstance(concurrency, bool) or concurrency < 1:
         raise TypeError(f"max_concurrent_batches must be an integer of at least 1, got {concurrency!r}.")
     return concurrency
 

@@ -32,6 +32,7 @@ from rayserve_fast.controlplane.spec import DeploymentConfig
 from rayserve_fast.gang import GangPlacementStrategy, GangRuntimeFailurePolicy, GangSchedulingConfig
 from rayserve_fast.importing import import_attr
 from rayserve_fast.request_router import RequestRouter, built_in
+from rayserve_fast.settings import Settings
 from rayserve_fast.text import check_text
 
 __all__ = [
@@ -82,7 +83,7 @@ class ProxyLocation(str, Enum):
         return cls.Disabled if location == "NoServer" else cls(location)
 
 
-class HTTPOptions(BaseModel):
+class HTTPOptions(Settings):
     """How the proxies serve HTTP. They keep what they were started with until `serve.shutdown()`.
 
     `max_head_bytes`, `max_body_bytes` and `shards` are this project's own; the other fields are Ray Serve's.
@@ -192,7 +193,7 @@ class HTTPOptions(BaseModel):
         return num_cpus
 
 
-class gRPCOptions(BaseModel):
+class gRPCOptions(Settings):
     """How the proxies serve gRPC.
 
     >>> gRPCOptions().port
@@ -249,7 +250,7 @@ class ControllerOptions(BaseModel):
         return runtime_env
 
 
-class BackpressureConfig(BaseModel):
+class BackpressureConfig(Settings):
     """What an HTTP client is answered when the deployment's queue is full.
 
     >>> BackpressureConfig(status_code=429, retry_after_s=2).retry_after_s
@@ -264,7 +265,7 @@ class BackpressureConfig(BaseModel):
     )
 
 
-class RequestRouterConfig(BaseModel):
+class RequestRouterConfig(Settings):
     """Which router chooses the replica of a request, and what it may know."""
 
     request_router_class: str | Callable[..., Any] = Field(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from pydantic import BaseModel, Field, field_validator
+from pydantic import Field, field_validator
+
+from rayserve_fast.settings import Settings
 
 __all__ = ["GangContext", "GangPlacementStrategy", "GangRuntimeFailurePolicy", "GangSchedulingConfig"]
 
@@ -35,7 +37,7 @@ class GangRuntimeFailurePolicy(str, Enum):
     RESTART_REPLICA = "RESTART_REPLICA"
 
 
-class GangSchedulingConfig(BaseModel):
+class GangSchedulingConfig(Settings):
     """Replicas that start, stop and fail together."""
 
     gang_size: int = Field(ge=1, description="Replicas of a gang; num_replicas is a multiple of it.")

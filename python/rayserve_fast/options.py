@@ -25,6 +25,7 @@ from rayserve_fast.config import BackpressureConfig, DeploymentActorConfig, Requ
 from rayserve_fast.controlplane.spec import Backpressure, DeploymentConfig
 from rayserve_fast.gang import GangSchedulingConfig
 from rayserve_fast.schema import LoggingConfig
+from rayserve_fast.settings import Settings
 
 _ACTOR_OPTIONS = {
     "accelerator_type",
@@ -44,7 +45,7 @@ _OF_BATCHES = ("batch_wait_timeout_s", "max_concurrent_batches")
 MAX_BATCH = 16 * 1024
 
 
-class DeploymentOptions(BaseModel):
+class DeploymentOptions(Settings):
     """Every option of `@serve.deployment` except the name; suffix `_s` is seconds."""
 
     # The title is what a ValidationError calls it: the reference's name.
@@ -143,7 +144,7 @@ class DeploymentOptions(BaseModel):
                 )
         if options:
             _validate_by_ray(options)
-        if limit is not None and not isinstance(limit, int):
+        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool)):
             raise TypeError(f"max_replicas_per_node must be None or an integer in [1, 100], not {type(limit)}.")
         if limit is not None and not 1 <= limit <= 100:
             raise ValueError(f"Invalid max_replicas_per_node {limit}. Valid values are None or an integer in [1, 100].")

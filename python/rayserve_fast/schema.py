@@ -23,6 +23,7 @@ from rayserve_fast.controlplane.status import (
     ReplicaState,
     ServeStatus,
 )
+from rayserve_fast.settings import Settings
 
 __all__ = [
     "ApplicationStatus",
@@ -97,7 +98,7 @@ class LoggingConfig(BaseModel):
         return isinstance(other, LoggingConfig) and self.model_dump() == other.model_dump()
 
 
-class TracingConfig(BaseModel):
+class TracingConfig(Settings):
     """Whether and where to requests are traced.
 
     >>> TracingConfig().enabled

@@ -173,6 +173,9 @@ def test_only_async_functions_can_be_decorated(decorate: Any, function: Any) -> 
         ({"batch_wait_timeout_s": float("nan")}, ValueError),
         ({"max_concurrent_batches": 0}, TypeError),
         ({"max_concurrent_batches": 1.0}, TypeError),
+        ({"max_batch_size": True}, TypeError),
+        ({"batch_wait_timeout_s": False}, TypeError),
+        ({"max_concurrent_batches": True}, TypeError),
         ({"batch_size_fn": 3}, TypeError),
     ],
 )

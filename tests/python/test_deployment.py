@@ -78,6 +78,42 @@ def test_logging_config_is_set_in_place() -> None:
     assert deployment.logging_config["log_level"] == "DEBUG"
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "num_replicas",
+        "max_ongoing_requests",
+        "max_queued_requests",
+        "max_replicas_per_node",
+        "max_batch_size",
+        "health_check_period_s",
+        "rolling_update_percentage",
+    ],
+)
+def test_a_bool_is_no_number(option: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"{option} must be .*(got True|not <class 'bool'>)"):
+        serve.deployment(**{option: True})(Service)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: serve.config.AutoscalingConfig(max_replicas=True),
+        lambda: serve.config.BackpressureConfig(retry_after_s=False),
+        lambda: serve.config.HTTPOptions(request_timeout_s=True),
+        lambda: serve.BackendConfig(num_replicas=True),
+    ],
+)
+def test_a_bool_is_no_number_in_other_options_either(make: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="must be a number"):
+        make()
+
+
+def test_options_that_are_no_numbers_may_be_bools() -> None:
+    deployment = serve.deployment(user_config=True, retry_idempotent=False)(Service)
+    assert (deployment.user_config, deployment._options.retry_idempotent) == (True, False)
+
+
 @pytest.mark.parametrize("what", [3, "name", functools.partial(print), print, object(), serve.deployment(Service)])
 def test_only_classes_and_functions_are_deployed(what: Any) -> None:
     with pytest.raises(TypeError, match=r"@serve.deployment must be called on a class or function."):

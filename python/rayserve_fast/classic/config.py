@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveInt
+from pydantic import ConfigDict, NonNegativeFloat, PositiveInt
+
+from rayserve_fast.settings import Settings
 
 __all__ = ["BackendConfig", "CondaEnv"]
 
 
-class BackendConfig(BaseModel):
+class BackendConfig(Settings):
     """How the replicas of a backend run; a dict with the same keys does as well.
 
     >>> BackendConfig(num_replicas=2).max_concurrent_queries
