@@ -148,7 +148,11 @@ def test_what_the_method_raises_comes_out_of_get(target: Any) -> None:
         ray.get(target.fail.remote(), timeout=60)
     assert isinstance(caught.value, RayTaskError)
     assert type(caught.value.cause) is Unlucky
-    assert "in fail" in str(caught.value)  # the remote traceback
+    text = str(caught.value)  # the remote traceback, and nothing of the way to it
+    assert "fail()" in text.splitlines()[0]
+    assert "in fail" in text.splitlines()[1]
+    for ours in ("bridge.py", "response.py", "_base.py"):
+        assert ours not in text
     with pytest.raises(RayServeException, match="does not exist"):
         ray.get(target.nothing.remote(), timeout=60)
     with pytest.raises(ValueError, match="in the task"):

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray import ObjectRef
+from ray.exceptions import RayTaskError, TaskCancelledError
 
 from rayserve_fast import answers, caller, values
 from rayserve_fast.classic.absent import NoArguments
@@ -157,8 +158,39 @@ async def _made(callee: Callee, texts: Texts, packed: answers.Packed) -> Sealed:
     outcome = begun.sealed_outcome()
     if outcome[0] != "value":
         handle = DeploymentHandle(deployment, app).options(method_name=method)
-        DeploymentResponse(handle, owner, begun)._raise(*outcome)
+        try:
+            DeploymentResponse(handle, owner, begun)._raise(*outcome)
+        except TaskCancelledError:
+            raise
+        except Exception as error:
+            raise _Passed.of(error) from None
     return Sealed(*outcome[1:])
+
+
+class _Passed(RayTaskError):  # type: ignore[misc]
+    """What a call has raised, on its way through the bridge; who reads the reference gets an error of its `cause`.
+
+    Ray puts the frames between its own code and a `raise` in front of the text. Here they are the same for each error
+    and would hide those of the method: this one has none.
+    """
+
+    __traceback__ = None
+
+    @classmethod
+    def of(cls, error: Exception) -> _Passed:
+        """Named as `error` is, as the name begins the text."""
+        kind = type(error)
+        named = type(kind.__name__, (cls,), {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
+        return named(error)  # type: ignore[no-any-return]
+
+    def __init__(self, error: Exception) -> None:
+        self.cause = error.cause if isinstance(error, RayTaskError) else error
+        self._text = str(error)
+
+    def __str__(self) -> str:
+        # Ray takes the second and third line of a task's error for frames of its own, and cuts them out.
+        first, line, further = self._text.partition("\n")
+        return f"{first}\n\n\n{further}" if line else first
 
 
 class Sealed:
