@@ -85,10 +85,10 @@ class Caller:
                     return replace(self)
                 if errand == CHOOSE:
                     self._choose()
-                elif errand == FRESH:
-                    self.client.publish(self._source.present(), True)
                 else:
-                    self._hear()
+                    if errand == FRESH:
+                        self.client.publish(self._source.present(), True)
+                    self._hear()  # in any case: after a failure nothing may have been asked for
                 self._failed = False
             except NotRunningError:
                 return replace(self)

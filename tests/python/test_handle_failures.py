@@ -41,7 +41,6 @@ from rayserve_fast.controlplane.spec import DeploymentID
 from rayserve_fast.exceptions import (
     BackPressureError,
     DeploymentUnavailableError,
-    RayServeException,
     RequestCancelledError,
 )
 from rayserve_fast.handle import DeploymentHandle
@@ -267,66 +266,6 @@ def test_a_call_waits_for_the_first_replica(replica: Replicas, connect: Any) -> 
         response.result(timeout_s=0.1)
     cluster.publish(replica())
     assert response.result(timeout_s=10) == ("early",)
-
-
-def test_a_controller_that_cannot_be_asked_fails_new_calls_in_the_end(
-    connect: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cluster = Cluster()
-    cluster.crash(ConnectionError("no controller"))
-    with pytest.raises(DeploymentUnavailableError, match="no controller"):
-        connect(cluster).remote().result(timeout_s=20)
-
-
-def test_a_call_outwaits_a_controller_that_restarts(replica: Replicas, connect: Any) -> None:
-    cluster = Cluster(replica())
-    cluster.crash(ConnectionError("no controller"))
-    response = connect(cluster).remote(1)
-    with pytest.raises(TimeoutError):
-        response.result(timeout_s=0.5)
-    cluster.down = None
-    assert response.result(timeout_s=5) == (1,)
-
-
-def test_known_replicas_are_called_while_the_controller_is_away(replica: Replicas, connect: Any) -> None:
-    first, second = replica(), replica()
-    cluster = Cluster(first)
-    handle = connect(cluster)
-    handle.remote().result(timeout_s=5)
-    cluster.crash(ConnectionError("no controller"))
-    for i in range(100):
-        assert handle.remote(i).result(timeout_s=5) == (i,)
-    cluster.down = None
-    cluster.publish(second)
-    deadline = time.monotonic() + 10
-    while second.calls.empty() and time.monotonic() < deadline:
-        handle.remote().result(timeout_s=5)
-    assert not second.calls.empty(), "news are heard again"
-
-
-def test_a_cluster_that_is_gone_ends_its_calls(replica: Replicas, connect: Any) -> None:
-    server = replica(silent)
-    cluster = Cluster(server)
-    response = connect(cluster).remote()
-    server.calls.get(timeout=5)
-    cluster.crash(client.NotRunningError("Serve is gone"))
-    with pytest.raises(RayServeException, match="shut down"):
-        response.result(timeout_s=5)
-    assert not caller.exists(), "the next call finds the next cluster"
-
-
-def test_new_replicas_are_used_without_being_looked_for(replica: Replicas, connect: Any) -> None:
-    first, second = replica(), replica()
-    cluster = Cluster(first)
-    handle = connect(cluster)
-    handle.remote().result(timeout_s=5)
-    asked = cluster.asked
-    cluster.publish(first, second)
-    deadline = time.monotonic() + 5
-    while second.calls.empty() and time.monotonic() < deadline:
-        handle.remote().result(timeout_s=5)
-    assert not second.calls.empty()
-    assert cluster.asked == asked + 1, "one answer, to the question that was waiting"
 
 
 def test_a_replica_with_another_token_is_not_trusted(replica: Replicas, connect: Any) -> None:

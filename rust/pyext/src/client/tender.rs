@@ -46,7 +46,7 @@ pub(super) struct TenderState {
     news: bool,
     /// When it looks next, by itself or as it was told; none: it sleeps, or is on an errand.
     pub(super) until: Option<Instant>,
-    /// When the last errand failed, until one succeeds.
+    /// When the last errand failed or was tried again, until one succeeds.
     failed: Option<Instant>,
     /// Since when calls are corked.
     corked: Option<Instant>,
@@ -99,6 +99,9 @@ impl State {
             return Some(Errand::Fresh);
         }
         let again = self.tender.failed.is_some() && self.router.outstanding > 0;
+        if again {
+            self.tender.failed = Some(Instant::now()); // the answer may take its time
+        }
         (std::mem::take(&mut self.tender.news) || again).then_some(Errand::News)
     }
 }
