@@ -1,4 +1,4 @@
-"""What a caller hears of the controller: snapshots, which come by themselves, and deaths; one may take its time, too."""
+"""What a caller hears of the controller: snapshots, which come by themselves; its death; one that takes its time."""
 
 from __future__ import annotations
 
