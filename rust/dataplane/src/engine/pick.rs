@@ -129,8 +129,7 @@ impl Picker {
     ) -> Option<ReplicaKey> {
         let around = self.around(members);
         self.rotor += 1;
-        let taking = around.filter(|key| replicas.get(key.0).is_some_and(takes));
-        taking.min_by_key(|key| replicas[key.0].load()).copied()
+        Self::among(replicas, around.copied(), takes)
     }
 
     /// For a session that nobody has named.
