@@ -35,7 +35,7 @@ __all__ = [
 
 _UNSET: Any = object()
 #: The options that are text.
-_TEXTS = {"method_name", "multiplexed_model_id", "session_id"}
+_TEXTS = ("method_name", "multiplexed_model_id", "session_id")
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,8 @@ class DeploymentHandle:
             TypeError: a name or an id is no str.
         """
         given = {name: value for name, value in locals().items() if name != "self" and value is not _UNSET}
-        for name in _TEXTS & given.keys():
-            if not isinstance(given[name], str):
+        for name in _TEXTS:
+            if name in given and not isinstance(given[name], str):
                 raise TypeError(f"handle.options: {name} must be a str, got {given[name]!r}.")
         copy = DeploymentHandle(
             self.deployment_name,
@@ -175,7 +175,7 @@ class DeploymentHandle:
     def _meet(self) -> AnyCaller:
         """Find out whom calls go through from now on."""
         owner, options = self._find_caller(), self._options
-        for option in ("method_name", "multiplexed_model_id", "session_id"):
+        for option in _TEXTS:
             check_text(option, getattr(options, option))
         self._callee = owner.client.callee(
             self._key,

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 from rayserve_fast.controlplane.spec import DeploymentID, ReplicaID
 from rayserve_fast.importing import import_attr
+from rayserve_fast.replica import facts
 
 __all__ = [
     "FIFOMixin",
@@ -164,8 +165,6 @@ class RequestRouter:
 
     def _refresh(self, replicas: Iterable[RunningReplica]) -> None:
         """Take over what is known now; the objects stay the same as long as their replicas."""
-        from rayserve_fast.replica import facts  # here: it needs Ray, which configuration must not pay for
-
         before, news = set(self._replicas), False
         now = {replica.replica_id: replica for replica in replicas}
         for replica_id in before - now.keys():
