@@ -54,9 +54,7 @@ class Window:
     old_requests: int
     old_errors: int
     old_p99_ms: float | None
-    waiting: int = (
-        0  # at least so many have waited for the new target since before; p99_ms has them as the window's length
-    )
+    waiting: int = 0  # so many at least wait for the new target since before; in p99_ms they took the whole window
 
     @property
     def error_rate(self) -> float:
