@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 import ray
@@ -19,7 +20,7 @@ from rayserve_fast import serve
 from rayserve_fast._core import check_snapshot
 from rayserve_fast.api import _cluster_options
 from rayserve_fast.application import RunTarget, build_target
-from rayserve_fast.controlplane import client
+from rayserve_fast.controlplane import client, replicas
 from rayserve_fast.controlplane.proxies import Fleet, _Proxy
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.exceptions import RayServeException
@@ -186,6 +187,19 @@ def test_neither_a_late_answer_nor_a_new_proxy_hides_that_nobody_could_read_the_
         assert await fleet.refusal() == ""
 
     asyncio.run(main())
+
+
+def test_that_a_replica_stays_is_told_once_for_each_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(replicas, "REFUSAL_LOOK_S", 0)
+    fleet: Any = SimpleNamespace(refusal=AsyncMock(side_effect=["bad", "bad", "worse", "worse"]))
+    staying = replicas.Replicas(fleet, b"", "", 30, SimpleNamespace(publish=None))  # type: ignore[arg-type]
+    staying._handles["r"] = None
+    deployment: Any = SimpleNamespace(deleting=False, key="app#D")
+    with pytest.raises(StopAsyncIteration):  # nobody is asked any more
+        asyncio.run(staying._retire(deployment, SimpleNamespace(id="r")))  # type: ignore[arg-type]
+    assert [record.message.rpartition(": ")[2] for record in caplog.records] == ["bad", "worse"]
 
 
 def test_the_parser_says_what_is_wrong() -> None:
