@@ -175,8 +175,8 @@ async def choose(
     else:
         reservation = await _by_policy(handle, owner)
     try:
-        known = owner.chooser.replicas(handle._key)
-        chosen = next(one for one in (known[0] if known else told) if one[0] == reservation.replica)
+        known = owner.chooser.replicas(handle._key) or ([], None)
+        chosen = next(one for one in (*known[0], *told) if one[0] == reservation.replica)  # it may just have left
         _, node_id, tcp, *_, metadata, _stats = chosen
         host, _, port = (tcp or "").rpartition(":")
         selection = ReplicaSelection(

@@ -7,8 +7,10 @@ import json
 from typing import Any
 
 import pytest
+from deployed import wait_for
 from scripted_replica import Cluster, Replicas, connecting, replicas  # noqa: F401 - fixtures
 
+from rayserve_fast import caller
 from rayserve_fast.config import RequestRouterConfig
 from rayserve_fast.exceptions import DeploymentUnavailableError
 from rayserve_fast.request_router import RequestRouter
@@ -56,5 +58,36 @@ def test_a_choice_that_waits_for_a_slot_ends_with_its_deployment(
                 cluster.forget()
             with pytest.raises(DeploymentUnavailableError, match="failed to deploy" if failed else "was deleted"):
                 await asyncio.wait_for(waiting, 10)
+
+    asyncio.run(main())
+
+
+class Late:
+    """A chooser whose replica has left by the time that its slot is reserved."""
+
+    def __init__(self, chooser: Any, cluster: Cluster) -> None:
+        self._chooser, self._cluster = chooser, cluster
+
+    def replicas(self, deployment: str) -> Any:
+        return self._chooser.replicas(deployment)
+
+    def reserve(self, deployment: str, *wishes: Any) -> Any:
+        reservation = self._chooser.reserve(deployment, *wishes)
+        if reservation is not None:
+            self._cluster.publish()
+            wait_for(lambda: self.replicas(deployment) == ([], None))
+        return reservation
+
+
+def test_what_is_known_of_a_chosen_replica_outlives_its_leaving(replica: Replicas, connect: Any) -> None:
+    leaving = replica()
+    cluster = Cluster(leaving)
+    handle = connect(cluster)
+    owner: Any = caller.current()
+    owner.chooser = Late(owner.chooser, cluster)
+
+    async def main() -> None:
+        async with handle.choose_replica() as selection:
+            assert (selection.replica_id, selection.node_id) == (leaving.id, "n")
 
     asyncio.run(main())
