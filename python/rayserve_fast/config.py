@@ -328,12 +328,16 @@ class RequestRouterConfig(Settings):
         return self.request_router_class == DEFAULT_ROUTER
 
 
+_NO_IMPORT = (ModuleNotFoundError, ImportError, AttributeError, ValueError)
+
+
 def _check_router(given: object) -> None:
     """Whether a router of the user's own can be imported and is one."""
     try:
         router = import_attr(given) if isinstance(given, str) else given
-    except (ImportError, AttributeError, ValueError) as error:
-        raise type(error)(f"request_router_class {given!r} cannot be imported: {error}") from error
+    except _NO_IMPORT as error:  # or of a kind derived from these, which may ask for more than a text
+        kind = next(kind for kind in _NO_IMPORT if isinstance(error, kind))
+        raise kind(f"request_router_class {given!r} cannot be imported: {error}") from error
     if not (isinstance(router, type) and issubclass(router, RequestRouter)):
         raise TypeError(
             f"request_router_class must be a class that derives from rayserve_fast.request_router.RequestRouter, "

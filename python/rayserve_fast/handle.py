@@ -127,11 +127,14 @@ class DeploymentHandle:
 
         Raises:
             TypeError: a name or an id is no str.
+            ValueError: one cannot be encoded as UTF-8.
         """
         given = {name: value for name, value in locals().items() if name != "self" and value is not _UNSET}
         for name in _TEXTS:
-            if name in given and not isinstance(given[name], str):
-                raise TypeError(f"handle.options: {name} must be a str, got {given[name]!r}.")
+            text = given.get(name, "")
+            if not isinstance(text, str):
+                raise TypeError(f"handle.options: {name} must be a str, got {text!r}.")
+            check_text(name, text)
         copy = DeploymentHandle(
             self.deployment_name,
             self.app_name,
@@ -175,8 +178,6 @@ class DeploymentHandle:
     def _meet(self) -> AnyCaller:
         """Find out whom calls go through from now on."""
         owner, options = self._find_caller(), self._options
-        for option in _TEXTS:
-            check_text(option, getattr(options, option))
         self._callee = owner.client.callee(
             self._key,
             options.method_name,

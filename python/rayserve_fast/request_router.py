@@ -284,6 +284,6 @@ def built_in(path: str) -> type[_BuiltIn] | None:
         return None
     try:
         found = import_attr(own)
-    except (ImportError, AttributeError):  # a router of Ray Serve's that has no counterpart here
+    except (ImportError, AttributeError, ValueError):  # a router of Ray Serve's that has no counterpart here
         return None
     return found if isinstance(found, type) and issubclass(found, _BuiltIn) and "policy" in vars(found) else None

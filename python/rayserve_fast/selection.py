@@ -175,8 +175,8 @@ async def choose(
     else:
         reservation = await _by_policy(handle, owner)
     try:
-        known = owner.chooser.replicas(handle._key)
-        chosen = next(one for one in (known[0] if known else told) if one[0] == reservation.replica)
+        known = owner.chooser.replicas(handle._key) or ([], None)
+        chosen = next(one for one in (*known[0], *told) if one[0] == reservation.replica)  # it may just have left
         _, node_id, tcp, *_, metadata, _stats = chosen
         host, _, port = (tcp or "").rpartition(":")
         selection = ReplicaSelection(
@@ -198,16 +198,11 @@ async def choose(
 
 async def _by_policy(handle: DeploymentHandle, owner: Caller) -> Reservation:
     options, pause = handle._options, PAUSES_S[0]
-    while True:
-        try:
-            wishes = options.multiplexed_model_id, options.session_id, options._prefer_local_routing
-            got = owner.chooser.reserve(handle._key, *wishes, None)
-        except ValueError as why:
-            raise DeploymentUnavailableError._because(handle.deployment_id, str(why)) from None
-        if got is not None:
-            return got
+    wishes = options.multiplexed_model_id, options.session_id, options._prefer_local_routing
+    while (got := _reserve(handle, owner, *wishes)) is None:
         await asyncio.sleep(pause)
         pause = min(PAUSES_S[1], 2 * pause)
+    return got
 
 
 async def _by_router(
@@ -232,8 +227,7 @@ async def _by_router(
     )
 
     def reserve(ranks: list[list[str]]) -> str | None:
-        reservation = owner.chooser.reserve(handle._key, "", "", False, ranks)
-        if reservation is None:
+        if (reservation := _reserve(handle, owner, ranks=ranks)) is None:
             return None
         got.append(reservation)
         return reservation.replica
@@ -241,6 +235,24 @@ async def _by_router(
     known = partial(owner.chooser.replicas, handle._key)
     await owner.routers.place(handle._key, known, PendingRequest(list(args), kwargs, metadata), reserve)
     return got[0]
+
+
+def _reserve(
+    handle: DeploymentHandle,
+    owner: Caller,
+    model_id: str = "",
+    session_id: str = "",
+    near: bool = False,
+    ranks: list[list[str]] | None = None,
+) -> Reservation | None:
+    """A slot, None while none is free; DeploymentUnavailableError if none ever will be."""
+    try:
+        got = owner.chooser.reserve(handle._key, model_id, session_id, near, ranks)
+    except ValueError as why:
+        raise DeploymentUnavailableError._because(handle.deployment_id, str(why)) from None
+    if got is None and owner.chooser.replicas(handle._key) is None:
+        raise DeploymentUnavailableError._because(handle.deployment_id, f"{handle.deployment_id} was deleted.")
+    return got
 
 
 async def _replicas(handle: DeploymentHandle, owner: Caller) -> list[Told]:

@@ -46,6 +46,13 @@ class Undecided(RequestRouter):
     """One that does not choose."""
 
 
+def __getattr__(name: str) -> Any:
+    """What a module does that checks its settings when it is imported, or asked for a class."""
+    if name == "Unset":
+        HTTPOptions(port=-1)
+    raise AttributeError(name)
+
+
 def test_defaults_warn_of_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -171,6 +178,8 @@ def test_a_pluggable_class_that_does_not_exist_is_told_at_once() -> None:
         ("no_such_module.Router", ModuleNotFoundError, "'no_such_module.Router' cannot be imported"),
         ("json:Router", AttributeError, "'json:Router' cannot be imported"),
         ("json", ValidationError, "'json' cannot be imported"),
+        ("rayserve_fast.a:b:c", ValidationError, "'rayserve_fast.a:b:c' cannot be imported"),
+        (f"{__name__}:Unset", ValidationError, "'.*:Unset' cannot be imported: 1 validation error for"),
         ("json.dumps", TypeError, "must be a class that derives from .*RequestRouter, got <function dumps"),
         (int, TypeError, "must be a class that derives from .*RequestRouter, got <class 'int'>"),
         (Undecided, TypeError, "Undecided must define `async def choose_replicas`"),

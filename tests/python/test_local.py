@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -189,6 +189,25 @@ def test_a_call_that_does_not_end_is_cut_off_when_its_deployment_goes() -> None:
     with pytest.raises(ActorDiedError, match="Stuck"):
         response.result(timeout_s=10)
     release.set()
+
+
+@pytest.mark.parametrize("for_ever", [float("inf"), 1e300])
+def test_waits_that_nobody_outlives_have_no_end(for_ever: float) -> None:
+    @serve.deployment(graceful_shutdown_timeout_s=for_ever)
+    class Slow:
+        def __call__(self) -> str:
+            release.wait(30)
+            return "done"
+
+    release = threading.Event()
+    response = run(Slow.bind()).remote()
+    with ThreadPoolExecutor() as pool:
+        answer = pool.submit(response.result, timeout_s=for_ever)
+        deleted = pool.submit(serve.delete, "default")
+        assert wait([answer, deleted], timeout=0.2).done == set()
+        release.set()
+        assert answer.result(10) == "done"
+        deleted.result(10)
 
 
 def test_what_was_called_for_a_call_that_is_cut_off_is_cancelled() -> None:

@@ -239,6 +239,14 @@ def test_requests_that_wait_since_before_the_window_have_taken_its_length_so_far
     assert s.window("new").waiting == 1, "and no more than there are"
 
 
+def test_a_window_that_is_looked_at_leaves_its_readings_as_they_were() -> None:
+    s, anew = Samples(), Tally(1, latency=Counter({1000.0: 1}), open=1)
+    s.add(0, {"p": {"new": Tally(100, open=30)}}, 10)
+    s.add(5, {"p": {"new": anew}}, 10)  # counts anew
+    assert s.window("new").waiting == 1
+    assert anew.latency == Counter({1000.0: 1})
+
+
 def test_a_window_forgets_what_is_older_than_itself() -> None:
     s = Samples()
     for second in range(100):

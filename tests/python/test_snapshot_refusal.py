@@ -8,7 +8,9 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 import ray
@@ -16,8 +18,10 @@ from deployed import code, get, until_running, wait_for
 
 from rayserve_fast import serve
 from rayserve_fast._core import check_snapshot
+from rayserve_fast.api import _cluster_options
 from rayserve_fast.application import RunTarget, build_target
-from rayserve_fast.controlplane import client
+from rayserve_fast.controlplane import client, replicas
+from rayserve_fast.controlplane.proxies import Fleet, _Proxy
 from rayserve_fast.controlplane.spec import ApplicationSpec
 from rayserve_fast.exceptions import RayServeException
 
@@ -164,6 +168,38 @@ def test_a_refused_snapshot_is_told_and_leaves_the_old_replica_serving(
     mend()
     redeploy.join(30)
     assert get(serve_instance)[1].startswith("new")
+
+
+def test_neither_a_late_answer_nor_a_new_proxy_hides_that_nobody_could_read_the_last_snapshot() -> None:
+    async def main() -> None:
+        fleet = Fleet(_cluster_options("Disabled", None), b"", "", lambda: None)
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        handle = SimpleNamespace(publish=SimpleNamespace(remote=lambda snapshot: answer))
+        fleet._proxies["a"] = _Proxy("a", handle, "HEALTHY", address=("a", 1))
+        sent = fleet.publish(b"{}")
+        fleet.refuse("it is nonsense")
+        answer.set_result(None)
+        await asyncio.gather(*sent)
+        assert await fleet.refusal() == "it is nonsense"
+        fleet._proxies["b"] = _Proxy("b", handle, "HEALTHY", address=("b", 1))
+        assert await fleet.refusal() == "it is nonsense"
+        fleet.publish(b"{}")
+        assert await fleet.refusal() == ""
+
+    asyncio.run(main())
+
+
+def test_that_a_replica_stays_is_told_once_for_each_reason(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(replicas, "REFUSAL_LOOK_S", 0)
+    fleet: Any = SimpleNamespace(refusal=AsyncMock(side_effect=["bad", "bad", "worse", "worse"]))
+    staying = replicas.Replicas(fleet, b"", "", 30, SimpleNamespace(publish=None))  # type: ignore[arg-type]
+    staying._handles["r"] = None
+    deployment: Any = SimpleNamespace(deleting=False, key="app#D")
+    with pytest.raises(StopAsyncIteration):  # nobody is asked any more
+        asyncio.run(staying._retire(deployment, SimpleNamespace(id="r")))  # type: ignore[arg-type]
+    assert [record.message.rpartition(": ")[2] for record in caplog.records] == ["bad", "worse"]
 
 
 def test_the_parser_says_what_is_wrong() -> None:

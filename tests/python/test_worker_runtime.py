@@ -19,6 +19,7 @@ from deployed import wait_for
 from worker_replica import serving
 
 from rayserve_fast.exceptions import RayServeException
+from rayserve_fast.replica import facts
 
 
 class Life:
@@ -83,6 +84,39 @@ def test_a_user_config_without_reconfigure_is_refused() -> None:
         pass
     with pytest.raises(ValueError, match="must be a class"), serving(function, user_config=1):
         pass
+
+
+def wrapped(method: Any) -> Any:
+    """As a decorator that knows nothing of coroutines."""
+
+    def call(self: Any, *args: Any) -> Any:
+        return method(self, *args)
+
+    return call
+
+
+class Wrapped:
+    def __init__(self) -> None:
+        self.config = 1
+
+    @wrapped
+    async def reconfigure(self, config: int) -> None:
+        self.config = config
+
+    @wrapped
+    async def check_health(self) -> None:
+        raise RuntimeError(f"sick of {self.config}")
+
+    @wrapped
+    async def record_routing_stats(self) -> dict[str, int]:
+        return {"config": self.config}
+
+
+def test_hooks_that_hide_behind_a_sync_decorator_are_awaited() -> None:
+    with serving(Wrapped, user_config=2) as replica:
+        assert facts.read(replica.runtime.routing_stats()) == {"config": 2}
+        with pytest.raises(RuntimeError, match="sick of 2"):
+            replica.runtime.check_health()
 
 
 blocks = threading.Event()

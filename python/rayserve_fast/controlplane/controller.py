@@ -216,7 +216,7 @@ class Controller(RolloutOrders):
         self._wake.set()
 
     def publish(self) -> list[Any]:
-        """Build a new snapshot and send it to the proxies; the references tell when they have it.
+        """Build a new snapshot and send it to the proxies; the futures end when they have it.
 
         Not before the recovery is over: a snapshot that lacks replicas which are still to be found would drop them.
         """

@@ -78,11 +78,14 @@ class Tally:
         self.open += other.open
 
     def since(self, earlier: Tally) -> Tally:
-        """What came after `earlier`; everything, if the proxy has begun to count anew in between."""
-        if earlier.requests > self.requests:
-            return self
-        latency = self.latency - earlier.latency
-        return Tally(self.requests - earlier.requests, self.errors - earlier.errors, latency, self.open)
+        """What came after `earlier`; everything, if the proxy has begun to count anew in between.
+
+        Its `open` are those that have waited since `earlier` at least: as many as if all others had ended first.
+        """
+        before = Tally() if earlier.requests > self.requests else earlier
+        requests = self.requests - before.requests
+        waiting = max(0, min(self.open, earlier.open - requests))
+        return Tally(requests, self.errors - before.errors, self.latency - before.latency, waiting)
 
     def quantile_ms(self, share: float) -> float | None:
         """The latency in ms that this share of the requests did not exceed: the upper bound of its bucket."""

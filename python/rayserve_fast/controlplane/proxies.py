@@ -63,6 +63,7 @@ class Fleet:
         self._changed = changed
         self._proxies: dict[str, _Proxy] = {}
         self._snapshot: bytes | None = None
+        self._unreadable = ""  # why there is a later one than that, which no proxy could read
         self._sent: set[asyncio.Task[None]] = set()
         self.cover(())
 
@@ -81,17 +82,18 @@ class Fleet:
 
     def publish(self, snapshot: bytes) -> list[asyncio.Future[None]]:
         """Send the snapshot to every proxy that listens; the futures end when it has arrived, or was refused."""
-        self._snapshot = snapshot
+        self._snapshot, self._unreadable = snapshot, ""
         sent = [self._send(p, snapshot) for p in self._proxies.values() if p.address]
         return [asyncio.shield(task) for task in sent]  # an answer counts also when nobody waits for it any more
 
     def refuse(self, reason: str) -> None:
         """Note that there is a snapshot which no proxy could read, and which is therefore not published."""
-        for p in self._proxies.values():
-            p.refusal = reason
+        self._unreadable = reason
 
     async def refusal(self) -> str:
-        """Why no proxy that listens has taken the last snapshot; empty if one has, if none listens or none answers."""
+        """Why nobody goes by the last snapshot; empty if a proxy has taken it, if none listens or none answers."""
+        if self._unreadable:
+            return self._unreadable
         if self._sent:
             await asyncio.wait(self._sent, timeout=PUBLISH_WAIT_S)
         refusals = [p.refusal for p in self._proxies.values() if p.status == "HEALTHY"]
@@ -108,7 +110,8 @@ class Fleet:
         if not await within(LINK_WAIT_S + 1, (_told(ref, missing) for ref in refs)):
             amiss = f"A proxy does not say whether it has a link to replica {replica_id}."
         if missing:
-            why = next((f": it refuses the routing table: {p.refusal}" for p in proxies if p.refusal), ".")
+            refusal = self._unreadable or next((p.refusal for p in proxies if p.refusal), "")
+            why = f": it refuses the routing table: {refusal}" if refusal else "."
             amiss = f"A proxy has no link to replica {replica_id} after {LINK_WAIT_S:g} s{why}"
         if amiss:
             logger.warning(amiss)
@@ -216,17 +219,15 @@ class Fleet:
 
     async def _sending(self, p: _Proxy, answer: Awaitable[None]) -> None:
         """Note whether the proxy takes what it was sent; one that does not answer is `_live`'s business."""
+        refusal = ""
         try:
             await answer
-        except RayTaskError as e:
-            refusal = str(e.cause) if isinstance(e.cause, ValueError) else ""  # else it is being restarted
-            if refusal and p.refusal != refusal:
-                logger.error(f"The proxy of node {p.node_id} refuses the routing table and keeps the last: {refusal}")
-            p.refusal = refusal
-        except RayError:
-            p.refusal = ""
-        else:
-            p.refusal = ""
+        except RayError as e:
+            if isinstance(e, RayTaskError) and isinstance(e.cause, ValueError):  # else it is being restarted
+                refusal = str(e.cause)
+        if refusal and p.refusal != refusal:
+            logger.error(f"The proxy of node {p.node_id} refuses the routing table and keeps the last: {refusal}")
+        p.refusal = refusal
 
     def _settle(self, p: _Proxy) -> None:
         p.settled.set()

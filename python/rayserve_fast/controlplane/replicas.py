@@ -157,9 +157,11 @@ class Replicas:
 
         Not while every proxy refuses the snapshot, and so knows nobody else to send to.
         """
-        handle = self._handles[r.id]
+        handle, told = self._handles[r.id], ""
         while not d.deleting and (refusal := await self._fleet.refusal()):
-            logger.warning(f"Replica {r.id} of {d.key} stays, as every proxy refuses the routing table: {refusal}")
+            if refusal != told:
+                logger.warning(f"Replica {r.id} of {d.key} stays, as every proxy refuses the routing table: {refusal}")
+            told = refusal
             await asyncio.sleep(REFUSAL_LOOK_S)
         grace = d.spec.config.graceful_shutdown_timeout_s
         deadline = time.monotonic() + grace

@@ -54,9 +54,7 @@ class Window:
     old_requests: int
     old_errors: int
     old_p99_ms: float | None
-    waiting: int = (
-        0  # at least so many have waited for the new target since before; p99_ms has them as the window's length
-    )
+    waiting: int = 0  # so many at least wait for the new target since before; in p99_ms they took the whole window
 
     @property
     def error_rate(self) -> float:
@@ -266,19 +264,16 @@ class Samples:
             last = {**last, **tallies}
         new: list[Tally] = []
         old: list[Tally] = []
-        waiting = 0
-        seconds = self._samples[-1][0] - self._samples[0][0] if self._samples else 0.0
         for proxy, targets in last.items():
             for name, tally in targets.items():
-                before = first[proxy].get(name, Tally())
-                since = tally.since(before)
-                late = max(0, min(tally.open, before.open - since.requests))  # if all others have ended first
-                since.latency.update([seconds * 1e6] * late)
-                waiting += late if name == target else 0
-                (new if name == target else old).append(since)
+                (new if name == target else old).append(tally.since(first[proxy].get(name, Tally())))
+        seconds = self._samples[-1][0] - self._samples[0][0] if self._samples else 0.0
         a, b = total(new), total(old)
+        for tally in (a, b):
+            if tally.open:
+                tally.latency[seconds * 1e6] += tally.open
         p99, old_p99 = a.quantile_ms(0.99), b.quantile_ms(0.99)
-        return Window(seconds, a.requests, a.errors, p99, b.requests, b.errors, old_p99, waiting)
+        return Window(seconds, a.requests, a.errors, p99, b.requests, b.errors, old_p99, a.open)
 
 
 def _told(window: Window) -> str:

@@ -45,7 +45,7 @@ class TrafficOrders:
     _recovered: asyncio.Event
 
     def publish(self) -> list[Any]:
-        """Build a new snapshot and send it to the proxies; the references tell when they have it."""
+        """Build a new snapshot and send it to the proxies; the futures end when they have it."""
         raise NotImplementedError
 
     async def set_traffic(

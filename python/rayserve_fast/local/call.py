@@ -155,7 +155,7 @@ class LocalHead(_RequestContext):
     def wait(self, condition: Callable[[], bool], timeout_s: float | None) -> bool:
         """Whether `condition` comes true within `timeout_s`."""
         with self._changed:
-            return self._changed.wait_for(condition, timeout_s)
+            return wait_for(self._changed, condition, timeout_s)
 
     async def watch(self, condition: Callable[[], bool]) -> None:
         """Return when `condition` is true; a cancelled wait leaves no trace."""
@@ -184,6 +184,11 @@ class LocalHead(_RequestContext):
         wakers, self._wakers = self._wakers, []
         for wake in wakers:
             wake()
+
+
+def wait_for(changed: threading.Condition, condition: Callable[[], bool], timeout_s: float | None) -> bool:
+    """`changed.wait_for`, which cannot count to a time that nobody outlives."""
+    return changed.wait_for(condition, None if timeout_s is None else min(timeout_s, threading.TIMEOUT_MAX))
 
 
 def _wake(loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> None:

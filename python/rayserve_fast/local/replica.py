@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from rayserve_fast.context import ReplicaContext, _local_replica, _serve_request_context
 from rayserve_fast.controlplane.spec import ReplicaID, ReplicaRank
 from rayserve_fast.local.batches import Batcher, LocalGroup, countdown
-from rayserve_fast.local.call import LocalHead
+from rayserve_fast.local.call import LocalHead, wait_for
 from rayserve_fast.replica.batches import Batches, Group, enter
 from rayserve_fast.replica.calls import Calls
 from rayserve_fast.replica.loop import UserLoop
@@ -131,7 +131,7 @@ class LocalReplica:
     def stop(self) -> None:
         """After `drain`: let the calls that run come to their end, cut off those that do not, end the user's object."""
         with self._changed:
-            self._changed.wait_for(lambda: not self._running, self._config.graceful_shutdown_timeout_s)
+            wait_for(self._changed, lambda: not self._running, self._config.graceful_shutdown_timeout_s)
             left = list(self._running)
         for call in left:
             call.cut_off("its deployment has been deleted or replaced")

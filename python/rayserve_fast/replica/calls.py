@@ -154,7 +154,7 @@ def read_arguments(head: CallHead) -> Arguments:
 
 def has_references(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether there are references among the top-level arguments: the method gets the values that they stand for."""
-    return any(type(value) is ObjectRef for value in (*args, *kwargs.values()))
+    return ObjectRef in map(type, args) or ObjectRef in map(type, kwargs.values())
 
 
 def get_references(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:

@@ -47,7 +47,7 @@ class UserLoop:
         Args:
             function: sync or async.
             args: its arguments.
-            in_thread: a sync function may block: call it on another thread.
+            in_thread: a sync function may block: call it on another thread; what it returns is awaited here.
         """
         return asyncio.run_coroutine_threadsafe(_call(function, args, in_thread), self.loop).result()
 
@@ -117,6 +117,7 @@ def interrupt(thread: int) -> None:
 
 async def _call(function: Callable[..., Any], args: tuple[Any, ...], in_thread: bool) -> Any:
     if in_thread and not inspect.iscoroutinefunction(function):
-        return await asyncio.to_thread(function, *args)
-    result = function(*args)
+        result = await asyncio.to_thread(function, *args)
+    else:
+        result = function(*args)
     return await result if inspect.isawaitable(result) else result

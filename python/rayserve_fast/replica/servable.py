@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from rayserve_fast import multiplex
 from rayserve_fast.classic.parameters import with_older_handles
 from rayserve_fast.exceptions import RayServeException
-from rayserve_fast.replica.calls import is_async
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,7 +76,7 @@ class Servable:
     def call_hook(self, name: str) -> Any:
         """What such a method returns, None without one; raises what it raises."""
         hook = self.hook(name)
-        return None if hook is None else self._loop.run(hook, in_thread=not is_async(hook))
+        return None if hook is None else self._loop.run(hook, in_thread=True)
 
     def destroy(self) -> None:
         """End its ASGI application, call its ``__del__`` now, once, unload its models, and let go of it."""
@@ -115,7 +114,7 @@ class Servable:
         def call() -> Any:
             return reconfigure(config, rank=self.context.rank) if takes_rank else reconfigure(config)
 
-        self._loop.run(call, in_thread=not is_async(reconfigure))
+        self._loop.run(call, in_thread=True)
 
 
 async def _construct(definition: Definition) -> Any:
