@@ -104,6 +104,26 @@ fn a_replica_is_told_that_a_client_has_left_wherever_its_request_is_then() {
 }
 
 #[test]
+fn it_is_told_so_of_a_request_of_a_batch_while_that_runs() {
+    let batched = json!({"batch": {"max_size": 2, "wait_s": 30.0}});
+    let (served, replicas) = Served::with(json!({}), batched, 1);
+    let replica = &replicas[0];
+    let (mut stays, mut leaves) = (served.client(), served.client());
+    stays.get("/stays");
+    served.settles("queued", 1);
+    leaves.send("GET /leaves HTTP/1.1\r\nhost: h\r\nx-request-disconnect-disabled: ?1\r\n\r\n");
+    let batch = replica.batch();
+    leaves.hang_up();
+    let told = replica.expect(Kind::Window).header;
+    assert!(told.has(flag::LEFT) && told.stream == batch[1].header.stream);
+    for got in &batch {
+        replica.answer(got, "");
+    }
+    assert_eq!(stays.response().status, 200);
+    served.settles("streams", 0);
+}
+
+#[test]
 fn a_client_that_leaves_within_its_body_cancels_the_request() {
     let (served, replica) = Served::one();
     let mut client = served.client();

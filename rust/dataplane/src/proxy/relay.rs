@@ -246,7 +246,8 @@ impl Call<'_> {
             Inbound::Whole(bytes) => (bytes.clone(), true),
             Inbound::Streamed(_) => (Bytes::new(), false),
         };
-        Packed { head, body, whole, wake: self.route.copied, deadline: self.deadline }
+        let wake = self.route.copied || self.departure.is_some();
+        Packed { head, body, whole, wake, deadline: self.deadline }
     }
 
     /// Writes the REQUEST; `None` if the lease's link has gone since.
