@@ -7,13 +7,17 @@ use rayserve_dataplane::{
     proxy::Choice,
     wire::{Kind, flag},
 };
-use serde_json::json;
+use serde_json::{Value, json};
 use support::{Served, eventually, replica::Replica};
 
-/// A proxy whose router is the test, and one replica.
+/// A deployment whose router is the test.
+fn by_router() -> Value {
+    json!({"max_ongoing_requests": 1, "router": {"policy": "custom", "custom": "r"}})
+}
+
+/// A proxy and one replica of such a deployment.
 fn routed() -> (Served, Replica) {
-    let deployment = json!({"max_ongoing_requests": 1, "router": {"policy": "custom", "custom": "r"}});
-    let (served, mut replicas) = Served::with(json!({}), deployment, 1);
+    let (served, mut replicas) = Served::with(json!({}), by_router(), 1);
     (served, replicas.remove(0))
 }
 
@@ -126,4 +130,21 @@ fn a_refused_request_has_ended_there_before_the_router_is_asked_again() {
     replica.answer(&replica.request(), "second");
     assert_eq!(client.response().text(), "second");
     assert_eq!(ended(&served), [number]);
+}
+
+#[test]
+fn those_who_wait_when_their_deployment_gets_a_router_are_routed_by_it() {
+    let (served, _) = Served::with(json!({}), json!({}), 0);
+    let mut client = served.client();
+    client.get("/");
+    served.settles("queued", 1);
+    let replica = Replica::start(served.dir.path(), "r0", 1);
+    served.publish(by_router(), &[&replica]);
+    served.linked(&[&replica]);
+    let choice = asked(&served);
+    served.publish(by_router(), &[&replica]);
+    to_r0(&served, choice.number);
+    replica.answer(&replica.request(), "routed");
+    assert_eq!(client.response().text(), "routed");
+    assert_eq!(ended(&served), [choice.number]);
 }

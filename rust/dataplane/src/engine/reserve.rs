@@ -23,6 +23,11 @@ impl<W> Engine<W> {
         self.deployments.at(key).is_some_and(|deployment| deployment.config.router.policy == Policy::Custom)
     }
 
+    /// Who waits at a deployment.
+    pub fn waiters(&mut self, key: DeploymentKey) -> impl Iterator<Item = &W> {
+        self.deployments.at(key).into_iter().flat_map(|deployment| deployment.queue.waiters())
+    }
+
     /// The replicas that are not about to leave.
     pub fn candidates(&mut self, key: DeploymentKey) -> Vec<Candidate> {
         let addresses = self.config(key).map_or(Vec::new(), |config| config.replicas.clone());

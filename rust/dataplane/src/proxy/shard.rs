@@ -21,7 +21,7 @@ use super::{
     listen::Conn,
     shadow::Lane,
     split::Fork,
-    stream::StreamRef,
+    stream::{StreamRef, wake},
     vigil::Events,
     waiting::{Came, Waiter},
 };
@@ -200,6 +200,12 @@ impl Shard {
                 Action::Unused(key, count) => {
                     if let Some(link) = self.link(key) {
                         link.unused(count);
+                    }
+                }
+                Action::Ask(key) => {
+                    let mut waiters = self.waiters.borrow_mut();
+                    for &waiter in self.engine.borrow_mut().waiters(key) {
+                        waiters.get_mut(waiter).into_iter().for_each(|waiter| wake(&mut waiter.waker));
                     }
                 }
                 Action::Readiness => self.readiness.notify_waiters(),

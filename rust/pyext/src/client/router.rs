@@ -312,6 +312,7 @@ impl Router {
                     Action::Batch(batch) => self.send_batch(batch),
                     Action::Refuse(call, error) if self.reroutes(&call, &error, true) => {}
                     Action::Refuse(call, error) => self.finish(&call, Outcome::Refused(error)),
+                    Action::Ask(key) => self.held.fresh.extend(self.engine.waiters(key).cloned()),
                     Action::Readiness => self.turn(),
                     Action::Open(key, replica) => self.open(key, replica),
                     Action::Close(key) => self.leave(key),
