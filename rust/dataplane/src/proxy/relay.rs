@@ -80,19 +80,7 @@ pub(super) async fn relay(call: &mut Call<'_>, body: Inbound) -> Result<(StreamR
 async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
     loop {
-        let (stream, place) = match came {
-            Came::Lease(lease) => {
-                let place = lease.place;
-                (call.send(lease, &body), place)
-            }
-            Came::Chosen(chosen) => {
-                let (lease, chosen) = *chosen;
-                let place = lease.place;
-                (call.send(lease, &body).map(|stream| stream.by(chosen)), place)
-            }
-            Came::Sent(stream, place) => (Some(stream), place),
-            Came::Again(place) => (None, place),
-        };
+        let (stream, place) = came.sent(|lease| call.send(lease, &body));
         let Some(stream) = stream else {
             tokio::task::yield_now().await;
             came = call.again(place, &body).await?;

@@ -30,6 +30,26 @@ pub(super) enum Came {
     Again(Place),
 }
 
+impl Came {
+    /// The stream of the request, which is sent by `send` if it was not with its batch, and its place; no stream: the request
+    /// has to wait there again.
+    pub(super) fn sent(self, send: impl FnOnce(Lease) -> Option<StreamRef>) -> (Option<StreamRef>, Place) {
+        match self {
+            Self::Lease(lease) => {
+                let place = lease.place;
+                (send(lease), place)
+            }
+            Self::Chosen(chosen) => {
+                let (lease, chosen) = *chosen;
+                let place = lease.place;
+                (send(lease).map(|stream| stream.by(chosen)), place)
+            }
+            Self::Sent(stream, place) => (Some(stream), place),
+            Self::Again(place) => (None, place),
+        }
+    }
+}
+
 /// A request that waits for a replica.
 pub(super) struct Waiter {
     pub(super) waker: Option<Waker>,
