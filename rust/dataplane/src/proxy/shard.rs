@@ -142,7 +142,7 @@ impl Shard {
         drop(engine);
         self.lanes.borrow_mut().retain(|_, lane| Rc::strong_count(lane) > 1);
         let label = |route: &snapshot::Route| route.label.clone().unwrap_or_else(|| route.app.clone().into());
-        self.tallies.borrow_mut().clear();
+        self.tallies.borrow_mut().retain(|&key, _| self.engine.borrow_mut().config(key).is_some());
         let listing: serde_json::Map<_, _> =
             snapshot.routes.iter().map(|route| (route.prefix.clone(), label(route))).collect();
         *self.listing.borrow_mut() = Some(serde_json::Value::Object(listing).to_string().into());

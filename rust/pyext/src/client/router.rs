@@ -281,7 +281,7 @@ impl Router {
     pub(super) fn apply(&mut self) {
         let Some(snapshot) = &self.snapshot else { return };
         self.engine.apply(&self.relevant(snapshot));
-        self.tally_of.clear();
+        self.tally_of.retain(|&key, _| self.engine.config(key).is_some());
         self.settle();
     }
 
