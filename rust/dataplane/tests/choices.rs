@@ -8,7 +8,7 @@ use rayserve_dataplane::{
     wire::{Kind, flag},
 };
 use serde_json::{Value, json};
-use support::{Served, eventually, replica::Replica};
+use support::{Client, Replica, Served, eventually, replica::Got};
 
 /// A deployment whose router is the test.
 fn by_router() -> Value {
@@ -52,14 +52,19 @@ fn to_r0(served: &Served, number: u64) {
     assert_eq!(served.proxy.assign(number, vec![vec!["r0".into()]]), Assigned::To("r0".into()));
 }
 
+/// A client's request that was routed to the replica.
+fn running(served: &Served, replica: &Replica) -> (Client, Choice, Got) {
+    let mut client = served.client();
+    client.get("/");
+    let choice = asked(served);
+    to_r0(served, choice.number);
+    (client, choice, replica.request())
+}
+
 #[test]
 fn the_end_of_a_routed_request_is_told_once_its_whole_answer_has_come() {
     let (served, replica) = routed();
-    let mut client = served.client();
-    client.get("/");
-    let choice = asked(&served);
-    to_r0(&served, choice.number);
-    let got = replica.request();
+    let (mut client, choice, got) = running(&served, &replica);
     replica.head(&got, 200, &[], 0, b"");
     assert_eq!(client.head().status, 200);
     assert_eq!(served.proxy.choices(), (vec![], vec![]), "the answer is still on its way");
@@ -77,11 +82,8 @@ fn the_end_of_a_routed_request_is_told_once_its_whole_answer_has_come() {
 #[test]
 fn a_client_that_leaves_ends_what_was_routed_and_nothing_else() {
     let (served, replica) = routed();
-    let (mut runs, mut waits) = (served.client(), served.client());
-    runs.get("/");
-    let first = asked(&served);
-    to_r0(&served, first.number);
-    let got = replica.request();
+    let (runs, first, got) = running(&served, &replica);
+    let mut waits = served.client();
     waits.get("/");
     let second = asked(&served);
     assert_eq!(served.proxy.assign(second.number, vec![vec!["r0".into()]]), Assigned::Full);
@@ -111,11 +113,7 @@ fn a_request_that_left_before_anybody_looked_is_not_asked_about() {
 #[test]
 fn a_refused_request_has_ended_there_before_the_router_is_asked_again() {
     let (served, replica) = routed();
-    let mut client = served.client();
-    client.get("/");
-    let first = asked(&served);
-    to_r0(&served, first.number);
-    let got = replica.request();
+    let (mut client, first, got) = running(&served, &replica);
     replica.send(&got, Kind::Busy, 0, 0, b"");
     let (again, ends) = told(&served, |asked, _| !asked.is_empty());
     assert_eq!((ends, &*again[0].request_id), (vec![first.number], &*first.request_id));

@@ -2,7 +2,7 @@
 
 mod support;
 
-use rayserve_dataplane::wire::{Fault, Kind, flag};
+use rayserve_dataplane::wire::{Kind, flag};
 use serde_json::json;
 use support::{Client, Served};
 
@@ -18,7 +18,7 @@ fn a_client_that_leaves_cancels_its_request_and_the_slot_comes_back_with_the_rep
     leaving.hang_up();
     assert_eq!(replica.expect(Kind::Cancel).header.stream, first.header.stream);
     replica.is_quiet();
-    replica.send(&first, Kind::Error, flag::FIN, Fault::Cancelled as u32, b"");
+    replica.chunk_end(&first);
     let second = replica.request();
     replica.answer(&second, "second");
     assert_eq!(next.response().text(), "second");
