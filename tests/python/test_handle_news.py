@@ -10,9 +10,11 @@ from deployed import wait_for
 from scripted_replica import Cluster, Replicas, connecting, replicas, silent  # noqa: F401 - fixtures
 
 from rayserve_fast import caller
+from rayserve_fast.config import RequestRouterConfig
 from rayserve_fast.controlplane import client
 from rayserve_fast.exceptions import DeploymentUnavailableError, RayServeException
 from rayserve_fast.handle import DeploymentHandle
+from rayserve_fast.request_router import RequestRouter
 
 
 def test_a_controller_that_cannot_be_asked_fails_new_calls_in_the_end(
@@ -103,3 +105,18 @@ def test_new_replicas_are_used_without_being_looked_for(replica: Replicas, conne
         handle.remote().result(timeout_s=5)
     assert not second.calls.empty()
     assert cluster.asked == asked + 1, "one answer, to the question that was waiting"
+
+
+class Last(RequestRouter):
+    async def choose_replicas(self, candidate_replicas: Any, pending_request: Any = None) -> Any:
+        return [candidate_replicas[-1:]]
+
+
+def test_calls_that_wait_when_their_deployment_gets_a_router_are_routed_by_it(replica: Replicas, connect: Any) -> None:
+    cluster = Cluster()
+    response = connect(cluster).remote(1)
+    with pytest.raises(TimeoutError):
+        response.result(timeout_s=0.5)
+    cluster.config["router"] = RequestRouterConfig(request_router_class=Last).plain()
+    cluster.publish(replica(), replica())
+    assert response.result(timeout_s=10) == (1,)

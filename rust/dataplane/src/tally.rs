@@ -10,7 +10,7 @@ use std::{
 
 use serde_json::{Value, json};
 
-use crate::{engine::batch::Reason, metrics::Counter};
+use crate::{engine::batch::Reason, metrics::Counter, roster::Roster};
 
 /// Powers of two up to what a batch can have, or to more than a minute in microseconds.
 const BUCKETS: usize = 28;
@@ -54,23 +54,19 @@ impl Tally {
 
 /// Of every deployment of a shard, by `{app}#{deployment}`.
 #[derive(Debug, Default)]
-pub struct Tallies(Mutex<BTreeMap<String, Arc<Tally>>>);
+pub struct Tallies(Mutex<Roster<String, Tally>>);
 
 impl Tallies {
     /// That of this deployment.
     pub fn of(&self, deployment: &str) -> Arc<Tally> {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(known) = all.get(deployment) {
-            return Arc::clone(known);
-        }
-        Arc::clone(all.entry(deployment.to_owned()).or_default())
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).of(deployment.to_owned())
     }
 
     /// All of them by deployment, summed over the shards.
     pub fn sum<'t>(shards: impl Iterator<Item = &'t Self>) -> BTreeMap<String, Batches> {
         let mut sums: BTreeMap<String, Batches> = BTreeMap::new();
         for shard in shards {
-            for (name, tally) in &*shard.0.lock().unwrap_or_else(PoisonError::into_inner) {
+            for (name, tally) in shard.0.lock().unwrap_or_else(PoisonError::into_inner).iter() {
                 sums.entry(name.clone()).or_default().add(tally);
             }
         }
@@ -139,5 +135,17 @@ mod tests {
             json!({"a#D": {"batches": 3, "requests": 36, "released": {"full": 1, "waited": 2},
                 "size": [[1, 1], [4, 1], [32, 1]], "wait_us": [[1, 1], [1024, 1], [8192, 1]]}})
         );
+    }
+
+    #[test]
+    fn deployments_that_come_and_go_leave_a_bounded_number_of_tallies() {
+        let tallies = Tallies::default();
+        let held = tallies.of("stays");
+        held.add(1, Duration::ZERO, Reason::Full);
+        for release in 0..1000 {
+            tallies.of(&format!("a{release}#D")).add(1, Duration::ZERO, Reason::Full);
+        }
+        let sums = Tallies::sum(std::iter::once(&tallies));
+        assert!(sums.len() < 300 && sums["stays"].full == 1 && sums.contains_key("a999#D"), "{}", sums.len());
     }
 }

@@ -118,7 +118,7 @@ fn one_request_of_a_batch_is_cancelled_alone_and_its_slot_stays_taken() {
     replica.answer(&batch[1], "alone");
     assert_eq!(clients[0].response().text(), "alone");
     replica.is_quiet();
-    replica.send(&batch[0], Kind::Error, flag::FIN, 4, b"");
+    replica.chunk_end(&batch[0]);
     assert_eq!(paths(&replica.batch()), ["/next"]);
 }
 

@@ -7,13 +7,17 @@ use rayserve_dataplane::{
     proxy::Choice,
     wire::{Kind, flag},
 };
-use serde_json::json;
-use support::{Served, eventually, replica::Replica};
+use serde_json::{Value, json};
+use support::{Client, Replica, Served, eventually, replica::Got};
 
-/// A proxy whose router is the test, and one replica.
+/// A deployment whose router is the test.
+fn by_router() -> Value {
+    json!({"max_ongoing_requests": 1, "router": {"policy": "custom", "custom": "r"}})
+}
+
+/// A proxy and one replica of such a deployment.
 fn routed() -> (Served, Replica) {
-    let deployment = json!({"max_ongoing_requests": 1, "router": {"policy": "custom", "custom": "r"}});
-    let (served, mut replicas) = Served::with(json!({}), deployment, 1);
+    let (served, mut replicas) = Served::with(json!({}), by_router(), 1);
     (served, replicas.remove(0))
 }
 
@@ -48,14 +52,19 @@ fn to_r0(served: &Served, number: u64) {
     assert_eq!(served.proxy.assign(number, vec![vec!["r0".into()]]), Assigned::To("r0".into()));
 }
 
+/// A client's request that was routed to the replica.
+fn running(served: &Served, replica: &Replica) -> (Client, Choice, Got) {
+    let mut client = served.client();
+    client.get("/");
+    let choice = asked(served);
+    to_r0(served, choice.number);
+    (client, choice, replica.request())
+}
+
 #[test]
 fn the_end_of_a_routed_request_is_told_once_its_whole_answer_has_come() {
     let (served, replica) = routed();
-    let mut client = served.client();
-    client.get("/");
-    let choice = asked(&served);
-    to_r0(&served, choice.number);
-    let got = replica.request();
+    let (mut client, choice, got) = running(&served, &replica);
     replica.head(&got, 200, &[], 0, b"");
     assert_eq!(client.head().status, 200);
     assert_eq!(served.proxy.choices(), (vec![], vec![]), "the answer is still on its way");
@@ -73,11 +82,8 @@ fn the_end_of_a_routed_request_is_told_once_its_whole_answer_has_come() {
 #[test]
 fn a_client_that_leaves_ends_what_was_routed_and_nothing_else() {
     let (served, replica) = routed();
-    let (mut runs, mut waits) = (served.client(), served.client());
-    runs.get("/");
-    let first = asked(&served);
-    to_r0(&served, first.number);
-    let got = replica.request();
+    let (runs, first, got) = running(&served, &replica);
+    let mut waits = served.client();
     waits.get("/");
     let second = asked(&served);
     assert_eq!(served.proxy.assign(second.number, vec![vec!["r0".into()]]), Assigned::Full);
@@ -107,11 +113,7 @@ fn a_request_that_left_before_anybody_looked_is_not_asked_about() {
 #[test]
 fn a_refused_request_has_ended_there_before_the_router_is_asked_again() {
     let (served, replica) = routed();
-    let mut client = served.client();
-    client.get("/");
-    let first = asked(&served);
-    to_r0(&served, first.number);
-    let got = replica.request();
+    let (mut client, first, got) = running(&served, &replica);
     replica.send(&got, Kind::Busy, 0, 0, b"");
     let (again, ends) = told(&served, |asked, _| !asked.is_empty());
     assert_eq!((ends, &*again[0].request_id), (vec![first.number], &*first.request_id));
@@ -126,4 +128,21 @@ fn a_refused_request_has_ended_there_before_the_router_is_asked_again() {
     replica.answer(&replica.request(), "second");
     assert_eq!(client.response().text(), "second");
     assert_eq!(ended(&served), [number]);
+}
+
+#[test]
+fn those_who_wait_when_their_deployment_gets_a_router_are_routed_by_it() {
+    let (served, _) = Served::with(json!({}), json!({}), 0);
+    let mut client = served.client();
+    client.get("/");
+    served.settles("queued", 1);
+    let replica = Replica::start(served.dir.path(), "r0", 1);
+    served.publish(by_router(), &[&replica]);
+    served.linked(&[&replica]);
+    let choice = asked(&served);
+    served.publish(by_router(), &[&replica]);
+    to_r0(&served, choice.number);
+    replica.answer(&replica.request(), "routed");
+    assert_eq!(client.response().text(), "routed");
+    assert_eq!(ended(&served), [choice.number]);
 }

@@ -2,7 +2,7 @@
 
 mod support;
 
-use rayserve_dataplane::wire::{Fault, Kind, flag};
+use rayserve_dataplane::wire::{Kind, flag};
 use serde_json::json;
 use support::{Client, Served};
 
@@ -18,7 +18,7 @@ fn a_client_that_leaves_cancels_its_request_and_the_slot_comes_back_with_the_rep
     leaving.hang_up();
     assert_eq!(replica.expect(Kind::Cancel).header.stream, first.header.stream);
     replica.is_quiet();
-    replica.send(&first, Kind::Error, flag::FIN, Fault::Cancelled as u32, b"");
+    replica.chunk_end(&first);
     let second = replica.request();
     replica.answer(&second, "second");
     assert_eq!(next.response().text(), "second");
@@ -101,6 +101,26 @@ fn a_replica_is_told_that_a_client_has_left_wherever_its_request_is_then() {
     replica.answer(&got, "");
     assert_eq!(client.response().status, 200);
     assert_eq!((served.counter("cancelled"), served.counter("streams")), (0, 0));
+}
+
+#[test]
+fn it_is_told_so_of_a_request_of_a_batch_while_that_runs() {
+    let batched = json!({"batch": {"max_size": 2, "wait_s": 30.0}});
+    let (served, replicas) = Served::with(json!({}), batched, 1);
+    let replica = &replicas[0];
+    let (mut stays, mut leaves) = (served.client(), served.client());
+    stays.get("/stays");
+    served.settles("queued", 1);
+    leaves.send("GET /leaves HTTP/1.1\r\nhost: h\r\nx-request-disconnect-disabled: ?1\r\n\r\n");
+    let batch = replica.batch();
+    leaves.hang_up();
+    let told = replica.expect(Kind::Window).header;
+    assert!(told.has(flag::LEFT) && told.stream == batch[1].header.stream);
+    for got in &batch {
+        replica.answer(got, "");
+    }
+    assert_eq!(stays.response().status, 200);
+    served.settles("streams", 0);
 }
 
 #[test]

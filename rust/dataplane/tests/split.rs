@@ -184,7 +184,7 @@ fn while_no_target_is_ready_requests_wait_and_go_where_readiness_comes_first() {
         }
         served.settles("requests_open", 5);
         let b = Auto::start(served.dir.path(), "b", 100);
-        let (a, b) = (("a", json!({}), vec![]), ("b", json!({}), vec![b.address.clone()]).clone());
+        let (a, b) = (("a", json!({}), vec![]), ("b", json!({}), vec![b.address.clone()]));
         served.publish_split(&weights, &[a, b]);
         assert!(clients.iter_mut().all(|client| client.response().text() == "b"));
     }

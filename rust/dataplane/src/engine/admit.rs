@@ -136,6 +136,11 @@ impl<W> Queue<W> {
         })
     }
 
+    /// Everybody.
+    pub(super) fn waiters(&self) -> impl Iterator<Item = &W> {
+        self.waiting.iter().chain(&self.aside).map(|waiting| &waiting.waiter)
+    }
+
     /// Takes out everybody.
     pub(super) fn clear(&mut self) -> impl Iterator<Item = W> + use<W> {
         self.rejoin();

@@ -3,7 +3,10 @@
 use slab::Slab;
 
 use super::{Action, Deployment, DeploymentKey, Engine, Picker, Queue, Replica, ReplicaKey, Rule, Window};
-use crate::{error::Error, snapshot, snapshot::Snapshot};
+use crate::{
+    error::Error,
+    snapshot::{self, Policy, Snapshot},
+};
 
 /// By the index of their keys.
 #[derive(Debug)]
@@ -69,6 +72,10 @@ impl<W> Engine<W> {
         if let Some(key) = known
             && let Some(deployment) = self.deployments.at(key)
         {
+            let custom = |config: &snapshot::Deployment| config.router.policy == Policy::Custom;
+            if custom(config) && !custom(&deployment.config) {
+                self.actions.push_back(Action::Ask(key));
+            }
             (deployment.config, deployment.gone, deployment.window) = (config.clone(), gone, window);
             return key;
         }

@@ -128,6 +128,8 @@ pub enum Action<W> {
     Close(ReplicaKey),
     /// Send UNUSED with this count.
     Unused(ReplicaKey, u32),
+    /// A router in Python chooses from now on, also for those who wait already: see [`Engine::waiters`].
+    Ask(DeploymentKey),
     /// Targets of splits have become ready, or are so no more, or others: whoever waits for one chooses again.
     Readiness,
 }

@@ -23,6 +23,11 @@ impl<W> Engine<W> {
         self.deployments.at(key).is_some_and(|deployment| deployment.config.router.policy == Policy::Custom)
     }
 
+    /// Who waits at a deployment.
+    pub fn waiters(&mut self, key: DeploymentKey) -> impl Iterator<Item = &W> {
+        self.deployments.at(key).into_iter().flat_map(|deployment| deployment.queue.waiters())
+    }
+
     /// The replicas that are not about to leave.
     pub fn candidates(&mut self, key: DeploymentKey) -> Vec<Candidate> {
         let addresses = self.config(key).map_or(Vec::new(), |config| config.replicas.clone());
@@ -42,11 +47,11 @@ impl<W> Engine<W> {
     ///
     /// # Errors
     /// [`Error::Unavailable`] and [`Error::Deleted`].
-    pub fn reserve(
+    pub fn reserve<'r>(
         &mut self,
         key: DeploymentKey,
         affinity: Affinity,
-        ranks: Option<&[impl AsRef<[String]>]>,
+        ranks: Option<&'r [impl AsRef<[String]>]>,
     ) -> Result<Option<Lease>, Error> {
         let deployment = self.deployments.open(key)?;
         let place = Place { deployment: key, seq: deployment.queue.arrive(), affinity, since: None };
@@ -54,8 +59,8 @@ impl<W> Engine<W> {
             return Ok(if self.awaits_own(place) { None } else { self.lease(place) });
         };
         let first = |takes: fn(&Replica) -> bool| {
-            let known = |rank: &[String]| rank.iter().filter_map(|id| self.replica(key, id)).collect::<Vec<_>>();
-            ranks.iter().find_map(|rank| Picker::among(&self.replicas, known(rank.as_ref()).into_iter(), takes))
+            let known = |rank: &'r [String]| rank.iter().filter_map(|id| self.replica(key, id));
+            ranks.iter().find_map(|rank| Picker::among(&self.replicas, known(rank.as_ref()), takes))
         };
         let chosen = first(Replica::has_slot).or_else(|| first(Replica::has_room));
         Ok(chosen.and_then(|chosen| self.take(chosen, place)))
@@ -63,17 +68,12 @@ impl<W> Engine<W> {
 
     /// Starts a request that waits for its router, at one of `ranks` as [`Engine::reserve`] has it.
     pub fn assign(&mut self, place: Place, ranks: &[Vec<String>]) -> Assigned {
-        let waits =
-            self.deployments.at(place.deployment).is_some_and(|deployment| deployment.queue.contains(place.seq));
+        if !self.deployments.at(place.deployment).is_some_and(|deployment| deployment.queue.contains(place.seq)) {
+            return Assigned::Over;
+        }
         let lease = match self.reserve(place.deployment, place.affinity, Some(ranks)) {
-            Ok(Some(lease)) if waits => Lease { place, ..lease },
-            Ok(None) if waits => return Assigned::Full,
-            Ok(lease) => {
-                if let Some(lease) = lease {
-                    self.unsent(lease);
-                }
-                return Assigned::Over;
-            }
+            Ok(Some(lease)) => Lease { place, ..lease },
+            Ok(None) => return Assigned::Full,
             Err(_) => return Assigned::Over, // whoever waited has been refused
         };
         let id = self.replicas[lease.replica.0].id.clone();

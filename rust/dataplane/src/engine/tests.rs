@@ -57,6 +57,8 @@ struct Driver {
     refused: Vec<(u32, Error)>,
     closing: Vec<ReplicaKey>,
     unused: u32,
+    /// Who was there when their deployment got a router in Python.
+    asked: Vec<u32>,
     /// Times that readiness has changed.
     turns: u32,
 }
@@ -69,8 +71,8 @@ impl Driver {
     fn with(mut engine: Engine<u32>, snapshot: &Snapshot) -> Self {
         engine.apply(snapshot);
         let key = engine.deployment("a#D").unwrap_or(DeploymentKey { index: 0, life: 0 });
-        let (keys, started, batches, refused, closing) = Default::default();
-        let mut driver = Self { engine, key, keys, started, batches, refused, closing, unused: 0, turns: 0 };
+        let (keys, started, batches, refused, closing, asked) = Default::default();
+        let mut driver = Self { engine, key, keys, started, batches, refused, closing, unused: 0, asked, turns: 0 };
         driver.settle();
         driver
     }
@@ -97,6 +99,7 @@ impl Driver {
                 Action::Open(key, address) => drop(self.keys.insert(address.id, key)),
                 Action::Close(key) => self.closing.push(key),
                 Action::Unused(_, count) => self.unused += count,
+                Action::Ask(key) => self.asked.extend(self.engine.waiters(key)),
                 Action::Readiness => self.turns += 1,
             }
         }

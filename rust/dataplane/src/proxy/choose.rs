@@ -45,7 +45,7 @@ pub struct Choice {
 #[derive(Debug)]
 pub(super) enum Order {
     Candidates(DeploymentKey, SyncSender<(Vec<Candidate>, Option<String>)>),
-    Assign(Place, Vec<Vec<String>>, SyncSender<Assigned>),
+    Assign(u64, Place, Vec<Vec<String>>, SyncSender<Assigned>),
 }
 
 /// See the module.
@@ -139,13 +139,8 @@ impl Choices {
     }
 
     pub(super) fn assign(&self, number: u64, ranks: Vec<Vec<String>>) -> Assigned {
-        // Not open meanwhile: once assigned, the request may end before the answer is here, and that must be told.
-        let Some((shard, place)) = self.desk().open.remove(&number) else { return Assigned::Over };
-        let assigned = self.order(shard, |reply| Order::Assign(place, ranks, reply)).unwrap_or(Assigned::Over);
-        if assigned == Assigned::Full {
-            self.desk().open.insert(number, (shard, place));
-        }
-        assigned
+        let Some((shard, place)) = self.desk().open.get(&number).copied() else { return Assigned::Over };
+        self.order(shard, |reply| Order::Assign(number, place, ranks, reply)).unwrap_or(Assigned::Over)
     }
 }
 
@@ -180,11 +175,54 @@ pub(super) async fn obey(shard: Rc<Shard>, mut orders: UnboundedReceiver<Order>)
                 let custom = engine.config(key).and_then(|config| config.router.custom.clone());
                 let _ = reply.try_send((engine.candidates(key), custom));
             }
-            Order::Assign(place, ranks, reply) => {
+            Order::Assign(number, place, ranks, reply) => {
                 let assigned = shard.engine.borrow_mut().assign(place, &ranks);
+                if let Assigned::To(_) = assigned {
+                    // Here, where requests end: whichever comes first is seen by the other.
+                    shard.shared.choices.desk().open.remove(&number);
+                }
                 shard.settle();
                 let _ = reply.try_send(assigned);
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        engine::{Admission, Affinity, Engine},
+        snapshot::Snapshot,
+    };
+
+    /// Of a request that waits.
+    fn place() -> Place {
+        let json =
+            br#"{"version": [1, 1], "deployments": {"a#D": {"app": "a", "name": "D", "max_ongoing_requests": 1}}}"#;
+        let mut engine = Engine::default();
+        engine.apply(&Snapshot::parse(json).expect("valid"));
+        let key = engine.deployment("a#D").expect("declared");
+        match engine.request(key, Affinity::default(), |_| ()) {
+            Ok(Admission::Wait(place)) => place,
+            other => panic!("it does not wait: {other:?}"),
+        }
+    }
+
+    #[test]
+    fn one_that_ends_while_its_shard_is_asked_to_assign_it_was_never_assigned() {
+        let choices = Choices::new();
+        let (shard, mut orders) = choices.join();
+        let number = choices.ask(shard, place(), Choice::default());
+        assert_eq!(choices.take().0.len(), 1);
+        std::thread::scope(|scope| {
+            let assigned = scope.spawn(|| choices.assign(number, Vec::new()));
+            let Some(Order::Assign(.., reply)) = orders.blocking_recv() else { panic!("no order came") };
+            choices.end(number);
+            reply.try_send(Assigned::Over).expect("it is waited for");
+            assert_eq!(assigned.join().expect("it does not panic"), Assigned::Over);
+        });
+        assert_eq!(choices.take(), (vec![], vec![]));
+        assert!(choices.desk().open.is_empty());
     }
 }

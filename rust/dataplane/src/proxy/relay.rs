@@ -80,19 +80,7 @@ pub(super) async fn relay(call: &mut Call<'_>, body: Inbound) -> Result<(StreamR
 async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let mut retried = false;
     loop {
-        let (stream, place) = match came {
-            Came::Lease(lease) => {
-                let place = lease.place;
-                (call.send(lease, &body), place)
-            }
-            Came::Chosen(chosen) => {
-                let (lease, chosen) = *chosen;
-                let place = lease.place;
-                (call.send(lease, &body).map(|stream| stream.by(chosen)), place)
-            }
-            Came::Sent(stream, place) => (Some(stream), place),
-            Came::Again(place) => (None, place),
-        };
+        let (stream, place) = came.sent(|lease| call.send(lease, &body));
         let Some(stream) = stream else {
             tokio::task::yield_now().await;
             came = call.again(place, &body).await?;
@@ -246,7 +234,8 @@ impl Call<'_> {
             Inbound::Whole(bytes) => (bytes.clone(), true),
             Inbound::Streamed(_) => (Bytes::new(), false),
         };
-        Packed { head, body, whole, wake: self.route.copied, deadline: self.deadline }
+        let wake = self.route.copied || self.departure.is_some();
+        Packed { head, body, whole, wake, deadline: self.deadline }
     }
 
     /// Writes the REQUEST; `None` if the lease's link has gone since.

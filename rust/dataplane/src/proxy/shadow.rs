@@ -17,7 +17,6 @@ use super::{
     relay::Call,
     shard::Shard,
     stream::{Outcome, StreamRef},
-    waiting::Came,
 };
 use crate::{
     engine::{Affinity, DeploymentKey, Engine},
@@ -158,21 +157,9 @@ impl Copy {
         let mut sent = false;
         let mut came = self.shard.admit(self.deployment, self.affinity, pack, describe).await.map_err(refused)?;
         loop {
-            let open =
-                |lease| self.shard.open(lease, flag::FIN, Some(self.until), |out| out.extend_from_slice(&self.request));
-            let (stream, place) = match came {
-                Came::Lease(lease) => {
-                    let place = lease.place;
-                    (open(lease), place)
-                }
-                Came::Chosen(chosen) => {
-                    let (lease, chosen) = *chosen;
-                    let place = lease.place;
-                    (open(lease).map(|stream| stream.by(chosen)), place)
-                }
-                Came::Sent(stream, place) => (Some(stream), place),
-                Came::Again(place) => (None, place),
-            };
+            let (stream, place) = came.sent(|lease| {
+                self.shard.open(lease, flag::FIN, Some(self.until), |out| out.extend_from_slice(&self.request))
+            });
             let Some(stream) = stream else {
                 tokio::task::yield_now().await;
                 let waiting = self.shard.again(place, None).map_err(refused)?;

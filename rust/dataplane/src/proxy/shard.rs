@@ -21,7 +21,7 @@ use super::{
     listen::Conn,
     shadow::Lane,
     split::Fork,
-    stream::StreamRef,
+    stream::{StreamRef, wake},
     vigil::Events,
     waiting::{Came, Waiter},
 };
@@ -142,7 +142,7 @@ impl Shard {
         drop(engine);
         self.lanes.borrow_mut().retain(|_, lane| Rc::strong_count(lane) > 1);
         let label = |route: &snapshot::Route| route.label.clone().unwrap_or_else(|| route.app.clone().into());
-        self.tallies.borrow_mut().clear();
+        self.tallies.borrow_mut().retain(|&key, _| self.engine.borrow_mut().config(key).is_some());
         let listing: serde_json::Map<_, _> =
             snapshot.routes.iter().map(|route| (route.prefix.clone(), label(route))).collect();
         *self.listing.borrow_mut() = Some(serde_json::Value::Object(listing).to_string().into());
@@ -200,6 +200,12 @@ impl Shard {
                 Action::Unused(key, count) => {
                     if let Some(link) = self.link(key) {
                         link.unused(count);
+                    }
+                }
+                Action::Ask(key) => {
+                    let mut waiters = self.waiters.borrow_mut();
+                    for &waiter in self.engine.borrow_mut().waiters(key) {
+                        waiters.get_mut(waiter).into_iter().for_each(|waiter| wake(&mut waiter.waker));
                     }
                 }
                 Action::Readiness => self.readiness.notify_waiters(),

@@ -11,7 +11,7 @@ use super::{
     batches::Packed,
     choose::{Choice, Chosen},
     shard::Shard,
-    stream::StreamRef,
+    stream::{StreamRef, wake},
 };
 use crate::{
     engine::{Admission, Affinity, DeploymentKey, Lease, Place},
@@ -30,6 +30,26 @@ pub(super) enum Came {
     Again(Place),
 }
 
+impl Came {
+    /// The stream of the request, which is sent by `send` if it was not with its batch, and its place; no stream: the request
+    /// has to wait there again.
+    pub(super) fn sent(self, send: impl FnOnce(Lease) -> Option<StreamRef>) -> (Option<StreamRef>, Place) {
+        match self {
+            Self::Lease(lease) => {
+                let place = lease.place;
+                (send(lease), place)
+            }
+            Self::Chosen(chosen) => {
+                let (lease, chosen) = *chosen;
+                let place = lease.place;
+                (send(lease).map(|stream| stream.by(chosen)), place)
+            }
+            Self::Sent(stream, place) => (Some(stream), place),
+            Self::Again(place) => (None, place),
+        }
+    }
+}
+
 /// A request that waits for a replica.
 pub(super) struct Waiter {
     pub(super) waker: Option<Waker>,
@@ -45,9 +65,7 @@ pub(super) struct Waiter {
 impl Waiter {
     pub(super) fn tell(&mut self, came: Result<Came, Error>) {
         (self.came, self.left) = (Some(came), true);
-        if let Some(waker) = self.waker.take() {
-            waker.wake();
-        }
+        wake(&mut self.waker);
     }
 }
 
@@ -133,20 +151,19 @@ impl Waiting {
 
     /// What comes of it, as soon as it does; a router in Python is told of the request that `describe` describes.
     pub(super) async fn end(self, describe: impl Fn() -> Choice) -> Result<Came, Error> {
-        let shard = &self.shard;
-        if shard.engine.borrow_mut().is_custom(self.place.deployment) && shard.waiters.borrow()[self.key].came.is_none()
-        {
-            let chosen = Box::new(Chosen::ask(shard, self.place, describe()));
-            shard.waiters.borrow_mut()[self.key].chosen = Some(chosen);
-        }
         std::future::poll_fn(|cx| {
-            let mut waiters = self.shard.waiters.borrow_mut();
-            let waiter = &mut waiters[self.key];
+            let Self { shard, place, key } = &self;
+            let mut waiters = shard.waiters.borrow_mut();
+            let waiter = &mut waiters[*key];
             if let Some(came) = waiter.came.take() {
                 return Poll::Ready(match (came, waiter.chosen.take()) {
                     (Ok(Came::Lease(lease)), Some(chosen)) => Ok(Came::Chosen(Box::new((lease, chosen)))),
                     (came, _) => came,
                 });
+            }
+            // Its deployment may have got that router since.
+            if waiter.chosen.is_none() && shard.engine.borrow_mut().is_custom(place.deployment) {
+                waiter.chosen = Some(Box::new(Chosen::ask(shard, *place, describe())));
             }
             waiter.waker = Some(cx.waker().clone());
             Poll::Pending

@@ -167,8 +167,7 @@ impl Served {
     }
 
     pub fn linked(&self, replicas: &[&Replica]) {
-        let ids: Vec<_> = replicas.iter().map(|replica| replica.id.clone()).collect();
-        assert_eq!(self.proxy.wait_linked(&ids, PATIENCE), [""; 0], "not linked");
+        self.linked_ids(&replicas.iter().map(|replica| &*replica.id).collect::<Vec<_>>());
     }
 
     pub fn client(&self) -> Client {

@@ -281,7 +281,7 @@ impl Router {
     pub(super) fn apply(&mut self) {
         let Some(snapshot) = &self.snapshot else { return };
         self.engine.apply(&self.relevant(snapshot));
-        self.tally_of.clear();
+        self.tally_of.retain(|&key, _| self.engine.config(key).is_some());
         self.settle();
     }
 
@@ -312,6 +312,7 @@ impl Router {
                     Action::Batch(batch) => self.send_batch(batch),
                     Action::Refuse(call, error) if self.reroutes(&call, &error, true) => {}
                     Action::Refuse(call, error) => self.finish(&call, Outcome::Refused(error)),
+                    Action::Ask(key) => self.held.fresh.extend(self.engine.waiters(key).cloned()),
                     Action::Readiness => self.turn(),
                     Action::Open(key, replica) => self.open(key, replica),
                     Action::Close(key) => self.leave(key),

@@ -3,15 +3,17 @@
 use super::*;
 use crate::snapshot::Policy;
 
+const IDS: [&str; 3] = ["a", "b", "c"];
+
 /// `a`, `b` and `c`, which take two each; the router chooses.
-fn driver() -> Driver {
-    let mut known = snapshot(1, 2, -1, &["a", "b", "c"]);
+fn routed(n: u64) -> Snapshot {
+    let mut known = snapshot(n, 2, -1, &IDS);
     known.deployments.get_mut("a#D").expect("there").router.policy = Policy::Custom;
-    let mut driver = Driver::new(&known);
-    for id in ["a", "b", "c"] {
-        driver.link(id, 2);
-    }
-    driver
+    known
+}
+
+fn driver() -> Driver {
+    Driver::linked(&routed(1))
 }
 
 impl Driver {
@@ -63,4 +65,18 @@ fn ranks_may_name_nobody_or_who_is_not_there() {
     let mut driver = driver();
     assert_eq!(driver.assign(&[]), "+");
     assert_eq!(driver.assign(&[&[], &["gone"], &["c"]]), "c");
+}
+
+#[test]
+fn those_who_wait_when_their_deployment_gets_a_router_are_shown_to_it_once() {
+    let mut driver = Driver::new(&snapshot(1, 2, -1, &IDS));
+    let place = driver.request(0).expect("no limit").expect("nothing is linked");
+    driver.request(1).expect("no limit");
+    driver.engine.cancel(place);
+    for n in 2..4 {
+        driver.engine.apply(&routed(n));
+        driver.settle();
+    }
+    driver.link("a", 2);
+    assert_eq!((driver.asked.as_slice(), driver.started.len()), (&[1][..], 0), "it chooses, nobody else");
 }
