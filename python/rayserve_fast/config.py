@@ -126,7 +126,7 @@ class HTTPOptions(Settings):
         default=None, gt=0, description="Bytes of the longest request body, beyond it 413; None: no limit."
     )
     shards: int | None = Field(
-        default=None, gt=0, le=256, description="Threads of each proxy; None: as many as the node's cores allow."
+        default=None, gt=0, le=256, description="Threads of each proxy; None: half the node's cores, at least 1."
     )
 
     @model_validator(mode="before")

@@ -136,7 +136,7 @@ impl Error {
         }
     }
 
-    /// The HTTP status; 499 only ever stands in logs and metrics.
+    /// The HTTP status; 499 reaches only a client that has ended its own side and goes on reading.
     pub fn status(&self) -> u16 {
         match self {
             Self::Malformed => 400,

@@ -37,7 +37,7 @@ pub enum Dropped {
     InFlight,
     /// The open copies held too many bytes.
     Bytes,
-    /// The body was too large, or of unknown length, and so not there as a whole.
+    /// The body was too large, of unknown length or late, and so not there as a whole.
     Body,
     /// The shadow had no replica that was ready.
     NotReady,
