@@ -146,8 +146,10 @@ def test_a_flask_shaped_request_knows_its_client() -> None:
             ["bearer", None, None, "x.y=="],
             None,
         ]
-        for unread in ("Basic !", "Basic", ""):
+        for unread in ("Basic !", "Basic", "", "Basic caf\xe9"):
             assert requests.get(url, headers={"authorization": unread}).json()[3] is None
+        partly = requests.get(url, headers={"authorization": "Digest username=a, realm=, qop"}).json()[3]
+        assert partly == ["digest", "a", None, None]
     call = FlaskRequest.of_call(HandleRequest("data", {}, "GET", {"authorization": 'Digest username="a", realm="b,c"'}))
     assert call.authorization is not None
     assert (call.authorization.username, call.authorization["realm"]) == ("a", "b,c")
