@@ -83,9 +83,11 @@ class Asked:
         self.stats = RoutingStats(lambda: self.published.append([r.routing_stats for r in self.replicas]))
         self.says: Any = None
         self.asked = self.running = self.most = 0
+        self.began = asyncio.Semaphore(0)
 
     async def ask(self) -> Any:
         self.asked, self.running = self.asked + 1, self.running + 1
+        self.began.release()
         self.most = max(self.most, self.running)
         try:
             return await self.says() if callable(self.says) else self.says
@@ -95,7 +97,7 @@ class Asked:
     async def until(self, asked: int) -> None:
         asked += self.asked
         while self.asked < asked:
-            await asyncio.sleep(0.005)
+            await asyncio.wait_for(self.began.acquire(), 20)
 
     def run(self, story: Any) -> None:
         async def main() -> None:
