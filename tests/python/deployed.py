@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +45,10 @@ def replica_states(app: str = "default") -> dict[str, int]:
 
 
 def actor_pid(name: str) -> int:
-    actor = ray.get_actor(name, namespace="rayserve_fast")
+    return pid_of(ray.get_actor(name, namespace="rayserve_fast"))
+
+
+def pid_of(actor: Any) -> int:
     pid: int = ray.get(actor.__ray_call__.remote(lambda self: __import__("os").getpid()))
     return pid
 
@@ -57,13 +61,34 @@ def replica_actors() -> list[Any]:
 
 def until_running(calls: int) -> None:
     """Return when user code works on so many calls, in all replicas together."""
-    wait_for(lambda: sum(ray.get(replica.counters.remote())["running"] for replica in replica_actors()) == calls)
+    wait_for(lambda: sum(counters_of(replica)["running"] for replica in replica_actors()) == calls)
+
+
+def proxy_actor() -> Any:
+    (node,) = serve.status().proxies
+    return ray.get_actor(f"SERVE_PROXY_ACTOR-{node}", namespace="rayserve_fast")
+
+
+def crash_proxy(url: str) -> None:
+    """Kill the proxy, and return when its successor answers `url` by 200."""
+
+    def serves() -> bool:
+        try:
+            return get(url)[0] == 200
+        except requests.ConnectionError:
+            return False
+
+    os.kill(pid_of(proxy_actor()), signal.SIGKILL)
+    wait_for(lambda: not serves(), 15)
+    wait_for(serves, 15)
 
 
 def proxy_counters() -> dict[str, int]:
-    (node,) = serve.status().proxies
-    proxy = ray.get_actor(f"SERVE_PROXY_ACTOR-{node}", namespace="rayserve_fast")
-    counters: dict[str, int] = ray.get(proxy.counters.remote())
+    return counters_of(proxy_actor())
+
+
+def counters_of(actor: Any) -> dict[str, int]:
+    counters: dict[str, int] = ray.get(actor.counters.remote())
     return counters
 
 

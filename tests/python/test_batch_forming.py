@@ -18,11 +18,13 @@ class Recorder:
 
     def __init__(self, **options: Any) -> None:
         self.batches: list[list[Any]] = []
+        self.began = asyncio.Semaphore(0)
         self.running = self.most = 0
         self.ends: list[asyncio.Event] = []
 
         async def function(items: list[Any]) -> list[Any]:
             self.batches.append(items)
+            self.began.release()
             self.running += 1
             self.most = max(self.most, self.running)
             self.ends.append(asyncio.Event())
@@ -37,7 +39,7 @@ class Recorder:
 
     async def until(self, batches: int) -> None:
         while len(self.batches) < batches:
-            await asyncio.sleep(0.001)
+            await asyncio.wait_for(self.began.acquire(), 20)
 
     def end(self, batch: int) -> None:
         self.ends[batch].set()

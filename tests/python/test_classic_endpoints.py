@@ -88,6 +88,23 @@ def test_of_two_drivers_one_creates_a_backend(flask: Url, monkeypatch: pytest.Mo
     assert requests.get(f"{flask}/raced", timeout=10).text == "first"
 
 
+def test_of_two_drivers_that_change_a_configuration_neither_undoes_the_other_s(
+    flask: Url, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve.create_backend("raced", text("x"))
+    options = backends._options
+
+    def overtaken(*args: Any) -> Any:
+        monkeypatch.undo()
+        serve.update_backend_config("raced", {"max_concurrent_queries": 7})  # between the other's look and its order
+        return options(*args)
+
+    monkeypatch.setattr(backends, "_options", overtaken)
+    serve.update_backend_config("raced", {"experimental_graceful_shutdown_timeout_s": 3.0})
+    found = serve.get_backend_config("raced")
+    assert (found.max_concurrent_queries, found.experimental_graceful_shutdown_timeout_s) == (7, 3.0)
+
+
 def test_wrong_backends_are_refused_and_leave_nothing(flask: Url) -> None:
     serve.create_backend("taken", text("x"))
     serve.run(serve.deployment(name="App")(text("app")).bind(), name="app", route_prefix=None)

@@ -71,8 +71,16 @@ def test_a_flask_shaped_request_has_plain_values(function: Any, kind: type[Backe
         assert (got["form"], got["values"]) == ({"a": "f", "b": "2 é"}, {"a": "q", "b": "2 é"})
         assert (got["data"], got["raw"]) == ("", "a=f&b=2+%C3%A9")
 
+        got = requests.post(url, data=b"a=\xff", headers={"content-type": "application/x-www-form-urlencoded"}).json()
+        assert (got["form"], got["raw"]) == ({"a": "\ufffd"}, "a=\ufffd")
+
         got = requests.post(url, data={"t": "v"}, files={"f": ("n.txt", b"hello")}).json()
         assert (got["form"], got["files"]) == ({"t": "v"}, {"f": ["n.txt", "hello"]})
+
+        upper = {"content-type": "Multipart/Form-Data; boundary=b"}
+        parts = b'--b\r\ncontent-disposition: form-data; name="t"\r\n\r\nv\r\n--b--\r\n'
+        got = requests.post(url, data=parts, headers=upper).json()
+        assert (got["form"], got["mimetype"]) == ({"t": "v"}, "multipart/form-data")
 
         large = "x" * 1_000_000
         assert requests.post(url, data=large).json()["data"] == large
@@ -146,8 +154,10 @@ def test_a_flask_shaped_request_knows_its_client() -> None:
             ["bearer", None, None, "x.y=="],
             None,
         ]
-        for unread in ("Basic !", "Basic", ""):
+        for unread in ("Basic !", "Basic", "", "Basic caf\xe9"):
             assert requests.get(url, headers={"authorization": unread}).json()[3] is None
+        partly = requests.get(url, headers={"authorization": "Digest username=a, realm=, qop"}).json()[3]
+        assert partly == ["digest", "a", None, None]
     call = FlaskRequest.of_call(HandleRequest("data", {}, "GET", {"authorization": 'Digest username="a", realm="b,c"'}))
     assert call.authorization is not None
     assert (call.authorization.username, call.authorization["realm"]) == ("a", "b,c")

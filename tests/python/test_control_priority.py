@@ -8,12 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import ray
 import requests
+from deployed import pid_of, proxy_actor
 from starlette.requests import Request
 
 from rayserve_fast import serve
-from rayserve_fast.controlplane.options import NAMESPACE
 
 RAISE = "import os; os.nice(5); os.setpriority(os.PRIO_PROCESS, 0, 0)"
 may_raise = subprocess.run([sys.executable, "-c", RAISE], stderr=subprocess.DEVNULL, check=False).returncode == 0
@@ -37,8 +36,6 @@ def test_handlers_run_at_normal_priority(serve_instance: str) -> None:
 
 def test_the_proxy_runs_at_normal_priority(serve_instance: str) -> None:
     serve.run(Niceness.bind())
-    names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
-    proxy = ray.get_actor(next(name for name in names if "PROXY" in name), namespace=NAMESPACE)
-    pid = ray.get(proxy.place.remote()).pid
+    pid = pid_of(proxy_actor())
     threads = [stat.read_text().rpartition(") ")[2].split() for stat in Path(f"/proc/{pid}/task").glob("*/stat")]
     assert 0 in {int(fields[16]) for fields in threads}, "the shards'"

@@ -70,8 +70,7 @@ def test_a_failed_redeploy_that_renames_the_ingress_leaves_the_old_one_serving(s
         with pytest.raises(RuntimeError, match="broken"):
             serve.run(Broken.bind())
         serve.run(code("third", "Third"))
-        before = load.total
-        wait_for(lambda: load.total > before + 20)
+        load.wait(20)
     assert load.failures == {}
     assert {body.split()[0] for _, body in load.answers} == {"old", "third"}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from deployed import wait_for
-from scripted_replica import Cluster, Replicas, connecting, replicas, silent  # noqa: F401 - fixtures
+from scripted_replica import Cluster, Replicas, ScriptedReplica, connecting, replicas, silent  # noqa: F401 - fixtures
 
 from rayserve_fast import caller
 from rayserve_fast.config import RequestRouterConfig
@@ -15,6 +15,12 @@ from rayserve_fast.controlplane import client
 from rayserve_fast.exceptions import DeploymentUnavailableError, RayServeException
 from rayserve_fast.handle import DeploymentHandle
 from rayserve_fast.request_router import RequestRouter
+
+
+def calls(handle: DeploymentHandle, replica: ScriptedReplica) -> bool:
+    """Whether a call, this one or an earlier one, has reached the replica."""
+    assert handle.remote().result(timeout_s=5) == ()
+    return not replica.calls.empty()
 
 
 def test_a_controller_that_cannot_be_asked_fails_new_calls_in_the_end(
@@ -46,10 +52,7 @@ def test_known_replicas_are_called_while_the_controller_is_away(replica: Replica
         assert handle.remote(i).result(timeout_s=5) == (i,)
     cluster.down = None
     cluster.publish(second)
-    deadline = time.monotonic() + 10
-    while second.calls.empty() and time.monotonic() < deadline:
-        handle.remote().result(timeout_s=5)
-    assert not second.calls.empty(), "news are heard again"
+    wait_for(lambda: calls(handle, second), 10, lambda: "news are not heard again")
 
 
 def test_news_are_heard_again_also_if_the_first_to_be_answered_asks_for_the_present(
@@ -65,7 +68,7 @@ def test_news_are_heard_again_also_if_the_first_to_be_answered_asks_for_the_pres
     with pytest.raises(DeploymentUnavailableError):
         DeploymentHandle("Missing", "app").remote().result(timeout_s=5)
     cluster.publish(second)
-    wait_for(lambda: handle.remote().result(timeout_s=5) == () and not second.calls.empty(), 10)
+    wait_for(lambda: calls(handle, second), 10)
 
 
 def test_a_controller_that_takes_its_time_is_not_asked_all_the_while(connect: Any) -> None:
@@ -100,10 +103,7 @@ def test_new_replicas_are_used_without_being_looked_for(replica: Replicas, conne
     handle.remote().result(timeout_s=5)
     asked = cluster.asked
     cluster.publish(first, second)
-    deadline = time.monotonic() + 5
-    while second.calls.empty() and time.monotonic() < deadline:
-        handle.remote().result(timeout_s=5)
-    assert not second.calls.empty()
+    wait_for(lambda: calls(handle, second), 5)
     assert cluster.asked == asked + 1, "one answer, to the question that was waiting"
 
 

@@ -27,9 +27,7 @@ def test_stream_arrives_item_by_item() -> None:
 
     async def items() -> AsyncIterator[bytes]:
         yield b"first"
-        while not gate.is_set():
-            await asyncio.sleep(0.001)
-        yield b"second"
+        yield b"second" if await asyncio.to_thread(gate.wait, 10) else b"never let go"
 
     async def handler() -> StreamingResponse:
         return StreamingResponse(items())

@@ -371,6 +371,16 @@ def test_an_argument_that_comes_while_another_one_fails_sends_nothing_off() -> N
     assert not call.relayed
 
 
+def test_a_call_that_was_cancelled_on_its_way_to_a_method_that_does_not_exist_is_let_go_of() -> None:
+    run(Model.bind())
+    call = LocalHead("default#Model", "nothing", ("", "", "", ""), False)
+    call.cancel()
+    routing = threading.Thread(target=applications._route, args=(call,), daemon=True)
+    routing.start()
+    routing.join(10)
+    assert not routing.is_alive()
+
+
 def test_what_needs_ray_or_several_replicas_is_refused() -> None:
     handle = run(Model.bind())
     response = handle.remote()

@@ -19,9 +19,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-import ray
 import requests
-from deployed import wait_for
+from deployed import counters_of, pid_of, proxy_actor, replica_actors, until_running, wait_for
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
@@ -30,28 +29,9 @@ from rayserve_fast import serve
 HEAD = b"GET %s HTTP/1.1\r\nhost: x\r\n\r\n"
 
 
-def actor(prefix: str) -> Any:
-    (name,) = [
-        each["name"]
-        for each in ray.util.list_named_actors(all_namespaces=True)
-        if each["namespace"] == "rayserve_fast" and each["name"].startswith(prefix)
-    ]
-    return ray.get_actor(name, namespace="rayserve_fast")
-
-
-def pid_of(prefix: str) -> int:
-    pid: int = ray.get(actor(prefix).__ray_call__.remote(lambda self: __import__("os").getpid()))
-    return pid
-
-
-def counters(prefix: str) -> dict[str, int]:
-    found: dict[str, int] = ray.get(actor(prefix).counters.remote())
-    return found
-
-
-def quiet(prefix: str, *gauges: str) -> bool:
-    found = counters(prefix)
-    return not any(found[gauge] for gauge in gauges)
+def until_quiet(actor: Any, *gauges: str) -> None:
+    """Return when none of these of the actor's counters is above zero."""
+    wait_for(lambda: not any(counters_of(actor)[gauge] for gauge in gauges), 10, lambda: counters_of(actor))
 
 
 def connect(url: str) -> socket.socket:
@@ -98,7 +78,7 @@ class Hostile:
             sys.exit(3)
 
         task = asyncio.ensure_future(leave())
-        await asyncio.sleep(0.05)
+        await asyncio.wait([task], timeout=10)
         return f"the task is done: {task.done()}"
 
     async def hang(self, _: Request) -> None:
@@ -205,7 +185,8 @@ def test_a_generator_that_never_suspends_streams_and_starves_nobody(hostile: str
             began = time.monotonic()
             pid_at(hostile)
             assert time.monotonic() - began < 2
-    wait_for(lambda: counters("SERVE_REPLICA::")["running"] == 0, 10, so_far=lambda: counters("SERVE_REPLICA::"))
+    (replica,) = replica_actors()
+    until_quiet(replica, "running")
 
 
 def test_a_client_that_goes_away_frees_the_slot(serve_instance: str) -> None:
@@ -213,13 +194,14 @@ def test_a_client_that_goes_away_frees_the_slot(serve_instance: str) -> None:
     for _ in range(10):
         with connect(serve_instance) as client:
             client.sendall(HEAD % b"/hang")
-            wait_for(lambda: counters("SERVE_REPLICA::")["running"] == 1, 10)
+            until_running(1)
+        until_running(0)
     assert requests.get(f"{serve_instance}/cancellations", timeout=20).text == "10"
 
 
 def test_a_storm_of_bad_clients_leaves_nothing_open(hostile: str) -> None:
     pid_at(hostile)
-    proxy, replica = pid_of("SERVE_PROXY_ACTOR"), pid_at(hostile)
+    proxy, replica = pid_of(proxy_actor()), pid_at(hostile)
     before = descriptors(proxy), descriptors(replica)
     dice = random.Random(7)
     bad = [
@@ -251,10 +233,9 @@ def test_a_storm_of_bad_clients_leaves_nothing_open(hostile: str) -> None:
             assert pid_at(hostile) == replica, "others are served meanwhile"
     for client in clients:
         client.close()
-    wait_for(lambda: quiet("SERVE_REPLICA::", "running", "streams"), 10, so_far=lambda: counters("SERVE_REPLICA::"))
-    wait_for(
-        lambda: quiet("SERVE_PROXY_ACTOR", "requests_open", "streams"), 10, so_far=lambda: counters("SERVE_PROXY_ACTOR")
-    )
+    (actor,) = replica_actors()
+    until_quiet(actor, "running", "streams")
+    until_quiet(proxy_actor(), "requests_open", "streams")
     wait_for(lambda: descriptors(proxy) <= before[0] + 5, 10, so_far=lambda: "connections of the proxy")
     assert descriptors(replica) <= before[1] + 5  # Ray opens a few of its own
     assert pid_at(hostile) == replica
@@ -282,7 +263,8 @@ def test_many_requests_leave_memory_flat(serve_instance: str, total: int) -> Non
         return b""
 
     serve.run(nothing.bind())
-    pids = pid_of("SERVE_PROXY_ACTOR"), pid_of("SERVE_REPLICA::")
+    (replica,) = replica_actors()
+    pids = pid_of(proxy_actor()), pid_of(replica)
     pipeline(serve_instance, b"/", 20_000)
     before = [rss(pid) for pid in pids]
     pipeline(serve_instance, b"/", total)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import ray
 import requests
-from deployed import proxy_counters, wait_for
+from deployed import proxy_actor, proxy_counters, wait_for
 from fastapi import FastAPI
 
 from rayserve_fast import serve
@@ -120,9 +120,7 @@ def test_http_requests_are_put_together(serve_instance: str) -> None:
         answers = list(threads.map(lambda n: requests.post(serve_instance, json=n, timeout=20).json(), range(8)))
     assert [answer["n"] for answer in answers] == list(range(8))
     assert max(answer["of"] for answer in answers) > 1
-    (node,) = serve.status().proxies
-    proxy = ray.get_actor(f"SERVE_PROXY_ACTOR-{node}", namespace="rayserve_fast")
-    tally = ray.get(proxy.batches.remote())["default#web"]
+    tally = ray.get(proxy_actor().batches.remote())["default#web"]
     assert tally["requests"] == 8
     assert tally["batches"] == sum(tally["released"].values())
     assert proxy_counters()["streams"] == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import ray
-from deployed import get, wait_for
+from deployed import get, proxy_actor, replica_actors, wait_for
 from test_routing import PICKY, Group, linked
 
 from rayserve_fast import caller, serve
@@ -83,9 +83,11 @@ class Asked:
         self.stats = RoutingStats(lambda: self.published.append([r.routing_stats for r in self.replicas]))
         self.says: Any = None
         self.asked = self.running = self.most = 0
+        self.began = asyncio.Semaphore(0)
 
     async def ask(self) -> Any:
         self.asked, self.running = self.asked + 1, self.running + 1
+        self.began.release()
         self.most = max(self.most, self.running)
         try:
             return await self.says() if callable(self.says) else self.says
@@ -95,7 +97,7 @@ class Asked:
     async def until(self, asked: int) -> None:
         asked += self.asked
         while self.asked < asked:
-            await asyncio.sleep(0.005)
+            await asyncio.wait_for(self.began.acquire(), 20)
 
     def run(self, story: Any) -> None:
         async def main() -> None:
@@ -245,9 +247,7 @@ class TestFacts:
 
     def test_who_has_no_such_method_is_not_asked(self) -> None:
         linked(serve.run(Group.bind()))
-        actors = [a for a in ray.util.list_named_actors(all_namespaces=True) if "#Group#" in a["name"]]
-        replicas = [ray.get_actor(a["name"], namespace=a["namespace"]) for a in actors]
-        addresses = ray.get([replica.address.remote() for replica in replicas])
+        addresses = ray.get([replica.address.remote() for replica in replica_actors()])
         assert [(a.has_routing_stats, a.metadata) for a in addresses] == 3 * [(False, None)]
 
 
@@ -258,9 +258,7 @@ def at_proxy(router: str) -> tuple[list[str], list[str]]:
         found = self._routing._routers._customs[router].router
         return found.routed, found.done
 
-    (node,) = serve.status().proxies
-    proxy = ray.get_actor(f"SERVE_PROXY_ACTOR-{node}", namespace="rayserve_fast")
-    told: tuple[list[str], list[str]] = ray.get(proxy.__ray_call__.remote(look))
+    told: tuple[list[str], list[str]] = ray.get(proxy_actor().__ray_call__.remote(look))
     return told
 
 

@@ -6,11 +6,10 @@ import json
 from typing import Any
 
 import ray
-from deployed import get, wait_for
+from deployed import get, proxy_actor, wait_for
 from http_pair import exchange, proxy_config
 from worker_replica import TOKEN, serving
 
-from rayserve_fast import serve
 from rayserve_fast._core import Proxy
 
 
@@ -62,9 +61,7 @@ def test_a_target_sees_the_route_as_its_root_path_and_is_counted() -> None:
 
 
 def test_the_proxy_actor_gives_traffic_and_its_port_the_metrics(serve_instance: str) -> None:
-    (node,) = serve.status().proxies
-    proxy = ray.get_actor(f"SERVE_PROXY_ACTOR-{node}", namespace="rayserve_fast")
-    assert isinstance(json.loads(ray.get(proxy.traffic.remote())), dict)
+    assert isinstance(json.loads(ray.get(proxy_actor().traffic.remote())), dict)
     status, text = get(f"{serve_instance}/-/metrics")
     assert status == 200
     assert "# TYPE ray_serve_proxy_requests counter\n" in text

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import requests
-from deployed import actor_pid, code, get, wait_for
+from deployed import code, crash_proxy, get, wait_for
 from load import Load
 
 from rayserve_fast import serve
@@ -184,17 +184,7 @@ def test_a_crashed_proxy_splits_as_before_and_counts_anew(serve_instance: str, r
     deploy("a", "b")
     serve.set_traffic(route, {"a": 0.5, "b": 0.5})
     assert answers(serve_instance + route, 20) == {"a": 10, "b": 10}
-    (node_id,) = serve.status().proxies
-    os.kill(actor_pid(f"SERVE_PROXY_ACTOR-{node_id}"), 9)
-
-    def serves() -> bool:
-        try:
-            return get(serve_instance + route)[0] == 200
-        except requests.ConnectionError:
-            return False
-
-    wait_for(lambda: not serves())
-    wait_for(serves)
+    crash_proxy(serve_instance + route)
     before = sum(t.requests for t in serve.get_traffic(route).targets.values())
     assert before < 20
     assert answers(serve_instance + route, 20) == {"a": 10, "b": 10}

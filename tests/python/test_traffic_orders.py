@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import ray
-from deployed import actor_pid, code, get, wait_for
+from deployed import actor_pid, code, get, pid_of, proxy_actor, wait_for
 
 from rayserve_fast import serve
 from rayserve_fast.application import RunTarget, build_target
@@ -83,8 +83,7 @@ def test_orders_that_the_death_of_the_controller_interrupts_are_carried_out_once
     serve.run(code("a"), name="a", route_prefix="/a")
     serve.set_traffic("/a", {"a": 1.0})
     client.ask("create_endpoint", "old", "/old")
-    (node,) = serve.status().proxies
-    controller, proxy = actor_pid("SERVE_CONTROLLER_ACTOR"), actor_pid(f"SERVE_PROXY_ACTOR-{node}")
+    controller, proxy = actor_pid("SERVE_CONTROLLER_ACTOR"), pid_of(proxy_actor())
     before = client.require()
     os.kill(proxy, signal.SIGSTOP)  # so that no order returns
     try:

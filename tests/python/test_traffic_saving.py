@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+from deployed import wait_for
 from test_traffic_state import app
 
 from rayserve_fast.controlplane import client, store
@@ -173,8 +174,7 @@ def test_a_decision_is_taken_again_until_it_is_saved(kept: Store, calls: Calls) 
         orders = Orders()
         await orders.start_rollout("id", "/x", "b", PLAN)
         kept.full = True
-        while not kept.refused:
-            await asyncio.sleep(0.01)
+        await asyncio.to_thread(wait_for, lambda: kept.refused)
         assert (await orders.rollout_status("/x", "id")).state == "RUNNING", "what is not in force is not told"
         assert orders._traffic.splits["/x"].weights == {"a": 0.5, "b": 0.5}
         kept.full = False

@@ -6,12 +6,11 @@ import os
 import time
 from pathlib import Path
 
-import ray
 import requests
+from deployed import pid_of, proxy_actor
 from starlette.requests import Request
 
 from rayserve_fast import serve
-from rayserve_fast.controlplane.options import NAMESPACE
 
 
 def cpu_s(pid: int) -> float:
@@ -30,9 +29,7 @@ def test_quick_requests_leave_nobody_awake(serve_instance: str) -> None:
     with requests.Session() as session:
         for _ in range(500):  # quick enough to keep both threads up between two of them
             replica = int(session.get(f"{serve_instance}/", timeout=20).text)
-    names = [a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == NAMESPACE]
-    proxy = ray.get_actor(next(name for name in names if "PROXY" in name), namespace=NAMESPACE)
-    pids = [replica, ray.get(proxy.place.remote()).pid]
+    pids = [replica, pid_of(proxy_actor())]
     before = [cpu_s(pid) for pid in pids]
     time.sleep(1)
     spent = [cpu_s(pid) - was for pid, was in zip(pids, before, strict=True)]

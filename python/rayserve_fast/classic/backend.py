@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 
 from ray import ObjectRef
 
-from rayserve_fast.classic.requests import MULTIPART, FlaskRequest, HandleRequest
+from rayserve_fast.classic.requests import MULTIPART, FlaskRequest, HandleRequest, fields_of
 from rayserve_fast.classic.session import FLASK
 from rayserve_fast.context import _batch_size, _RequestContext, _serve_request_context
 from rayserve_fast.exceptions import RayServeException
@@ -159,8 +159,7 @@ class Backend:
         if not (self._flask and method.takes_request):
             return method.given(arrived)
         body = arrived._head.body
-        kind = _header(arrived, b"content-type")
-        if body is None or (kind is not None and kind.startswith(MULTIPART.encode())):
+        if body is None or _holds_fields(arrived):
             return None
         return method.given(FlaskRequest(arrived, body))
 
@@ -179,8 +178,7 @@ class Backend:
             await _resolve(arrived)
             return self._of_call(arrived, method)
         body = await arrived.body()
-        form = await arrived.form() if arrived.headers.get("content-type", "").startswith(MULTIPART) else None
-        return method.given(FlaskRequest(arrived, body, form.multi_items() if form else ()))
+        return method.given(FlaskRequest(arrived, body, await fields_of(arrived) if _holds_fields(arrived) else ()))
 
     def _of_call(self, call: HandleRequest, method: Method) -> Arguments:
         return method.called(call, FlaskRequest.of_call(call)) if self._flask else method.given(call)
@@ -321,6 +319,12 @@ def _named(arrived: Arrived) -> str | None:
 def _header(request: Request, name: bytes) -> bytes | None:
     """Without the cost of all headers as Starlette has them."""
     return request._head.header(name)  # type: ignore[attr-defined,no-any-return]
+
+
+def _holds_fields(request: Request) -> bool:
+    """Whether the body is a form that has to be taken apart first; types are in any case."""
+    kind = _header(request, b"content-type")
+    return kind is not None and kind.lower().startswith(MULTIPART.encode())
 
 
 async def _resolve(call: HandleRequest) -> None:

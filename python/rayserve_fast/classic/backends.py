@@ -156,14 +156,19 @@ def update_backend_config(backend_tag: str, config_options: Mapping[str, Any] | 
     """
     warn_older("`serve.update_backend_config`", "`serve.run`")
     began, given = time.monotonic(), given_config(config_options)
-    old = _existing(backend_tag)
-    labels = {**old.labels, "config": {**old.labels["config"], **given}}
-    (deployment,) = old.deployments
-    options = _options(labels["config"], deployment.config.ray_actor_options, labels["accepts_batches"]).plain()
-    # The runtime environment stays what the creating process gave it.
-    config = replace(options, ray_actor_options=deployment.config.ray_actor_options)
-    new = replace(old, labels=labels, deployments=(replace(deployment, config=config),))
-    client.deploy(session.require(), [new], True, began)
+    while True:
+        old = _existing(backend_tag)
+        labels = {**old.labels, "config": {**old.labels["config"], **given}}
+        (deployment,) = old.deployments
+        options = _options(labels["config"], deployment.config.ray_actor_options, labels["accepts_batches"]).plain()
+        # The runtime environment stays what the creating process gave it.
+        config = replace(options, ray_actor_options=deployment.config.ray_actor_options)
+        new = replace(old, labels=labels, deployments=(replace(deployment, config=config),))
+        try:
+            client.deploy(session.require(), [new], True, began, {backend_tag: old.labels})
+        except OvertakenError:
+            continue  # with what the other driver has made of it
+        return
 
 
 def get_backend_config(backend_tag: str) -> BackendConfig:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.request import parse_http_list, parse_keqv_list
@@ -58,12 +57,12 @@ class Authorization:
         if scheme == "basic":
             try:
                 username, _, password = base64.b64decode(rest, validate=True).decode().partition(":")
-            except (binascii.Error, UnicodeDecodeError):
+            except ValueError:  # no base64, or of no UTF-8
                 return None
             return cls(scheme, {"username": username, "password": password})
         if "=" not in rest.rstrip("="):
             return cls(scheme, token=rest)
-        return cls(scheme, parse_keqv_list([part for part in parse_http_list(rest) if "=" in part]))
+        return cls(scheme, parse_keqv_list([part for part in parse_http_list(rest) if part.partition("=")[2]]))
 
     @property
     def username(self) -> str | None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, quote
 
 from starlette.datastructures import Headers
+from starlette.formparsers import MultiPartException
 
 from rayserve_fast.classic.header_values import Authorization, UserAgent
 from rayserve_fast.replica.request import _Lazy, loads
@@ -107,6 +108,22 @@ def parsed(data: Any) -> Any:
 
 class BadJson(Refused, ValueError):
     """The body of an HTTP request is no JSON; not caught, it is a 400, as with Flask."""
+
+
+class BadForm(Refused):
+    """The body of an HTTP request is not the multipart form that it is said to be."""
+
+
+async def fields_of(request: Request) -> list[tuple[str, Any]]:
+    """The names in a multipart form with text, or with files.
+
+    Raises:
+        BadForm: it cannot be read.
+    """
+    try:
+        return (await request.form()).multi_items()
+    except (MultiPartException, ValueError) as error:  # the latter: what older Starlettes' parser raises
+        raise BadForm(f"The body of the request is not a multipart form: {error}") from error
 
 
 class FlaskRequest:
@@ -248,7 +265,7 @@ class FlaskRequest:
     def form(self) -> MultiDict:
         """The fields of a form that are text."""
         if self.mimetype == _URLENCODED:
-            return MultiDict(parse_qsl(self._body.decode(), keep_blank_values=True))
+            return MultiDict(parse_qsl(self.get_data(as_text=True), keep_blank_values=True))
         return MultiDict((key, value) for key, value in self._fields if isinstance(value, str))
 
     @_Lazy
@@ -268,8 +285,8 @@ class FlaskRequest:
         return b"" if self.mimetype in (_URLENCODED, MULTIPART) else self._body
 
     def get_data(self, cache: bool = True, as_text: bool = False) -> Any:
-        """The body in any case."""
-        return self._body.decode() if as_text else self._body
+        """The body in any case; as text with U+FFFD for what is no UTF-8."""
+        return self._body.decode(errors="replace") if as_text else self._body
 
     @property
     def is_json(self) -> bool:

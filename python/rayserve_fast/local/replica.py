@@ -82,7 +82,8 @@ class LocalReplica:
         try:
             self._calls.find_method(call.method, call.streaming)
         except Exception as error:
-            return call.finish(*self._answer(call, None, error))
+            self._tell(call, None, error)
+            return True
         limit = self._config.max_queued_requests
         with self._changed:
             if not self._open:
