@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
-from scripted_replica import Cluster, Replicas, connecting, replicas  # noqa: F401 - fixtures
+from deployed import wait_for
+from scripted_replica import FIN, RESULT, Call, Cluster, Replicas, connecting, replicas  # noqa: F401 - fixtures
+from wire_client import value_bytes
 
+from rayserve_fast import caller, values
 from rayserve_fast.config import RequestRouterConfig
 from rayserve_fast.request_router import ReplicaID, RequestRouter
+
+ITEM = 33
+
 
 class Anybody(RequestRouter):
     """Every replica will do; notes whose requests have ended."""
@@ -33,3 +40,22 @@ def test_a_call_that_ends_before_its_router_is_asked_keeps_no_other_from_it(repl
         gone, stays = handle.remote(), handle.remote(i)
         gone.cancel()
         assert stays.result(timeout_s=5) == (i,)
+
+
+def items(call: Call) -> None:
+    for i in range(3):
+        call.send(ITEM, payload=value_bytes(values.dumps(i)[0], []))
+    call.send(RESULT, flags=FIN)
+
+
+def test_the_items_of_a_stream_wait_for_who_takes_them_when_its_router_has_heard_of_its_end(
+    replica: Replicas, connect: Any
+) -> None:
+    handle = connect(Cluster(replica(items), router=ROUTER))
+    stream = handle.options(stream=True).remote()
+    routers = caller.current().routers
+    wait_for(lambda: "app#D" in routers._customs, 10)
+    router: Any = routers._customs["app#D"].router
+    wait_for(lambda: stream.request_id in router.done, 10)
+    routers.submit(asyncio.sleep(0)).result(timeout=5)  # whoever has told it is done with the call
+    assert list(stream) == [0, 1, 2]

@@ -65,7 +65,7 @@ impl Chooser {
             // A copy: what routers do with arrays among the arguments must not reach the replica.
             let view = CallView::parse(payload.concat()).map_err(|error| PyValueError::new_err(error.to_string()))?;
             let head = view.head();
-            let call = Call::new(&self.caller, Arc::clone(&pending), head.request_id.to_owned());
+            let call = Call::new(&self.caller, Arc::clone(&pending), head.request_id.to_owned(), false);
             let texts =
                 (head.method, head.request_id, head.route, head.app, head.multiplexed_model_id, head.session_id);
             let texts = texts.into_pyobject(py)?;
