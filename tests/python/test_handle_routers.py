@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
 from deployed import wait_for
-from scripted_replica import FIN, RESULT, Call, Cluster, Replicas, connecting, replicas  # noqa: F401 - fixtures
+from scripted_replica import (  # noqa: F401 - fixtures
+    BUSY,
+    CREDIT,
+    FIN,
+    RESULT,
+    Call,
+    Cluster,
+    Replicas,
+    connecting,
+    replicas,
+    silent,
+)
 from wire_client import value_bytes
 
 from rayserve_fast import caller, values
@@ -40,6 +52,18 @@ def test_a_call_that_ends_before_its_router_is_asked_keeps_no_other_from_it(repl
         gone, stays = handle.remote(), handle.remote(i)
         gone.cancel()
         assert stays.result(timeout_s=5) == (i,)
+
+
+def test_a_call_that_comes_back_finds_its_router_again_also_if_nobody_waits_for_it(
+    replica: Replicas, connect: Any
+) -> None:
+    server = replica(silent)
+    connect(Cluster(server, router=ROUTER)).remote("dropped")
+    refused = server.calls.get(timeout=10)
+    time.sleep(0.2)  # the tender has the turn by now
+    refused.send(BUSY, flags=FIN)
+    refused.link.send(CREDIT, aux=1)
+    assert server.calls.get(timeout=5).args == ("dropped",)
 
 
 def items(call: Call) -> None:

@@ -156,8 +156,7 @@ impl Caller {
         let mut state = self.lock();
         let known = state.router.candidates(deployment);
         if known.is_none() {
-            self.relieve(&mut state);
-            self.tender.notify_one();
+            self.summon(&mut state);
         }
         known
     }

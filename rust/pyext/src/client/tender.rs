@@ -172,13 +172,18 @@ impl Caller {
         if free { self.tender.notify_one() } else { self.nudge(state) }
     }
 
+    /// Has the tender look for errands.
+    pub(super) fn summon(&self, state: &mut State) {
+        self.relieve(state);
+        self.tender.notify_one();
+    }
+
     /// Another thread knows of a snapshot.
     pub(super) fn announce(&self) {
         let mut state = self.lock();
         state.tender.news = true;
         state.tender.sleeps = false;
-        self.relieve(&mut state);
-        self.tender.notify_one();
+        self.summon(&mut state);
     }
 
     /// Takes over what an errand brought.
