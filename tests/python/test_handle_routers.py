@@ -66,6 +66,26 @@ def test_a_call_that_comes_back_finds_its_router_again_also_if_nobody_waits_for_
     assert server.calls.get(timeout=5).args == ("dropped",)
 
 
+def test_a_call_is_shown_to_its_router_at_once_also_while_the_tender_attends_another(
+    replica: Replicas, connect: Any
+) -> None:
+    def answer(call: Call) -> None:
+        if call.args:
+            call.reply(None)
+
+    server = replica(answer)
+    handle = connect(Cluster(server, router=ROUTER))
+    handle.remote()
+    server.calls.get(timeout=10)
+    took = []
+    for _ in range(10):
+        time.sleep(0.05)  # the tender has the turn by now
+        began = time.monotonic()
+        handle.remote("shown").result(timeout_s=5)
+        took.append(time.monotonic() - began)
+    assert min(took) < 0.009, "less than the tender's patience"
+
+
 def items(call: Call) -> None:
     for i in range(3):
         call.send(ITEM, payload=value_bytes(values.dumps(i)[0], []))

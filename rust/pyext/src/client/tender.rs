@@ -116,19 +116,20 @@ impl Caller {
                 state.tender.until = None;
                 return errand;
             }
-            let (now, mut next) = (Instant::now(), None);
+            let now = Instant::now();
             let lonely = state.router.outstanding > state.router.attended;
             if lonely && quiet > 0 && state.turn == Turn::Free {
-                let until = state.tender.failed.map(|_| Instant::now() + RETRY);
+                let until = state.tender.failed.map(|_| now + RETRY);
                 (state, _) = self.lead(state, Turn::Tender, until, |State { router, wanted, .. }| {
                     *wanted || router.outstanding == router.attended
                 });
-            } else {
-                // An asyncio loop takes the turn only when something has come; links that failed are tried from here.
-                next = state.router.tick(now);
-                if next.is_some_and(|at| at <= now) {
-                    self.nudge(&state);
-                }
+                quiet = 0;
+                continue; // it may have been wanted for an errand
+            }
+            // An asyncio loop takes the turn only when something has come; links that failed are tried from here.
+            let next = state.router.tick(now);
+            if next.is_some_and(|at| at <= now) {
+                self.nudge(&state);
             }
             quiet = if turns == state.turns { quiet + 1 } else { 0 };
             turns = state.turns;
