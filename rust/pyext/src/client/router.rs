@@ -242,9 +242,9 @@ impl Router {
         }
     }
 
-    /// Takes over a newer snapshot. One that was asked for after the unrouted calls began (`fresh`) ends those whose
-    /// deployment it does not name.
-    pub(super) fn publish(&mut self, snapshot: Snapshot, fresh: bool) {
+    /// Takes over a newer snapshot. One that is the present one, `asked` for then, ends the calls that had begun before and
+    /// whose deployment it does not name.
+    pub(super) fn publish(&mut self, snapshot: Snapshot, asked: Option<Instant>) {
         if self.snapshot.as_ref().is_none_or(|old| snapshot.version > old.version) {
             self.snapshot = Some(snapshot);
             self.apply();
@@ -252,7 +252,7 @@ impl Router {
         for (since, call) in std::mem::take(&mut self.unrouted) {
             if self.knows(&call) {
                 self.route(&call);
-            } else if fresh {
+            } else if asked.is_some_and(|asked| since <= asked) {
                 self.finish(&call, Outcome::Unknown);
             } else {
                 self.unrouted.push((since, call));

@@ -48,6 +48,8 @@ pub(super) struct TenderState {
     pub(super) until: Option<Instant>,
     /// When the last errand failed or was tried again, until one succeeds.
     failed: Option<Instant>,
+    /// When the present snapshot was asked for the last time.
+    asked: Option<Instant>,
     /// Since when calls are corked.
     corked: Option<Instant>,
     /// Looks since the last corked call; none: the tender does not look for them.
@@ -56,7 +58,7 @@ pub(super) struct TenderState {
 
 impl Default for TenderState {
     fn default() -> Self {
-        Self { sleeps: false, news: true, until: None, failed: None, corked: None, looks: None }
+        Self { sleeps: false, news: true, until: None, failed: None, asked: None, corked: None, looks: None }
     }
 }
 
@@ -96,6 +98,7 @@ impl State {
             return None;
         }
         if std::mem::take(&mut self.router.doubts) {
+            self.tender.asked = Some(Instant::now());
             return Some(Errand::Fresh);
         }
         let again = self.tender.failed.is_some() && self.router.outstanding > 0;
@@ -191,7 +194,8 @@ impl Caller {
     pub(super) fn publish(&self, snapshot: Snapshot, fresh: bool) {
         let mut state = self.lock();
         state.tender.failed = None;
-        state.router.publish(snapshot, fresh);
+        let asked = state.tender.asked.filter(|_| fresh);
+        state.router.publish(snapshot, asked);
         self.remind(&mut state);
         self.nudge(&state);
     }
