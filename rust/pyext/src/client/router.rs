@@ -178,17 +178,24 @@ impl Router {
             let place = self.engine.returned(lease);
             return self.again(call, place);
         };
-        if call.is_late() {
-            self.engine.unsent(lease);
-            return self.refuse_late(call);
-        }
-        if self.unflushed.last() != Some(&index) {
+        if self.put(call, lease, index, false).is_some() && self.unflushed.last() != Some(&index) {
             self.unflushed.push(index);
         }
-        if let Err(lease) = self.links[index].send_call(call, lease, index, false) {
+    }
+
+    /// Appends a call to a link, and says under which stream id; none: it has ended instead.
+    pub(super) fn put(&mut self, call: &Arc<Pending>, lease: Lease, index: usize, batched: bool) -> Option<u32> {
+        if call.is_late() {
+            self.engine.unsent(lease);
+            self.refuse_late(call);
+            return None;
+        }
+        let sent = self.links[index].send_call(call, lease, index, batched);
+        sent.map_err(|lease| {
             self.engine.unsent(lease);
             self.finish(call, Outcome::Refused(Error::Internal("a million calls are open on one link".into())));
-        }
+        })
+        .ok()
     }
 
     pub(super) fn finish(&mut self, call: &Arc<Pending>, outcome: Outcome) {
