@@ -52,6 +52,7 @@ use self::{
     turns::Wait,
 };
 use crate::lock::lock;
+use crate::proxy::refused;
 use crate::value;
 use crate::worker::replica::Replica;
 
@@ -89,9 +90,8 @@ impl Client {
     }
 
     fn publish(&self, py: Python<'_>, snapshot: &[u8], fresh: bool) -> PyResult<()> {
-        let snapshot = Snapshot::parse(snapshot).map_err(|error| PyValueError::new_err(error.to_string()))?;
-        py.detach(|| self.caller.publish(snapshot, fresh));
-        Ok(())
+        py.detach(|| Snapshot::parse(snapshot).map(|snapshot| self.caller.publish(snapshot, fresh)))
+            .map_err(|error| refused(&error))
     }
 
     fn unpublished(&self, py: Python<'_>, why: &str) {
