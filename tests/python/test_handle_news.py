@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import threading
 import time
 from typing import Any
 
 import pytest
 from deployed import wait_for
-from scripted_replica import Cluster, Replicas, ScriptedReplica, connecting, replicas, silent  # noqa: F401 - fixtures
+from scripted_replica import (  # noqa: F401 - fixtures
+    Cluster,
+    Replicas,
+    ScriptedReplica,
+    connecting,
+    replicas,
+    silent,
+)
 
 from rayserve_fast import caller
 from rayserve_fast.config import RequestRouterConfig
@@ -17,15 +26,12 @@ from rayserve_fast.handle import DeploymentHandle
 from rayserve_fast.request_router import RequestRouter
 
 
-def calls(handle: DeploymentHandle, replica: ScriptedReplica) -> bool:
-    """Whether a call, this one or an earlier one, has reached the replica."""
-    assert handle.remote().result(timeout_s=5) == ()
-    return not replica.calls.empty()
+def calls_reach(handle: DeploymentHandle, server: ScriptedReplica) -> None:
+    """Returns when a call has reached it."""
+    wait_for(lambda: handle.remote().result(timeout_s=5) == () and not server.calls.empty(), 10)
 
 
-def test_a_controller_that_cannot_be_asked_fails_new_calls_in_the_end(
-    connect: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_controller_that_cannot_be_asked_fails_new_calls_in_the_end(connect: Any) -> None:
     cluster = Cluster()
     cluster.crash(ConnectionError("no controller"))
     with pytest.raises(DeploymentUnavailableError, match="no controller"):
@@ -52,7 +58,7 @@ def test_known_replicas_are_called_while_the_controller_is_away(replica: Replica
         assert handle.remote(i).result(timeout_s=5) == (i,)
     cluster.down = None
     cluster.publish(second)
-    wait_for(lambda: calls(handle, second), 10, lambda: "news are not heard again")
+    calls_reach(handle, second)
 
 
 def test_news_are_heard_again_also_if_the_first_to_be_answered_asks_for_the_present(
@@ -68,7 +74,41 @@ def test_news_are_heard_again_also_if_the_first_to_be_answered_asks_for_the_pres
     with pytest.raises(DeploymentUnavailableError):
         DeploymentHandle("Missing", "app").remote().result(timeout_s=5)
     cluster.publish(second)
-    wait_for(lambda: calls(handle, second), 10)
+    calls_reach(handle, second)
+
+
+class Slow(Cluster):
+    """Nothing is deployed at first, and the answer that tells so may take its time on the way."""
+
+    def __init__(self, server: ScriptedReplica) -> None:
+        self.deployed = self.slow = False
+        self.taken, self.arrives = threading.Event(), threading.Event()
+        super().__init__(server)
+
+    def present(self) -> bytes:
+        empty = json.dumps({"version": [1, self.version], "deployments": {}}).encode()
+        snapshot = super().present() if self.deployed else empty
+        if self.slow:
+            self.slow = False
+            self.taken.set()
+            self.arrives.wait(10)
+        return snapshot
+
+
+def test_a_call_is_not_judged_by_a_snapshot_that_was_taken_before_it_began(replica: Replicas, connect: Any) -> None:
+    cluster = Slow(replica())
+    handle = connect(cluster)
+    wait_for(lambda: cluster._waiting, 5)
+    cluster.slow = True
+    missing = DeploymentHandle("Missing", "app").remote()
+    assert cluster.taken.wait(5)
+    cluster.deployed = True
+    cluster.push()
+    response = handle.remote(1)
+    cluster.arrives.set()
+    assert response.result(timeout_s=5) == (1,)
+    with pytest.raises(DeploymentUnavailableError):
+        missing.result(timeout_s=5)
 
 
 def test_a_controller_that_takes_its_time_is_not_asked_all_the_while(connect: Any) -> None:
@@ -103,7 +143,7 @@ def test_new_replicas_are_used_without_being_looked_for(replica: Replicas, conne
     handle.remote().result(timeout_s=5)
     asked = cluster.asked
     cluster.publish(first, second)
-    wait_for(lambda: calls(handle, second), 5)
+    calls_reach(handle, second)
     assert cluster.asked == asked + 1, "one answer, to the question that was waiting"
 
 

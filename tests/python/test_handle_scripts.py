@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-
-def test_a_call_in_a_forked_child_is_refused(run_script: Any) -> None:
-    """Its parent's connection to Ray answers nobody: such a call would wait for ever."""
-    outcome = run_script(
-        """
-import os, signal
+ECHO = """
 import ray
 from rayserve_fast import serve
 
@@ -18,6 +13,15 @@ ray.init(address="local", num_cpus=4, include_dashboard=False)
 @serve.deployment
 def echo(x):
     return x
+"""
+
+
+def test_a_call_in_a_forked_child_is_refused(run_script: Any) -> None:
+    """Its parent's connection to Ray answers nobody: such a call would wait for ever."""
+    outcome = run_script(
+        ECHO
+        + """
+import os, signal
 
 serve.start(http_options={"port": 0})
 handle = serve.run(echo.bind())
@@ -42,16 +46,8 @@ ray.shutdown()
 
 def test_handles_find_the_next_cluster_after_a_shutdown(run_script: Any) -> None:
     outcome = run_script(
-        """
-import ray
-from rayserve_fast import caller, serve
-
-ray.init(address="local", num_cpus=4, include_dashboard=False)
-
-@serve.deployment
-def echo(x):
-    return x
-
+        ECHO
+        + """
 for i in range(2):
     serve.start(http_options={"port": 0})
     handle = serve.run(echo.bind())

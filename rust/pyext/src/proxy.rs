@@ -25,7 +25,8 @@ fn seconds(value: f64) -> Duration {
     Duration::try_from_secs_f64(value.max(0.0)).unwrap_or(Duration::MAX)
 }
 
-fn refused(error: &SnapshotError) -> PyErr {
+/// What a snapshot that cannot be read becomes.
+pub(crate) fn refused(error: &SnapshotError) -> PyErr {
     let cause = std::error::Error::source(error).map_or_else(String::new, |cause| format!(": {cause}"));
     PyValueError::new_err(format!("{error}{cause}"))
 }

@@ -1,7 +1,8 @@
 //! `Ticket`: one call of a batched function, from the queue to its result, and what its caller waits on meanwhile.
 //!
-//! It is awaited as tasks await futures (`awaited.rs`), so the caller's task is stepped where the results come in, all callers of a batch in one callback of the loop. Awaiting is over when there is
-//! something to take: the result; or one item after the other, until the end of the stream; or the error, which comes last.
+//! It is awaited as tasks await futures (`awaited.rs`), so the caller's task is stepped where the results come in, all
+//! callers of a batch in one callback of the loop. Awaiting is over when there is something to take: the result; or one
+//! item after the other, until the end of the stream; or the error, which comes last.
 
 use std::collections::VecDeque;
 use std::sync::Mutex;

@@ -7,16 +7,11 @@ use std::{sync::Arc, time::Instant};
 
 use rayserve_dataplane::{
     engine::{Batch, DeploymentKey, Lease},
-    error::Error,
     snapshot::Deployment,
     tally::{self, Tallies, Tally},
 };
 
-use super::{
-    pending::{Outcome, Pending},
-    router::Router,
-    turns::Caller,
-};
+use super::{pending::Pending, router::Router, turns::Caller};
 
 impl Router {
     /// Binds what has come together, if anything has happened or is due by now; whether there may be more to act on.
@@ -37,7 +32,7 @@ impl Router {
 
     pub(super) fn send_batch(&mut self, batch: Batch<Arc<Pending>>) {
         let Some((_, Lease { replica, granted, place, .. })) = batch.items.first() else { return };
-        let (tally, granted) = (self.tally(place.deployment), *granted);
+        let (deployment, granted) = (place.deployment, *granted);
         let Some(&index) = self.by_key.get(replica) else {
             for (call, lease) in batch.items {
                 let place = self.engine.returned(lease);
@@ -46,36 +41,19 @@ impl Router {
             return;
         };
         let mut streams = Vec::with_capacity(batch.items.len());
-        for (call, lease) in batch.items {
-            if call.is_late() {
-                self.engine.unsent(lease);
-                self.refuse_late(&call);
-                continue;
-            }
-            match self.links[index].send_call(&call, lease, index, true) {
-                Ok(stream) => streams.push(stream),
-                Err(lease) => {
-                    self.engine.unsent(lease);
-                    self.finish(
-                        &call,
-                        Outcome::Refused(Error::Internal("a million calls are open on one link".into())),
-                    );
-                }
-            }
-        }
+        streams.extend(batch.items.into_iter().filter_map(|(call, lease)| self.put(&call, lease, index, true)));
         if !streams.is_empty() {
             self.links[index].send_batch(&streams, granted);
             self.unflushed.push(index);
-            tally.add(streams.len(), batch.waited, batch.reason);
+            self.tally(deployment).add(streams.len(), batch.waited, batch.reason);
         }
     }
 
-    fn tally(&mut self, key: DeploymentKey) -> Arc<Tally> {
-        let tally = self.tally_of.entry(key).or_insert_with(|| {
+    fn tally(&mut self, key: DeploymentKey) -> &Tally {
+        self.tally_of.entry(key).or_insert_with(|| {
             let name = self.engine.config(key).map(Deployment::key);
             self.tallies.of(&name.unwrap_or_default())
-        });
-        Arc::clone(tally)
+        })
     }
 }
 

@@ -140,7 +140,7 @@ impl Callee {
         {
             self.caller.flush();
         }
-        Ok(Call::new(&self.caller, call, request_id))
+        Ok(Call::new(&self.caller, call, request_id, true))
     }
 }
 

@@ -5,7 +5,6 @@ use std::{
     time::Instant,
 };
 
-use bytes::Bytes;
 use pyo3::{exceptions::PyValueError, prelude::*, types::PyTuple};
 use rayserve_dataplane::{
     engine::{Affinity, Assigned, Candidate, Lease},
@@ -56,16 +55,17 @@ impl Chooser {
     fn choosing<'py>(&self, py: Python<'py>) -> PyResult<Vec<Bound<'py, PyTuple>>> {
         let calls: Vec<_> = {
             let router = &mut self.caller.lock().router;
-            let fresh = std::mem::take(&mut router.held.fresh);
-            fresh.into_iter().map(|call| (router.whereabouts(&call), call)).collect()
+            let fresh = std::mem::take(&mut router.held.fresh).into_iter();
+            // One that has ended meanwhile has no payload any more, nor anything to wait for.
+            let waiting = fresh.filter(|call| call.outcome().is_none());
+            waiting.map(|call| (router.whereabouts(&call), call.payload(), call)).collect()
         };
         let mut chosen = Vec::with_capacity(calls.len());
-        for (deployment, pending) in calls {
+        for (deployment, payload, pending) in calls {
             // A copy: what routers do with arrays among the arguments must not reach the replica.
-            let payload = Bytes::copy_from_slice(&pending.payload().concat());
-            let view = CallView::parse(payload).map_err(|error| PyValueError::new_err(error.to_string()))?;
+            let view = CallView::parse(payload.concat()).map_err(|error| PyValueError::new_err(error.to_string()))?;
             let head = view.head();
-            let call = Call::new(&self.caller, Arc::clone(&pending), head.request_id.to_owned());
+            let call = Call::new(&self.caller, Arc::clone(&pending), head.request_id.to_owned(), false);
             let texts =
                 (head.method, head.request_id, head.route, head.app, head.multiplexed_model_id, head.session_id);
             let texts = texts.into_pyobject(py)?;
@@ -156,8 +156,7 @@ impl Caller {
         let mut state = self.lock();
         let known = state.router.candidates(deployment);
         if known.is_none() {
-            self.relieve(&mut state);
-            self.tender.notify_one();
+            self.summon(&mut state);
         }
         known
     }

@@ -52,6 +52,7 @@ use self::{
     turns::Wait,
 };
 use crate::lock::lock;
+use crate::proxy::refused;
 use crate::value;
 use crate::worker::replica::Replica;
 
@@ -89,9 +90,8 @@ impl Client {
     }
 
     fn publish(&self, py: Python<'_>, snapshot: &[u8], fresh: bool) -> PyResult<()> {
-        let snapshot = Snapshot::parse(snapshot).map_err(|error| PyValueError::new_err(error.to_string()))?;
-        py.detach(|| self.caller.publish(snapshot, fresh));
-        Ok(())
+        py.detach(|| Snapshot::parse(snapshot).map(|snapshot| self.caller.publish(snapshot, fresh)))
+            .map_err(|error| refused(&error))
     }
 
     fn unpublished(&self, py: Python<'_>, why: &str) {
@@ -184,11 +184,14 @@ pub(crate) struct Call {
     /// The outcome as Python sees it: a value can be taken once.
     told: PyOnceLock<Py<PyAny>>,
     request_id: String,
+    /// Its owner takes the items of a stream, which nobody does when this is gone.
+    takes_items: bool,
 }
 
 impl Call {
-    fn new(caller: &Arc<Caller>, pending: Arc<Pending>, request_id: String) -> Self {
-        Self { caller: Arc::clone(caller), pending, told: PyOnceLock::new(), request_id }
+    fn new(caller: &Arc<Caller>, pending: Arc<Pending>, request_id: String, takes_items: bool) -> Self {
+        let takes_items = takes_items && pending.stream;
+        Self { caller: Arc::clone(caller), pending, told: PyOnceLock::new(), request_id, takes_items }
     }
 }
 
@@ -311,7 +314,7 @@ fn item_of(py: Python<'_>, payload: Bytes) -> PyResult<Bound<'_, PyAny>> {
 
 impl Drop for Call {
     fn drop(&mut self) {
-        if self.pending.stream {
+        if self.takes_items {
             self.caller.drop_items(&self.pending);
         }
     }

@@ -2,8 +2,8 @@
 //!
 //! It is shared by the response that Python holds, by the queue or the link that it stands in, and by whoever waits. The
 //! outcome is written once; before it, a streaming call collects items. A call whose arguments are answers of others waits
-//! for them, and takes their bytes over before anybody else can. `place` and the waiters change only under the caller's lock; their own mutex is never
-//! contended and keeps the compiler's promise.
+//! for them, and takes their bytes over before anybody else can. `place` and the waiters change only under the caller's
+//! lock; their own mutex is never contended and keeps the compiler's promise.
 
 use std::{
     collections::VecDeque,

@@ -178,17 +178,24 @@ impl Router {
             let place = self.engine.returned(lease);
             return self.again(call, place);
         };
-        if call.is_late() {
-            self.engine.unsent(lease);
-            return self.refuse_late(call);
-        }
-        if self.unflushed.last() != Some(&index) {
+        if self.put(call, lease, index, false).is_some() && self.unflushed.last() != Some(&index) {
             self.unflushed.push(index);
         }
-        if let Err(lease) = self.links[index].send_call(call, lease, index, false) {
+    }
+
+    /// Appends a call to a link, and says under which stream id; none: it has ended instead.
+    pub(super) fn put(&mut self, call: &Arc<Pending>, lease: Lease, index: usize, batched: bool) -> Option<u32> {
+        if call.is_late() {
+            self.engine.unsent(lease);
+            self.refuse_late(call);
+            return None;
+        }
+        let sent = self.links[index].send_call(call, lease, index, batched);
+        sent.map_err(|lease| {
             self.engine.unsent(lease);
             self.finish(call, Outcome::Refused(Error::Internal("a million calls are open on one link".into())));
-        }
+        })
+        .ok()
     }
 
     pub(super) fn finish(&mut self, call: &Arc<Pending>, outcome: Outcome) {
@@ -242,9 +249,9 @@ impl Router {
         }
     }
 
-    /// Takes over a newer snapshot. One that was asked for after the unrouted calls began (`fresh`) ends those whose
-    /// deployment it does not name.
-    pub(super) fn publish(&mut self, snapshot: Snapshot, fresh: bool) {
+    /// Takes over a newer snapshot. One that is the present one, `asked` for then, ends the calls that had begun before and
+    /// whose deployment it does not name.
+    pub(super) fn publish(&mut self, snapshot: Snapshot, asked: Option<Instant>) {
         if self.snapshot.as_ref().is_none_or(|old| snapshot.version > old.version) {
             self.snapshot = Some(snapshot);
             self.apply();
@@ -252,7 +259,7 @@ impl Router {
         for (since, call) in std::mem::take(&mut self.unrouted) {
             if self.knows(&call) {
                 self.route(&call);
-            } else if fresh {
+            } else if asked.is_some_and(|asked| since <= asked) {
                 self.finish(&call, Outcome::Unknown);
             } else {
                 self.unrouted.push((since, call));

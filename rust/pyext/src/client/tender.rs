@@ -48,6 +48,8 @@ pub(super) struct TenderState {
     pub(super) until: Option<Instant>,
     /// When the last errand failed or was tried again, until one succeeds.
     failed: Option<Instant>,
+    /// When the present snapshot was asked for the last time.
+    asked: Option<Instant>,
     /// Since when calls are corked.
     corked: Option<Instant>,
     /// Looks since the last corked call; none: the tender does not look for them.
@@ -56,7 +58,7 @@ pub(super) struct TenderState {
 
 impl Default for TenderState {
     fn default() -> Self {
-        Self { sleeps: false, news: true, until: None, failed: None, corked: None, looks: None }
+        Self { sleeps: false, news: true, until: None, failed: None, asked: None, corked: None, looks: None }
     }
 }
 
@@ -96,6 +98,7 @@ impl State {
             return None;
         }
         if std::mem::take(&mut self.router.doubts) {
+            self.tender.asked = Some(Instant::now());
             return Some(Errand::Fresh);
         }
         let again = self.tender.failed.is_some() && self.router.outstanding > 0;
@@ -116,19 +119,20 @@ impl Caller {
                 state.tender.until = None;
                 return errand;
             }
-            let (now, mut next) = (Instant::now(), None);
+            let now = Instant::now();
             let lonely = state.router.outstanding > state.router.attended;
             if lonely && quiet > 0 && state.turn == Turn::Free {
-                let until = state.tender.failed.map(|_| Instant::now() + RETRY);
+                let until = state.tender.failed.map(|_| now + RETRY);
                 (state, _) = self.lead(state, Turn::Tender, until, |State { router, wanted, .. }| {
                     *wanted || router.outstanding == router.attended
                 });
-            } else {
-                // An asyncio loop takes the turn only when something has come; links that failed are tried from here.
-                next = state.router.tick(now);
-                if next.is_some_and(|at| at <= now) {
-                    self.nudge(&state);
-                }
+                quiet = 0;
+                continue; // it may have been wanted for an errand
+            }
+            // An asyncio loop takes the turn only when something has come; links that failed are tried from here.
+            let next = state.router.tick(now);
+            if next.is_some_and(|at| at <= now) {
+                self.nudge(&state);
             }
             quiet = if turns == state.turns { quiet + 1 } else { 0 };
             turns = state.turns;
@@ -172,20 +176,26 @@ impl Caller {
         if free { self.tender.notify_one() } else { self.nudge(state) }
     }
 
+    /// Has the tender look for errands.
+    pub(super) fn summon(&self, state: &mut State) {
+        self.relieve(state);
+        self.tender.notify_one();
+    }
+
     /// Another thread knows of a snapshot.
     pub(super) fn announce(&self) {
         let mut state = self.lock();
         state.tender.news = true;
         state.tender.sleeps = false;
-        self.relieve(&mut state);
-        self.tender.notify_one();
+        self.summon(&mut state);
     }
 
     /// Takes over what an errand brought.
     pub(super) fn publish(&self, snapshot: Snapshot, fresh: bool) {
         let mut state = self.lock();
         state.tender.failed = None;
-        state.router.publish(snapshot, fresh);
+        let asked = state.tender.asked.filter(|_| fresh);
+        state.router.publish(snapshot, asked);
         self.remind(&mut state);
         self.nudge(&state);
     }

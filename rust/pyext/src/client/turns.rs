@@ -132,8 +132,7 @@ impl Caller {
             self.tender.notify_one();
         }
         if state.router.doubts || !state.router.held.fresh.is_empty() {
-            self.relieve(&mut state);
-            self.tender.notify_one();
+            self.summon(&mut state);
         }
         if std::mem::take(&mut state.tender.sleeps) {
             self.tender.notify_one();
@@ -238,6 +237,9 @@ impl Caller {
             }
             for event in events.iter().filter(|event| event.token() != WAKER) {
                 state.router.ready(event);
+            }
+            if !state.router.held.fresh.is_empty() {
+                self.summon(&mut state); // calls have come back unbegun
             }
             if enough(&state) || state.closed || until.is_some_and(|until| until <= Instant::now()) {
                 break false;

@@ -1,7 +1,8 @@
 //! What `await response` waits on: a future of asyncio's kind, resolved by whoever reads the answer on the loop's thread.
 //!
 //! A task that waits is stepped right where its answer is read, instead of by way of `loop.call_soon`: what it sends next
-//! shares the flush of the same tick. It is awaited as tasks await futures (`awaited.rs`), and belongs to one wait of one task; the call itself knows nothing of it.
+//! shares the flush of the same tick. It is awaited as tasks await futures (`awaited.rs`), and belongs to one wait of one
+//! task; the call itself knows nothing of it.
 
 use std::sync::{Arc, Mutex};
 

@@ -7,8 +7,9 @@ use pyo3::prelude::*;
 use super::{poll::Poller, replica::Replica};
 use crate::lock::lock;
 
-/// Looks out for the next frame if no request is in flight, or one that waits for another replica; whether there is one. The loop's other work is held up for the
-/// time of a [`Vigil`] at most, and other threads have the interpreter meanwhile.
+/// Looks out for the next frame if no request is in flight, or one that waits for another replica; whether there is one.
+/// The loop's other work is held up for the time of a [`Vigil`](rayserve_dataplane::vigil::Vigil) at most, and other
+/// threads have the interpreter meanwhile.
 pub(crate) fn stay_up(py: Python<'_>, replica: &Replica, poller: &mut Poller) -> bool {
     let now = Instant::now();
     poller.vigil.event(now);
