@@ -37,7 +37,7 @@ pub enum Dropped {
     InFlight,
     /// The open copies held too many bytes.
     Bytes,
-    /// The body was too large, of unknown length or late, and so not there as a whole.
+    /// The body did not come to its end: its client has left, or the target has answered without it.
     Body,
     /// The shadow had no replica that was ready.
     NotReady,

@@ -7,7 +7,7 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-use rayserve_dataplane::wire::{Fault, Kind, flag};
+use rayserve_dataplane::wire::{Fault, Header, Kind, flag};
 use serde_json::{Value, json};
 use support::{Client, Replica, Served, auto::Auto, eventually};
 
@@ -178,20 +178,126 @@ fn what_fails_at_the_shadow_is_an_error_there_and_nowhere_else() {
     assert_eq!((&target["errors"], &target["requests"]), (&json!(0), &json!(3)));
 }
 
-#[test]
-fn a_body_that_is_not_there_as_a_whole_is_not_copied() {
+/// The same with a target that does what the test says, too.
+fn serve_uploads(shadow: Value) -> (Served, Replica, Replica) {
     let served = Served::empty(json!({}));
     let (a, c) = (Replica::start(served.dir.path(), "a", 5), Replica::start(served.dir.path(), "c", 5));
-    let deployments = [("a", json!({}), vec![a.address()]), ("c", json!({}), vec![c.address()])];
-    served.publish_split(&shadowed(1.0), &deployments);
+    served.publish_split(&shadowed(1.0), &[("a", json!({}), vec![a.address()]), ("c", shadow, vec![c.address()])]);
     served.linked(&[&a, &c]);
+    (served, a, c)
+}
+
+/// A request with a body of 16 KiB in two chunks, which the target takes.
+fn upload_in_chunks(client: &mut Client, a: &Replica) -> Vec<u8> {
+    client.send("POST /x HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n");
+    client.chunk(&[1; 8192]);
+    let got = a.request();
+    client.chunk(&[2; 8192]);
+    client.send("0\r\n\r\n");
+    let body = a.body(&got);
+    a.answer(&got, "");
+    assert_eq!(client.response().status, 200);
+    body
+}
+
+#[test]
+fn a_large_body_is_copied_when_it_has_come() {
+    let (served, a, c) = serve_uploads(json!({}));
     let mut client = served.client();
-    client.post("/", &vec![1; 100_000]);
+    let body: Vec<_> = (0..2_000_000_u32).map(|i| i as u8).collect();
+    client.post("/x", &body);
+    let got = a.request();
+    c.is_quiet();
+    assert!(a.body(&got) == body);
+    a.answer(&got, "");
+    assert_eq!(client.response().status, 200);
+    let copy = c.request();
+    assert!(!copy.is_whole());
+    assert_eq!(copy.headers()["content-length"], b"2000000");
+    assert!(c.body(&copy) == body);
+    c.answer(&copy, "");
+    served.counts("shadows", "c", "/answered", 1);
+    served.settles("streams", 0);
+}
+
+#[test]
+fn a_body_of_unknown_length_travels_in_the_copy_s_request_if_it_is_small() {
+    let (served, a, c) = serve_uploads(json!({}));
+    let body = upload_in_chunks(&mut served.client(), &a);
+    let copy = c.request();
+    assert_eq!((copy.is_whole(), &copy.head.body()[..]), (true, &body[..]));
+    c.answer(&copy, "");
+    served.counts("shadows", "c", "/answered", 1);
+}
+
+#[test]
+fn the_copy_of_an_upload_goes_elsewhere_if_it_comes_back() {
+    let (served, a, c) = serve_uploads(json!({}));
+    let mut client = served.client();
+    client.post("/x", &vec![3; 100_000]);
     let got = a.request();
     a.body(&got);
     a.answer(&got, "");
     assert_eq!(client.response().status, 200);
+    let copy = c.request();
+    assert_eq!(c.body(&copy).len(), 100_000);
+    c.send(&copy, Kind::Busy, flag::FIN, 0, b"");
+    c.write(copy.link, Header::new(Kind::Credit, 0).aux(1), b"");
+    let copy = c.request();
+    assert_eq!(c.body(&copy).len(), 100_000);
+    c.answer(&copy, "");
+    served.counts("shadows", "c", "/answered", 1);
+}
+
+#[test]
+fn a_batched_shadow_has_its_uploads_too() {
+    let (served, a, c) = serve_uploads(batched());
+    let mut client = served.client();
+    client.post("/x", &vec![3; 100_000]);
+    let got = a.request();
+    a.body(&got);
+    a.answer(&got, "");
+    assert_eq!(client.response().status, 200);
+    let batch = c.batch();
+    assert_eq!(c.body(&batch[0]).len(), 100_000);
+    c.answer(&batch[0], "c");
+    served.counts("shadows", "c", "/answered", 1);
+}
+
+#[test]
+fn a_body_that_does_not_come_to_its_end_is_not_copied() {
+    let (served, a, c) = serve_uploads(json!({}));
+    let mut client = served.client();
+    client.send("POST /x HTTP/1.1\r\nhost: h\r\ncontent-length: 100000\r\n\r\nbeginning");
+    let got = a.request();
+    drop(client);
     served.counts("shadows", "c", "/dropped/body", 1);
+    a.chunk_end(&got);
+    c.is_quiet();
+    served.settles("streams", 0);
+}
+
+#[test]
+fn a_body_that_the_target_does_not_want_is_not_copied() {
+    let (served, a, c) = serve_uploads(json!({}));
+    let mut client = served.client();
+    client.send("POST /x HTTP/1.1\r\nhost: h\r\ncontent-length: 100000\r\n\r\n");
+    let got = a.request();
+    a.answer(&got, "enough");
+    assert_eq!(client.response().text(), "enough");
+    served.counts("shadows", "c", "/dropped/body", 1);
+    c.is_quiet();
+}
+
+#[test]
+fn a_body_that_is_too_large_to_be_kept_is_not_copied() {
+    let (served, a, c) = serve_uploads(json!({}));
+    let mut client = served.client();
+    client.send("POST /x HTTP/1.1\r\nhost: h\r\ncontent-length: 17000000\r\n\r\n");
+    let got = a.request();
+    served.counts("shadows", "c", "/dropped/bytes", 1);
+    a.answer(&got, "");
+    assert_eq!(client.response().status, 200);
     c.is_quiet();
 }
 

@@ -29,9 +29,9 @@ pub(super) struct Packed {
 }
 
 impl Packed {
-    /// A copy of a request, its head and its body, which counts when it is sent.
-    pub(super) fn copy(request: Bytes, deadline: Option<Instant>) -> Self {
-        Self { head: BytesMut::new(), body: request, whole: true, wake: true, deadline }
+    /// A copy of a request, which counts when it is sent; `whole`: with its body.
+    pub(super) fn copy(request: Bytes, whole: bool, deadline: Option<Instant>) -> Self {
+        Self { head: BytesMut::new(), body: request, whole, wake: true, deadline }
     }
 
     /// The frame's header on this stream; `None`: the time of the request is over.

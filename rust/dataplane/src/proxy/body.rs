@@ -18,7 +18,12 @@ use http_body::{Frame, SizeHint};
 use hyper::body::{Body as _, Incoming};
 use tokio::time::{Sleep, timeout};
 
-use super::{listen::Open, sender::Sender, stream::StreamRef};
+use super::{
+    listen::Open,
+    sender::Sender,
+    shadow::Late,
+    stream::{Outcome, StreamRef},
+};
 use crate::{
     error::Error,
     wire::{MAX_CHUNK, MAX_INLINE},
@@ -200,6 +205,49 @@ impl Inbound {
             Self::Streamed(upload) => upload.rewind(),
         }
     }
+
+    /// Its bytes, as far as it is known.
+    pub(super) fn length(&self) -> u64 {
+        match self {
+            Self::Whole(bytes) => bytes.len() as u64,
+            Self::Streamed(upload) => {
+                let left = upload.source.incoming.as_ref().and_then(|incoming| incoming.size_hint().exact());
+                upload.total + left.unwrap_or(0)
+            }
+        }
+    }
+
+    /// Copies what has come and what comes; before any of it is accepted.
+    pub(super) fn copy_to(&mut self, mut copy: Late) {
+        match self {
+            Self::Whole(bytes) => copy.take(bytes),
+            Self::Streamed(upload) => {
+                upload.kept.iter().for_each(|bytes| copy.take(bytes));
+                if !upload.read_all {
+                    return upload.copies.push(copy);
+                }
+            }
+        }
+        copy.end();
+    }
+
+    /// What comes of the stream, to which the body goes meanwhile.
+    ///
+    /// # Errors
+    /// The client's: its body is too large, broken, or it has gone.
+    pub(super) async fn outcome(&mut self, stream: &StreamRef) -> Result<Outcome, Error> {
+        let Self::Streamed(upload) = self else { return Ok(poll_fn(|cx| stream.poll_outcome(cx)).await) };
+        let sender = stream.sender();
+        poll_fn(|cx| {
+            if !upload.is_done()
+                && let Poll::Ready(Err(error)) = upload.poll(cx, &sender)
+            {
+                return Poll::Ready(Err(error));
+            }
+            stream.poll_outcome(cx).map(Ok)
+        })
+        .await
+    }
 }
 
 fn data(frame: Option<Result<Frame<Bytes>, hyper::Error>>) -> Result<Option<Bytes>, Error> {
@@ -231,6 +279,8 @@ pub(super) struct Upload {
     read_all: bool,
     accepted: bool,
     done: bool,
+    /// For shadows, which get all of it or nothing.
+    copies: Vec<Late>,
 }
 
 impl Upload {
@@ -246,7 +296,14 @@ impl Upload {
             read_all: false,
             accepted: false,
             done: false,
+            copies: Vec::new(),
         }
+    }
+
+    /// One that is there.
+    pub(super) fn whole(bytes: Bytes) -> Self {
+        let source = Source { incoming: None, held_back: false };
+        Self { read_all: true, ..Self::new(source, None, vec![bytes]) }
     }
 
     fn rewind(&mut self) -> bool {
@@ -295,6 +352,7 @@ impl Upload {
     fn take(&mut self, bytes: Option<Bytes>) -> Result<(), Error> {
         let Some(bytes) = bytes else {
             self.read_all = true;
+            self.copies.drain(..).for_each(Late::end);
             return Ok(());
         };
         self.total += bytes.len() as u64;
@@ -303,6 +361,7 @@ impl Upload {
         {
             return Err(Error::BodyTooLarge { limit });
         }
+        self.copies.iter_mut().for_each(|copy| copy.take(&bytes));
         if !self.accepted {
             self.kept.push(bytes.clone());
             self.next = self.kept.len();

@@ -4,7 +4,7 @@
 //! leads by now. Begun and dead is tried once more if the method is idempotent, the deployment allows it, nothing was
 //! answered and the body is still whole. Where a route has several targets, `split.rs` chooses and chooses again.
 
-use std::{future::poll_fn, rc::Rc, task::Poll, time::Instant as Clock};
+use std::{future::poll_fn, rc::Rc, time::Instant as Clock};
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderName, HeaderValue, Version, request::Parts};
@@ -66,9 +66,9 @@ pub(super) struct Call<'c> {
 ///
 /// # Errors
 /// See [`Error`]; nothing has been sent to the client then.
-pub(super) async fn relay(call: &mut Call<'_>, body: Inbound) -> Result<(StreamRef, Head), Error> {
+pub(super) async fn relay(call: &mut Call<'_>, mut body: Inbound) -> Result<(StreamRef, Head), Error> {
     let came = if call.route.fork.is_some() {
-        call.divide(&body).await?
+        call.divide(&mut body).await?
     } else {
         let first = call.admit(&body).await;
         call.settled(first, &body).await?
@@ -89,11 +89,7 @@ async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result
         if let Some(departure) = call.departure {
             departure.follow(stream.sender());
         }
-        let outcome = match &mut body {
-            Inbound::Whole(_) => poll_fn(|cx| stream.poll_outcome(cx)).await,
-            Inbound::Streamed(upload) => with_upload(&stream, upload).await?,
-        };
-        let error = match outcome {
+        let error = match body.outcome(&stream).await? {
             Outcome::Head(head) => {
                 if let Some(departure) = call.departure {
                     departure.hand_over();
@@ -131,19 +127,6 @@ async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result
         call.shard.metrics.retried.up();
         came = call.again(place, &body).await?;
     }
-}
-
-async fn with_upload(stream: &StreamRef, upload: &mut Upload) -> Result<Outcome, Error> {
-    let sender = stream.sender();
-    poll_fn(|cx| {
-        if !upload.is_done()
-            && let Poll::Ready(Err(error)) = upload.poll(cx, &sender)
-        {
-            return Poll::Ready(Err(error));
-        }
-        stream.poll_outcome(cx).map(Ok)
-    })
-    .await
 }
 
 /// The response has begun before the request's body has ended.

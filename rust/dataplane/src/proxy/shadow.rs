@@ -1,18 +1,19 @@
 //! Copies of a share of a split's requests, for targets whose answers nobody reads: they are discarded and counted.
 //!
-//! A copy never waits for its client's request, nor that for it, and nothing that happens to it reaches the client. It has a
-//! task and a copy of the request's bytes; how many there may be, how many bytes they hold and for how long is bounded, and
-//! what is beyond is dropped and counted by reason. So a shadow that hangs costs bounded memory: its slots stay taken by
-//! copies that were given up until it ends them, and further ones wait for slots and are dropped.
+//! A request never waits for its copy, and nothing that happens to that reaches the client. A copy has bytes of its own: the
+//! body is copied as it is read for the target, and when all of it has come the copy gets a task and goes its way. How many
+//! copies there may be, how many bytes they hold and for how long is bounded, and what is beyond is dropped and counted by
+//! reason. So a shadow that hangs costs bounded memory: its slots stay taken by copies that were given up until it ends
+//! them, and further ones wait for slots and are dropped.
 
-use std::{cell::Cell, future::poll_fn, rc::Rc, sync::Arc, time::Duration};
+use std::{cell::Cell, future::poll_fn, rc::Rc, sync::Arc, task::Context, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use tokio::time::{Instant, timeout_at};
 
 use super::{
     batches::Packed,
-    body::Inbound,
+    body::{Inbound, Upload},
     choose::Choice,
     relay::Call,
     shard::Shard,
@@ -23,7 +24,7 @@ use crate::{
     error::Error,
     snapshot,
     traffic::{Dropped, ShadowMeter},
-    wire::flag,
+    wire::{MAX_INLINE, flag},
 };
 
 /// Copies of one shadow that are open at a time, on one shard.
@@ -75,10 +76,8 @@ impl Shadow {
         due >= ONE
     }
 
-    /// The bytes of the request, if it is to be copied and may be. A slice of the request's own body would keep the client's
-    /// whole buffer.
-    fn take(&self, call: &Call<'_>, body: &Inbound) -> Result<Bytes, Dropped> {
-        let Inbound::Whole(body) = body else { return Err(Dropped::Body) };
+    /// A copy of the request's head, with room for a body of this length, if there may be one.
+    fn begin(&self, call: &Call<'_>, length: u64) -> Result<Late, Dropped> {
         if !call.shard.engine.borrow_mut().is_ready(self.deployment) {
             return Err(Dropped::NotReady);
         }
@@ -87,46 +86,81 @@ impl Shadow {
         }
         let mut head = BytesMut::new();
         call.put_head(&mut head);
-        if self.lane.bytes.get() + head.len() + body.len() > BYTES {
+        let is_custom = call.shard.engine.borrow_mut().is_custom(self.deployment);
+        let choice = is_custom.then(|| Choice { deployment: self.name.clone(), ..call.describe() });
+        let mut copy = Copy {
+            shard: Rc::clone(call.shard),
+            deployment: self.deployment,
+            affinity: call.marks.affinity,
+            choice: choice.unwrap_or_default(),
+            deadline: call.deadline,
+            request: BytesMut::new(),
+            head: head.len(),
+            held: Held::new(Rc::clone(&self.lane)),
+        };
+        if !copy.reserve(head.len().saturating_add(usize::try_from(length).unwrap_or(usize::MAX))) {
             return Err(Dropped::Bytes);
         }
-        Ok([&head[..], body].concat().into())
+        copy.request.extend_from_slice(&head);
+        Ok(Late(Some(copy)))
     }
 }
 
-/// Sends a copy of the request on its way if it is among the shadow's share.
-pub(super) fn copy(call: &Call<'_>, shadow: &Rc<Shadow>, body: &Inbound) {
+/// Has the request copied if it is among the shadow's share.
+pub(super) fn copy(call: &Call<'_>, shadow: &Rc<Shadow>, body: &mut Inbound) {
     if !shadow.is_due() {
         return;
     }
-    match shadow.take(call, body) {
+    match shadow.begin(call, body.length()) {
         Err(reason) => shadow.lane.meter.drop_for(reason),
-        Ok(request) => {
-            let latest = Instant::now() + GIVE_UP;
-            let is_custom = call.shard.engine.borrow_mut().is_custom(shadow.deployment);
-            let choice = is_custom.then(|| Choice { deployment: shadow.name.clone(), ..call.describe() });
-            let copy = Copy {
-                shard: Rc::clone(call.shard),
-                deployment: shadow.deployment,
-                affinity: call.marks.affinity,
-                choice: choice.unwrap_or_default(),
-                until: call.deadline.map_or(latest, |deadline| deadline.min(latest)),
-                held: Held::new(Rc::clone(&shadow.lane), request.len()),
-                request,
-            };
+        Ok(copy) => body.copy_to(copy),
+    }
+}
+
+/// A copy whose body is still to come; without, when it was dropped.
+pub(super) struct Late(Option<Copy>);
+
+impl Late {
+    /// The next bytes of the body. A slice of the request's own would keep the client's whole buffer.
+    pub(super) fn take(&mut self, bytes: &[u8]) {
+        let Some(copy) = &mut self.0 else { return };
+        if copy.reserve(bytes.len()) {
+            copy.request.extend_from_slice(bytes);
+        } else {
+            self.drop_for(Dropped::Bytes);
+        }
+    }
+
+    /// All of the body has come.
+    pub(super) fn end(mut self) {
+        if let Some(copy) = self.0.take() {
             tokio::task::spawn_local(copy.run());
+        }
+    }
+
+    fn drop_for(&mut self, reason: Dropped) {
+        if let Some(copy) = self.0.take() {
+            copy.held.lane.meter.drop_for(reason);
         }
     }
 }
 
-/// A copy on its way.
+impl Drop for Late {
+    fn drop(&mut self) {
+        self.drop_for(Dropped::Body);
+    }
+}
+
+/// A copy on its way, or on its way to be complete.
 struct Copy {
     shard: Rc<Shard>,
     deployment: DeploymentKey,
     affinity: Affinity,
     choice: Choice,
-    until: Instant,
-    request: Bytes,
+    deadline: Option<Instant>,
+    /// The head, of this length, and as much of the body as has come.
+    request: BytesMut,
+    head: usize,
     held: Held,
 }
 
@@ -139,9 +173,28 @@ enum Unanswered {
 }
 
 impl Copy {
-    async fn run(self) {
+    /// Makes room for so many more bytes, if all copies may hold as many.
+    fn reserve(&mut self, more: usize) -> bool {
+        let others = self.held.lane.bytes.get() - self.held.bytes;
+        if self.request.len().saturating_add(more) > BYTES.saturating_sub(others) {
+            return false;
+        }
+        self.request.reserve(more);
+        self.held.resize(self.request.capacity());
+        true
+    }
+
+    async fn run(mut self) {
+        let latest = Instant::now() + GIVE_UP;
+        let until = self.deadline.map_or(latest, |deadline| deadline.min(latest));
+        let body = if self.request.len() - self.head > MAX_INLINE {
+            Inbound::Streamed(Upload::whole(self.request.split_off(self.head).freeze()))
+        } else {
+            Inbound::Whole(Bytes::new())
+        };
+        let request = std::mem::take(&mut self.request).freeze();
         let meter = &self.held.lane.meter;
-        match timeout_at(self.until, self.send()).await {
+        match timeout_at(until, self.send(&request, body, until)).await {
             Ok(Ok(status)) if status < 500 => meter.answered.up(),
             Ok(Ok(_) | Err(Unanswered::Failed)) => meter.errors.up(),
             Ok(Err(Unanswered::Refused)) => meter.drop_for(Dropped::Refused),
@@ -149,17 +202,18 @@ impl Copy {
         }
     }
 
-    /// The status of the answer, when all of it has come.
-    async fn send(&self) -> Result<u32, Unanswered> {
-        let refused = |_: Error| Unanswered::Refused;
+    /// The status of the answer, when all of it has come. `body`: what does not travel in the REQUEST.
+    async fn send(&self, request: &Bytes, mut body: Inbound, until: Instant) -> Result<u32, Unanswered> {
+        let (refused, failed) = (|_: Error| Unanswered::Refused, |_: Error| Unanswered::Failed);
         let describe = || self.choice.clone();
-        let pack = || Packed::copy(self.request.clone(), Some(self.until));
+        let whole = matches!(body, Inbound::Whole(_));
+        let pack = || Packed::copy(request.clone(), whole, Some(until));
+        let fin = if whole { flag::FIN } else { 0 };
         let mut sent = false;
         let mut came = self.shard.admit(self.deployment, self.affinity, pack, describe).await.map_err(refused)?;
         loop {
-            let (stream, place) = came.sent(|lease| {
-                self.shard.open(lease, flag::FIN, Some(self.until), |out| out.extend_from_slice(&self.request))
-            });
+            let (stream, place) =
+                came.sent(|lease| self.shard.open(lease, fin, Some(until), |out| out.extend_from_slice(request)));
             let Some(stream) = stream else {
                 tokio::task::yield_now().await;
                 let waiting = self.shard.again(place, None).map_err(refused)?;
@@ -170,16 +224,16 @@ impl Copy {
             if !std::mem::replace(&mut sent, true) {
                 self.held.lane.meter.copied.up();
             }
-            match poll_fn(|cx| stream.poll_outcome(cx)).await {
-                Outcome::Back(waiting) => {
+            match body.outcome(&stream).await.map_err(failed)? {
+                Outcome::Back(waiting) if body.rewind() => {
                     drop(stream);
                     came = waiting.end(describe).await.map_err(refused)?;
                 }
-                Outcome::Failed(_) => return Err(Unanswered::Failed),
+                Outcome::Back(_) | Outcome::Failed(_) => return Err(Unanswered::Failed),
                 Outcome::Head(head) => {
                     if !head.whole {
                         stream.consumed(head.view.body().len());
-                        discard(&stream).await.map_err(|_| Unanswered::Failed)?;
+                        discard(&stream, body).await.map_err(failed)?;
                     }
                     return Ok(head.status);
                 }
@@ -188,10 +242,16 @@ impl Copy {
     }
 }
 
-async fn discard(stream: &StreamRef) -> Result<(), Error> {
-    while let Some(chunk) = poll_fn(|cx| stream.poll_chunk(cx)).await {
-        chunk?;
-    }
+/// Reads the answer away; the body goes on meanwhile.
+async fn discard(stream: &StreamRef, mut body: Inbound) -> Result<(), Error> {
+    let sender = stream.sender();
+    let mut next = |cx: &mut Context<'_>| {
+        if let Inbound::Streamed(upload) = &mut body {
+            let _ = upload.poll(cx, &sender)?;
+        }
+        stream.poll_chunk(cx).map(Option::transpose)
+    };
+    while poll_fn(&mut next).await?.is_some() {}
     Ok(())
 }
 
@@ -202,10 +262,14 @@ struct Held {
 }
 
 impl Held {
-    fn new(lane: Rc<Lane>, bytes: usize) -> Self {
+    fn new(lane: Rc<Lane>) -> Self {
         lane.open.set(lane.open.get() + 1);
-        lane.bytes.set(lane.bytes.get() + bytes);
-        Self { lane, bytes }
+        Self { lane, bytes: 0 }
+    }
+
+    fn resize(&mut self, bytes: usize) {
+        self.lane.bytes.set(self.lane.bytes.get() - self.bytes + bytes);
+        self.bytes = bytes;
     }
 }
 

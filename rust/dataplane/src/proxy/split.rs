@@ -75,7 +75,7 @@ fn read<'h>(headers: &'h HeaderMap, sign: &Sign) -> Option<&'h [u8]> {
 
 impl Call<'_> {
     /// A slot at one of the route's targets, or that the request was sent there with a batch. Shadows get their copies then.
-    pub(super) async fn divide(&mut self, body: &Inbound) -> Result<Came, Error> {
+    pub(super) async fn divide(&mut self, body: &mut Inbound) -> Result<Came, Error> {
         let route = Rc::clone(&self.route);
         let came = match self.ask(&route) {
             Ok(Some(Asked::Go(lease))) => Came::Lease(lease),
