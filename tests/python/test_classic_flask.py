@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import io
+import types
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +18,7 @@ from rayserve_fast import serve
 from rayserve_fast.classic.backend import AsyncBackend, Backend, SyncBackend
 from rayserve_fast.classic.requests import FlaskRequest, HandleRequest
 from rayserve_fast.classic.session import FLASK
+from rayserve_fast.classic.uploads import FileStorage
 
 
 def flask_parts(flask_request: Any) -> dict[str, Any]:
@@ -27,7 +32,7 @@ def flask_parts(flask_request: Any) -> dict[str, Any]:
         "number": r.args.get("n", 0, type=int),
         "form": r.form,
         "values": r.values,
-        "files": {name: [file.filename, file.file.read().decode()] for name, file in r.files.items()},
+        "files": {name: [file.filename, file.read().decode()] for name, file in r.files.items()},
         "data": r.data.decode(),
         "raw": r.get_data(as_text=True),
         "json": r.json,
@@ -162,3 +167,87 @@ def test_a_flask_shaped_request_knows_its_client() -> None:
     assert call.authorization is not None
     assert (call.authorization.username, call.authorization["realm"]) == ("a", "b,c")
     assert (call.content_length, call.user_agent, call.endpoint) == (None, "", None)
+
+
+def upload(content: bytes, filename: str = "n.csv", **headers: str) -> FileStorage:
+    return FileStorage(io.BytesIO(content), filename, "up", headers)
+
+
+def test_a_file_is_read_as_its_stream_is() -> None:
+    file = upload(b"one\ntwo\nthree\n")
+    assert (file.readline(), file.read(2), file.tell()) == (b"one\n", b"tw", 6)
+    assert file.seek(0) == 0
+    assert list(file) == [b"one\n", b"two\n", b"three\n"]
+    assert file.stream.getvalue() == b"one\ntwo\nthree\n"
+    assert copy.copy(file).stream is file.stream
+    with pytest.raises(AttributeError, match="no attribute 'fetch'"):
+        file.fetch()
+    file.close()
+    assert file.stream.closed
+    spooled = FileStorage(types.SimpleNamespace(_file=io.BytesIO()), "f", "up", {})  # type: ignore[arg-type]
+    assert spooled.seekable()
+
+
+def test_a_file_knows_what_its_part_says() -> None:
+    file = upload(b"", **{"content-type": "Text/CSV; charset=utf-8", "content-length": "12"})
+    assert (file.content_type, file.mimetype, file.content_length) == ("Text/CSV; charset=utf-8", "text/csv", 12)
+    assert (bool(file), repr(file)) == (True, "<FileStorage: 'n.csv' ('Text/CSV; charset=utf-8')>")
+    bare = upload(b"", filename="")
+    assert (bare.content_type, bare.mimetype, bare.content_length, bool(bare)) == (None, "", 0, False)
+
+
+def test_a_file_is_saved_under_a_path_or_into_a_file(tmp_path: Path) -> None:
+    for where in (tmp_path / "path", str(tmp_path / "text")):
+        upload(b"saved").save(where)
+        assert Path(where).read_bytes() == b"saved"
+    file, into = upload(b"0123456789"), io.BytesIO()
+    file.seek(4)
+    file.save(into, buffer_size=2)
+    assert into.getvalue() == b"456789"
+
+
+def reads_files(flask_request: Any) -> Any:
+    image, *_ = flask_request.files.getlist("img")
+    head = image.read(4)
+    image.seek(0)
+    saved = io.BytesIO()
+    image.save(saved)
+    return {
+        "head": head.decode(),
+        "size": len(saved.getvalue()),
+        "said": [image.name, image.filename, image.content_type, image.headers["Content-Type"]],
+        "sizes": [len(file.read()) for file in flask_request.files.getlist("img")[1:]],
+        "stream": flask_request.stream.readline().decode(),
+    }
+
+
+async def reads_files_async(flask_request: Any) -> Any:
+    return reads_files(flask_request)
+
+
+@pytest.mark.parametrize(
+    ("function", "kind"), [(reads_files, SyncBackend), (reads_files_async, AsyncBackend)], ids=["sync", "async"]
+)
+def test_uploaded_files_are_read_without_awaiting(function: Any, kind: type[Backend]) -> None:
+    large = b"#PNG" + bytes(3_000_000)  # beyond what is kept in memory
+    parts = [("img", ("a.png", large, "image/png")), ("img", ("b.png", b"12", "image/png"))]
+    with backend(function, FLASK, kind=kind) as url:
+        answer = requests.post(url, files=parts, timeout=30)
+        assert answer.status_code == 200, answer.text
+        got = answer.json()
+    assert (got["head"], got["size"], got["sizes"]) == ("#PNG", len(large), [2])
+    assert got["said"] == ["img", "a.png", "image/png", "image/png"]
+    assert got["stream"].startswith("--")
+
+
+def test_a_flask_shaped_request_knows_its_url_in_parts_and_its_stream() -> None:
+    def told(flask_request: Any) -> Any:
+        r = flask_request
+        return [r.scheme, r.is_secure, r.host_url, r.url_root, r.base_url, r.stream.read().decode(), r.data.decode()]
+
+    with backend(told, FLASK) as url:
+        got = requests.post(f"{url}/a?b", data=b"body", timeout=30).json()
+    assert got == ["http", False, f"{url}/", f"{url}/", f"{url}/a", "body", "body"]
+    call = FlaskRequest.of_call(HandleRequest(b"data", {}))
+    assert (call.scheme, call.is_secure, call.host_url, call.url_root, call.base_url) == ("", False, "", "", "")
+    assert call.stream.read() == b"data"

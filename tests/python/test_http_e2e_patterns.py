@@ -28,7 +28,7 @@ PATTERNS = [
 ]
 UUID = "0f8fad5b-d9cb-469f-a165-70867728950e"
 PATHS = [
-    "/text/ada", "/text/", "/text/a/b", "/text/%C3%A9%20x", "/text/a%2Fb", "/text",
+    "/text/ada", "/text/", "/text/a/b", "/text/%C3%A9%20x", "/text/a%2Fb", "/text/a%0A", "/text",
     "/int/0", "/int/007", "/int/123456789012345678901234567890", "/int/-1", "/int/1.0", "/int/x", "/int/",
     "/float/3.14", "/float/3", "/float/3.", "/float/.5", "/float/1e5",
     f"/uuid/{UUID}", f"/uuid/{UUID.replace('-', '').upper()}", f"/uuid/{UUID}0",

@@ -1,4 +1,4 @@
-"""What Flask makes of two headers of a request: who the client says it is, and its credentials. See `requests.py`."""
+"""What Flask makes of headers: type and length of a body, who the client is, its credentials. See `requests.py`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,21 @@ import base64
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from urllib.request import parse_http_list, parse_keqv_list
+
+
+def mimetype_of(content_type: str | None) -> str:
+    """The type alone, in lower case.
+
+    >>> mimetype_of("Text/CSV; charset=utf-8"), mimetype_of(None)
+    ('text/csv', '')
+    """
+    return (content_type or "").partition(";")[0].strip().lower()
+
+
+def length_of(headers: Mapping[str, str]) -> int | None:
+    """Bytes by the header `Content-Length`; None if that is not there or no number."""
+    text = headers.get("content-length", "")
+    return int(text) if text.isascii() and text.isdigit() else None
 
 
 class UserAgent(str):

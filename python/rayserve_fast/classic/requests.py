@@ -7,6 +7,7 @@ as it is, as it answers to the names of Starlette's request.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +16,8 @@ from urllib.parse import parse_qsl, quote
 from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException
 
-from rayserve_fast.classic.header_values import Authorization, UserAgent
+from rayserve_fast.classic.header_values import Authorization, UserAgent, length_of, mimetype_of
+from rayserve_fast.classic.uploads import FileStorage
 from rayserve_fast.replica.request import _Lazy, loads
 from rayserve_fast.replica.responses import Refused
 
@@ -155,6 +157,8 @@ class FlaskRequest:
             headers=call.headers,
             remote_addr=None,
             base_url="",
+            host_url="",
+            scheme="",
             view_args={},
             cookies={},
             args=MultiDict(call.query_params.items()),
@@ -192,8 +196,27 @@ class FlaskRequest:
     @_Lazy
     def base_url(self) -> str:
         """The whole URL without the query."""
-        url = self._request.url
-        return f"{url.scheme}://{url.netloc}{quote(self.path, safe=_PATH_SAFE)}"
+        return f"{self.host_url[:-1]}{quote(self.path, safe=_PATH_SAFE)}"
+
+    @_Lazy
+    def host_url(self) -> str:
+        """Scheme and host alone, and a slash."""
+        return f"{self.scheme}://{self._request.url.netloc}/"
+
+    @property
+    def url_root(self) -> str:
+        """`host_url`: `path` begins with whatever prefix there is."""
+        return str(self.host_url)
+
+    @_Lazy
+    def scheme(self) -> str:
+        """As `http`."""
+        return self._request.url.scheme
+
+    @property
+    def is_secure(self) -> bool:
+        """Whether the scheme is that of an encrypted connection."""
+        return self.scheme in ("https", "wss")
 
     @_Lazy
     def view_args(self) -> Mapping[str, Any]:
@@ -218,8 +241,7 @@ class FlaskRequest:
     @property
     def content_length(self) -> int | None:
         """Bytes of the body by its header; None if that is not there, as with a chunked body, or no number."""
-        text = self.headers.get("content-length", "")
-        return int(text) if text.isascii() and text.isdigit() else None
+        return length_of(self.headers)
 
     @property
     def user_agent(self) -> UserAgent:
@@ -239,7 +261,7 @@ class FlaskRequest:
     @property
     def mimetype(self) -> str:
         """The type alone, in lower case."""
-        return (self.content_type or "").partition(";")[0].strip().lower()
+        return mimetype_of(self.content_type)
 
     @property
     def host(self) -> str:
@@ -270,8 +292,12 @@ class FlaskRequest:
 
     @_Lazy
     def files(self) -> MultiDict:
-        """The files of a form: `.filename`, `.content_type` and `.file` to read from."""
-        return MultiDict((key, value) for key, value in self._fields if not isinstance(value, str))
+        """The files of a form."""
+        return MultiDict(
+            (key, FileStorage(value.file, value.filename, key, value.headers))
+            for key, value in self._fields
+            if not isinstance(value, str)
+        )
 
     @_Lazy
     def values(self) -> MultiDict:
@@ -283,6 +309,14 @@ class FlaskRequest:
     def data(self) -> Any:
         """The body; of a form nothing, as that has been read into `form`."""
         return b"" if self.mimetype in (_URLENCODED, MULTIPART) else self._body
+
+    @_Lazy
+    def stream(self) -> io.BytesIO:
+        """The body in any case, as a file; reading it leaves the other ways to the body as they are.
+
+        From a handle: of its data, which must be bytes.
+        """
+        return io.BytesIO(self._body)
 
     def get_data(self, cache: bool = True, as_text: bool = False) -> Any:
         """The body in any case; as text with U+FFFD for what is no UTF-8."""

@@ -251,6 +251,10 @@ mod tests {
             ("/{id:uuid}", "/0123456789abcdef0123456789abcde"),
             ("/simple", "/simple/"),
             ("/simple", "/simpler"),
+            // Before a newline at the end Starlette's `$` matches.
+            ("/{n:int}", "/1\n"),
+            ("/{rest:path}", "/a\n"),
+            ("/simple", "/simple\n"),
         ] {
             assert_eq!(values(pattern, path), None, "{pattern} {path}");
         }
@@ -266,6 +270,7 @@ mod tests {
             ("/{a:float}.{b:int}", "/1.2.3", vec!["1.2", "3"]),
             ("/v{major:int}.{minor:int}", "/v1.22", vec!["1", "22"]),
             ("/simple", "/simple", vec![]),
+            ("/{a:int}{b}", "/12\n", vec!["12", "\n"]),
             ("/{1}/{a b}", "/{1}/{a b}", vec![]),
         ] {
             assert_eq!(values(pattern, path), Some(expected.into_iter().map(str::to_owned).collect()), "{pattern}");
