@@ -225,8 +225,12 @@ impl Replica {
 
     /// How much it is a session's own: the highest wins. `None`: it takes no requests, and no link to it is on the way.
     pub(super) fn claim(&self, session: u64) -> Option<u64> {
-        let coming = self.untried && self.listed && !self.draining;
-        (coming || self.open()).then(|| score(session, self.seed))
+        (self.is_coming() || self.open()).then(|| score(session, self.seed))
+    }
+
+    /// Whether the first attempt to link to it is not over, and worth waiting for.
+    pub(super) fn is_coming(&self) -> bool {
+        self.untried && self.listed && !self.draining
     }
 
     /// A new link begins with nothing in flight.

@@ -56,6 +56,31 @@ fn a_session_waits_for_the_first_link_to_its_own_replica() {
 }
 
 #[test]
+fn turns_are_taken_by_all_from_the_first_call_on() {
+    let (mut driver, _) = fresh(Policy::RoundRobin, -1);
+    ["a", "b", "c"].iter().for_each(|id| driver.link(id, 2));
+    for waiter in 0..4 {
+        driver.queue(Affinity::default(), waiter);
+    }
+    assert_eq!(driver.places(), [], "one is still on the way");
+    driver.link("d", 2);
+    let mut taken: Vec<_> = driver.places().iter().map(|(_, replica)| replica.index()).collect();
+    taken.sort_unstable();
+    taken.dedup();
+    assert_eq!(taken.len(), 4);
+}
+
+#[test]
+fn turns_do_not_wait_for_one_that_cannot_be_reached() {
+    let (mut driver, _) = fresh(Policy::RoundRobin, -1);
+    ["a", "b", "c"].iter().for_each(|id| driver.link(id, 2));
+    driver.queue(Affinity::default(), 0);
+    driver.fail("d");
+    assert_eq!(driver.places().len(), 1);
+    assert!(driver.ask(Affinity::default()).is_some(), "nobody waits for the next attempt");
+}
+
+#[test]
 fn an_attempt_that_fails_ends_the_wait_for_good() {
     let (mut driver, ids) = fresh(Policy::LeastLoaded, -1);
     driver.link(ids[1], 2);
