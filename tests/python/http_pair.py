@@ -113,7 +113,6 @@ def snapshot(prefix: str, options: DeploymentConfig, unix: str | None) -> dict[s
                 "replicas": [{"id": "r1", "node_id": "n", "unix": unix, "tcp": None}],
             }
         },
-        "draining_nodes": [],
     }
 
 

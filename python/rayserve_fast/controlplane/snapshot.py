@@ -32,7 +32,6 @@ def build(version: tuple[int, int], apps: Mapping[str, Application], traffic: Tr
             "routes": _routes(here, traffic),
             "splits": {name: _split(split, here) for name, split in traffic.splits.items()},
             "deployments": {d.key: _deployment(d) for d in deployments if not d.leaving},
-            "draining_nodes": [],
         },
         separators=(",", ":"),
     ).encode()

@@ -30,9 +30,6 @@ pub struct Snapshot {
     /// By `{app}#{deployment}`.
     #[serde(default)]
     pub deployments: BTreeMap<String, Deployment>,
-    /// Nodes whose proxy takes no new clients.
-    #[serde(default)]
-    pub draining_nodes: Vec<String>,
 }
 
 /// A path prefix and who answers it.
@@ -278,7 +275,7 @@ mod tests {
             "batch": {"max_size": 32, "wait_s": 0.005},
             "replicas": [{"id": "a1b2c3d4", "node_id": "n", "unix": "/tmp/r.sock", "tcp": "10.0.0.1:41234",
                           "metadata": "gAR9lC4=", "routing_stats": "gAR9lC4="}]}},
-        "draining_nodes": [], "of_a_later_version": 1}"#;
+        "of_a_later_version": 1}"#;
 
     #[test]
     fn the_documented_value_reads_and_writes_back() {

@@ -1,6 +1,6 @@
 //! The proxy's own pages: `/-/routes` and `/-/healthz`, with the bodies that Ray Serve's users poll for, and `/-/metrics`.
 
-use std::rc::Rc;
+use std::{rc::Rc, sync::atomic::Ordering::Relaxed};
 
 use bytes::Bytes;
 use http::{HeaderValue, Response, StatusCode, header::CONTENT_TYPE};
@@ -22,7 +22,7 @@ pub(super) fn page(shard: &Rc<Shard>, path: &str) -> Option<Response<Bytes>> {
             (StatusCode::SERVICE_UNAVAILABLE, TEXT, Bytes::from_static(NO_ROUTES.as_bytes()))
         }
         ("routes", Some(listing)) => (StatusCode::OK, JSON, listing),
-        ("healthz", Some(_)) if shard.is_draining() => {
+        ("healthz", Some(_)) if shard.shared.draining.load(Relaxed) => {
             (StatusCode::SERVICE_UNAVAILABLE, TEXT, Bytes::from_static(b"This node is being drained."))
         }
         ("healthz", Some(_)) => (StatusCode::OK, TEXT, Bytes::from_static(b"success")),

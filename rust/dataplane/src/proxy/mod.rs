@@ -135,12 +135,6 @@ impl Shared {
     }
 }
 
-impl Shard {
-    fn is_draining(&self) -> bool {
-        self.node_draining.get() || self.shared.draining.load(Relaxed)
-    }
-}
-
 /// One proxy; two of them can live in one process.
 pub struct Proxy {
     shared: Arc<Shared>,

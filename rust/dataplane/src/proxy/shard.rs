@@ -86,7 +86,6 @@ pub(super) struct Shard {
     pub(super) lanes: RefCell<HashMap<(String, String), Rc<Lane>>>,
     /// `/-/routes`; none before the first snapshot.
     pub(super) listing: RefCell<Option<Bytes>>,
-    pub(super) node_draining: Cell<bool>,
     links: RefCell<Vec<Option<Rc<Link>>>>,
     pub(super) waiters: RefCell<Slab<Waiter>>,
     /// There are batches to bind.
@@ -114,7 +113,6 @@ impl Shard {
             readiness: Notify::new(),
             lanes: RefCell::default(),
             listing: RefCell::default(),
-            node_draining: Cell::new(false),
             links: RefCell::default(),
             waiters: RefCell::default(),
             sealing: Notify::new(),
@@ -146,7 +144,6 @@ impl Shard {
         let listing: serde_json::Map<_, _> =
             snapshot.routes.iter().map(|route| (route.prefix.clone(), label(route))).collect();
         *self.listing.borrow_mut() = Some(serde_json::Value::Object(listing).to_string().into());
-        self.node_draining.set(snapshot.draining_nodes.contains(&self.shared.config.node_id));
         self.settle();
     }
 
