@@ -58,7 +58,9 @@ fn a_session_waits_for_the_first_link_to_its_own_replica() {
 #[test]
 fn turns_are_taken_by_all_from_the_first_call_on() {
     let (mut driver, _) = fresh(Policy::RoundRobin, -1);
-    ["a", "b", "c"].iter().for_each(|id| driver.link(id, 2));
+    for id in ["a", "b", "c"] {
+        driver.link(id, 2);
+    }
     for waiter in 0..4 {
         driver.queue(Affinity::default(), waiter);
     }
@@ -73,7 +75,9 @@ fn turns_are_taken_by_all_from_the_first_call_on() {
 #[test]
 fn turns_do_not_wait_for_one_that_cannot_be_reached() {
     let (mut driver, _) = fresh(Policy::RoundRobin, -1);
-    ["a", "b", "c"].iter().for_each(|id| driver.link(id, 2));
+    for id in ["a", "b", "c"] {
+        driver.link(id, 2);
+    }
     driver.queue(Affinity::default(), 0);
     driver.fail("d");
     assert_eq!(driver.places().len(), 1);
