@@ -2,10 +2,10 @@
 
 A caller comes into being with the first call. Its tender is a Python thread that sleeps in Rust: it looks after calls
 that nobody waits for, and takes over snapshots. The controller is always asked for the next one, and answers when there
-is one; no call waits for that unless it cannot be sent without. At exit every waiter is woken and the tender joined,
-because a thread that comes back to a finalizing interpreter is killed in the middle of native code. A forked child
-starts afresh; one whose parent was connected to Ray cannot, as it has neither a connection of its own nor a use for its
-parent's, over which every question would wait for ever.
+is one; no call waits for that unless it cannot be sent without, and the tender never does, as others' calls need it. At
+exit every waiter is woken and the tender joined, because a thread that comes back to a finalizing interpreter is killed
+in the middle of native code. A forked child starts afresh; one whose parent was connected to Ray cannot, as it has
+neither a connection of its own nor a use for its parent's, over which every question would wait for ever.
 """
 
 from __future__ import annotations
@@ -37,23 +37,18 @@ if TYPE_CHECKING:
 FRESH = 2
 #: `Errand::Choose`.
 CHOOSE = 3
-#: How long a snapshot may take to come from the controller, seconds.
-SNAPSHOT_TIMEOUT_S = 10.0
 #: How long the interpreter's exit waits for the tender, seconds; it comes at once unless a Ray call holds it.
 EXIT_TIMEOUT_S = 2.0
 
 
 class Source(Protocol):
-    """Where snapshots come from; used on the tender's thread only."""
-
-    def present(self) -> bytes:
-        """The newest snapshot. May wait."""
+    """Where snapshots come from; used on the tender's thread only, and does not wait."""
 
     def next(self, newer_than: tuple[int, int] | None) -> Future[bytes]:
-        """One that is newer, once there is one."""
+        """One that is newer, once there is one; None: the present one.
 
-    def moved(self) -> bool:
-        """Whether the cluster that the caller knows is gone and another is there."""
+        Ends with `NotRunningError` if the cluster is gone that the caller knows, also if another is there.
+        """
 
 
 class Caller:
@@ -72,8 +67,9 @@ class Caller:
         self._node_id = node_id
         self.forked = False
         self._source = source
+        # The questions that have not been answered.
         self._next: Future[bytes] | None = None
-        self._failed = False
+        self._present: Future[bytes] | None = None
         self._loops: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopWatch] = weakref.WeakKeyDictionary()
         self._tender = threading.Thread(target=self._tend, name="rayserve-fast-calls", daemon=True)
         self._tender.start()
@@ -81,30 +77,34 @@ class Caller:
     def _tend(self) -> None:
         while errand := self.client.tend():
             try:
-                if self._failed and self._source.moved():
-                    return replace(self)
                 if errand == CHOOSE:
                     self._choose()
                 else:
                     if errand == FRESH:
-                        self.client.publish(self._source.present(), True)
+                        self._present = self._ask(None)
                     self._hear()  # in any case: after a failure nothing may have been asked for
-                self._failed = False
             except NotRunningError:
                 return replace(self)
             except Exception as error:
-                self._next, self._failed = None, True
+                self._next = self._present = None
                 self.client.unpublished(f"The controller cannot be asked: {error}")
         return None
 
     def _hear(self) -> None:
-        """Take over the next snapshot if it has come, and ask for the one after it."""
+        """Take over the snapshots that have come, and ask for the next one."""
+        if (present := self._present) is not None and present.done():
+            self._present = None
+            self.client.publish(present.result(), True)
         if self._next is not None:
             if not self._next.done():
                 return
             self.client.publish(self._next.result(), False)
-        self._next = self._source.next(self.client.version())
-        self._next.add_done_callback(lambda _: self.client.announce())
+        self._next = self._ask(self.client.version())
+
+    def _ask(self, newer_than: tuple[int, int] | None) -> Future[bytes]:
+        answer = self._source.next(newer_than)
+        answer.add_done_callback(lambda _: self.client.announce())
+        return answer
 
     @property
     def routers(self) -> Routers:
@@ -275,14 +275,8 @@ class _Controller:
     def __init__(self, token: bytes) -> None:
         self._token = token
 
-    def present(self) -> bytes:
-        return client.snapshot(timeout_s=SNAPSHOT_TIMEOUT_S)
-
     def next(self, newer_than: tuple[int, int] | None) -> Future[bytes]:
-        return client.next_snapshot(newer_than)
-
-    def moved(self) -> bool:
-        return client.cluster_token() != self._token
+        return client.next_snapshot(newer_than, self._token)
 
 
 def _set(caller: Caller) -> Caller:

@@ -214,9 +214,6 @@ class Cluster:
         else:
             self._waiting.append((newer_than, future))
 
-    def moved(self) -> bool:
-        return False
-
 
 Replicas = Callable[..., ScriptedReplica]
 

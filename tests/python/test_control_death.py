@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 
+import pytest
 from deployed import actor_pid, code, crash_proxy, replica_states, wait_for
 from load import Load
 
@@ -40,6 +41,12 @@ def test_a_crashed_controller_finds_its_replicas_again(serve_instance: str) -> N
     assert load.failures == {}
     pids = {body for _, body in load.answers if body.startswith("v1")}
     assert len(pids) == 2, "the old replicas were kept, not replaced"
+
+
+def test_a_caller_of_another_cluster_is_told_that_its_own_is_gone(serve_instance: str) -> None:
+    client.next_snapshot(None, client.cluster_token()).result(timeout=10)
+    with pytest.raises(client.NotRunningError, match="another one is there"):
+        client.next_snapshot(None, b"another's").result(timeout=10)
 
 
 def test_a_replica_that_dies_while_the_controller_is_down_is_replaced(serve_instance: str) -> None:

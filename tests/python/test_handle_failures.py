@@ -303,16 +303,11 @@ def test_the_first_call_of_a_replica_asks_ray_nothing_on_its_loop(
     cluster = Cluster(replica())
     asking: list[str] = []
 
-    def next_snapshot(newer_than: Any) -> Any:
+    def next_snapshot(newer_than: Any, token: bytes) -> Any:
         asking.append(threading.current_thread().name)
         return cluster.next(newer_than)
 
-    def present(timeout_s: float) -> bytes:
-        asking.append(threading.current_thread().name)
-        return cluster.present()
-
     monkeypatch.setattr(client, "next_snapshot", next_snapshot)
-    monkeypatch.setattr(client, "snapshot", present)
     monkeypatch.setattr(client, "cluster_token", lambda: 1 / 0)
     monkeypatch.setattr(caller, "_identity", None)
     caller.introduce("n", TOKEN)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-import threading
+import queue
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import pytest
@@ -69,7 +71,7 @@ def test_news_are_heard_again_also_if_the_first_to_be_answered_asks_for_the_pres
     handle = connect(cluster)
     handle.remote().result(timeout_s=5)
     cluster.crash(ConnectionError("no controller"))
-    wait_for(lambda: caller.current()._failed, 5)
+    wait_for(lambda: caller.current()._next is None, 5)
     cluster.down = None
     with pytest.raises(DeploymentUnavailableError):
         DeploymentHandle("Missing", "app").remote().result(timeout_s=5)
@@ -78,37 +80,78 @@ def test_news_are_heard_again_also_if_the_first_to_be_answered_asks_for_the_pres
 
 
 class Slow(Cluster):
-    """Nothing is deployed at first, and the answer that tells so may take its time on the way."""
+    """What the present snapshot is it tells only when the test says so, but for the first time."""
 
-    def __init__(self, server: ScriptedReplica) -> None:
-        self.deployed = self.slow = False
-        self.taken, self.arrives = threading.Event(), threading.Event()
-        super().__init__(server)
+    def __init__(self, server: ScriptedReplica, **config: Any) -> None:
+        self.known = True
+        self.taken: queue.Queue[tuple[Future[bytes], bytes]] = queue.Queue()
+        super().__init__(server, **config)
 
     def present(self) -> bytes:
-        empty = json.dumps({"version": [1, self.version], "deployments": {}}).encode()
-        snapshot = super().present() if self.deployed else empty
-        if self.slow:
-            self.slow = False
-            self.taken.set()
-            self.arrives.wait(10)
-        return snapshot
+        return super().present() if self.known else json.dumps({"version": [1, self.version]}).encode()
+
+    def next(self, newer_than: tuple[int, int] | None) -> Future[bytes]:
+        if newer_than is None and caller.exists() and caller.current().client.version() is not None:
+            self.taken.put((late := Future(), self.present()))
+            return late
+        return super().next(newer_than)
 
 
 def test_a_call_is_not_judged_by_a_snapshot_that_was_taken_before_it_began(replica: Replicas, connect: Any) -> None:
     cluster = Slow(replica())
+    cluster.known = False
     handle = connect(cluster)
     wait_for(lambda: cluster._waiting, 5)
-    cluster.slow = True
     missing = DeploymentHandle("Missing", "app").remote()
-    assert cluster.taken.wait(5)
-    cluster.deployed = True
-    cluster.push()
+    late, snapshot = cluster.taken.get(timeout=5)
     response = handle.remote(1)
-    cluster.arrives.set()
-    assert response.result(timeout_s=5) == (1,)
+    late.set_result(snapshot)
     with pytest.raises(DeploymentUnavailableError):
         missing.result(timeout_s=5)
+    cluster.taken.get(timeout=5)  # it is asked for again
+    cluster.known = True
+    cluster.push()
+    assert response.result(timeout_s=5) == (1,)
+
+
+def test_calls_go_on_while_the_controller_is_asked_for_another_deployment(replica: Replicas, connect: Any) -> None:
+    cluster = Slow(replica(), batch={"max_size": 8, "wait_s": 0.05, "concurrent": 1})
+    handle = connect(cluster)
+
+    async def main() -> float:
+        assert await handle.remote(0) == (0,)
+        missing = DeploymentHandle("Missing", "app").remote()
+        late, snapshot = await asyncio.to_thread(cluster.taken.get, timeout=5)
+        began = time.monotonic()
+        assert await asyncio.wait_for(handle.remote(1), 5) == (1,), "the window of the batch has ended"
+        took = time.monotonic() - began
+        late.set_result(snapshot)
+        with pytest.raises(DeploymentUnavailableError, match="does not exist"):
+            await missing
+        return took
+
+    assert asyncio.run(main()) < 1
+
+
+@pytest.mark.parametrize("lonely", [True, False], ids=["nobody waits", "a thread waits"])
+def test_a_controller_that_never_answers_fails_new_calls_in_the_end(
+    replica: Replicas, connect: Any, lonely: bool
+) -> None:
+    cluster = Slow(replica())
+    connect(cluster).remote().result(timeout_s=5)
+    began = time.monotonic()
+    missing = DeploymentHandle("Missing", "app").remote()
+    if lonely:
+        wait_for(missing._call.ready, 15)
+    with pytest.raises(DeploymentUnavailableError, match="has not answered within 10 s"):
+        missing.result(timeout_s=15)
+    assert time.monotonic() - began < 12
+    asked_again = DeploymentHandle("Missing", "app").remote()
+    cluster.taken.get(timeout=5)
+    late, snapshot = cluster.taken.get(timeout=5)
+    late.set_result(snapshot)
+    with pytest.raises(DeploymentUnavailableError, match="does not exist"):
+        asked_again.result(timeout_s=5)
 
 
 def test_a_controller_that_takes_its_time_is_not_asked_all_the_while(connect: Any) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, TimeoutError as FutureTimeoutError
+from concurrent.futures import Future
 from typing import Any
 
 import ray
@@ -168,35 +168,31 @@ def stop(controller: Any) -> None:
     wait_gone(place, 5.0)
 
 
-def snapshot(timeout_s: float | None = None) -> bytes:
-    """The current snapshot (ARCHITECTURE.md) as JSON bytes.
-
-    Args:
-        timeout_s: seconds to wait at most; then `TimeoutError`.
-    """
-    found: bytes = _wait(require().snapshot.remote(), timeout_s)
+def snapshot() -> bytes:
+    """The current snapshot (ARCHITECTURE.md) as JSON bytes."""
+    found: bytes = _wait(require().snapshot.remote())
     return found
 
 
-def next_snapshot(newer_than: tuple[int, int] | None) -> Future[bytes]:
-    """A snapshot with a greater version than this, once there is one."""
+def next_snapshot(newer_than: tuple[int, int] | None, token: bytes) -> Future[bytes]:
+    """A snapshot with a greater version than this, once there is one; None: the current one.
+
+    Ends with `NotRunningError` if this is not the cluster with that token.
+    """
     # Whoever waits asks again by himself; Ray would tell every driver about its retries.
-    coming: Future[bytes] = require().snapshot.options(max_task_retries=0).remote(newer_than).future()
+    coming: Future[bytes] = require().snapshot.options(max_task_retries=0).remote(newer_than, token).future()
     return coming
 
 
 def cluster_token() -> bytes:
     """The cluster's secret, for the handshake on links."""
-    token: bytes = _wait(require().token.remote(), None)
+    token: bytes = _wait(require().token.remote())
     return token
 
 
-def _wait(answer: Any, timeout_s: float | None) -> Any:
+def _wait(answer: Any) -> Any:
     """`ray.get` for replicas too: Ray warns of it there on any thread, as their actor is an async one."""
-    try:
-        return answer.future().result(timeout_s)
-    except FutureTimeoutError:
-        raise TimeoutError(f"The controller has not answered within {timeout_s} s.") from None
+    return answer.future().result()
 
 
 def _await_running(controller: Any, name: str) -> dict[str, float]:

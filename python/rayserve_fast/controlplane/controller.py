@@ -22,6 +22,7 @@ from typing import Any
 import ray
 
 from rayserve_fast.controlplane import reconcile, snapshot, sockets, store
+from rayserve_fast.controlplane.client import NotRunningError
 from rayserve_fast.controlplane.options import SHUTDOWN_WAIT_S, ClusterOptions
 from rayserve_fast.controlplane.process import Place
 from rayserve_fast.controlplane.proxies import Fleet, within
@@ -194,8 +195,10 @@ class Controller(RolloutOrders):
         await self._recovered.wait()
         return app in self._apps and deployment in self._apps[app].deployments
 
-    async def snapshot(self, newer_than: tuple[int, int] | None = None) -> bytes:
-        """The current snapshot; with `newer_than`, waits for one that is."""
+    async def snapshot(self, newer_than: tuple[int, int] | None = None, token: bytes | None = None) -> bytes:
+        """The current snapshot; with `newer_than`, waits for one that is. With `token`, of that cluster only."""
+        if token not in (None, self._token):
+            raise NotRunningError("The cluster that was asked for is gone, and another one is there.")
         await self._recovered.wait()
         while newer_than is not None and self._version <= tuple(newer_than):
             await self._news.wait()

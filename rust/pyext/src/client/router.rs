@@ -28,8 +28,8 @@ use super::{
     split::Way,
 };
 
-/// How long a call waits for a controller that cannot be asked whether its deployment exists.
-const UNROUTED: Duration = Duration::from_secs(10);
+/// How long a call waits for a controller that cannot be asked whether its deployment exists, or does not answer.
+pub(super) const UNROUTED: Duration = Duration::from_secs(10);
 /// Why a call is not begun.
 pub(super) const LATE: Bytes =
     Bytes::from_static(b"the time of the request was over before this call of it could begin");

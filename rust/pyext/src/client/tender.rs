@@ -12,7 +12,10 @@ use std::{
 
 use rayserve_dataplane::snapshot::{Snapshot, Version};
 
-use super::turns::{Caller, State, Turn};
+use super::{
+    router::UNROUTED,
+    turns::{Caller, State, Turn},
+};
 
 /// How long a call that nobody waits for may find the turn free before the tender takes it.
 const PATIENCE: Duration = Duration::from_millis(10);
@@ -48,7 +51,7 @@ pub(super) struct TenderState {
     pub(super) until: Option<Instant>,
     /// When the last errand failed or was tried again, until one succeeds.
     failed: Option<Instant>,
-    /// When the present snapshot was asked for the last time.
+    /// When the present snapshot was asked for, until the answer has come.
     asked: Option<Instant>,
     /// Since when calls are corked.
     corked: Option<Instant>,
@@ -87,6 +90,11 @@ impl State {
         self.tender.looks = self.tender.looks.map(|looks| looks + 1).filter(|looks| *looks < CALM);
     }
 
+    /// Whether a call has made an errand.
+    pub(super) fn has_errand(&self) -> bool {
+        !self.router.held.fresh.is_empty() || self.router.doubts && self.tender.asked.is_none()
+    }
+
     fn errand(&mut self) -> Option<Errand> {
         if self.closed {
             return Some(Errand::Closed);
@@ -97,7 +105,7 @@ impl State {
         if self.tender.failed.is_some_and(|at| at.elapsed() < RETRY) {
             return None;
         }
-        if std::mem::take(&mut self.router.doubts) {
+        if self.tender.asked.is_none() && std::mem::take(&mut self.router.doubts) {
             self.tender.asked = Some(Instant::now());
             return Some(Errand::Fresh);
         }
@@ -115,6 +123,9 @@ impl Caller {
         let mut state = self.lock();
         let (mut turns, mut quiet) = (state.turns, 0);
         loop {
+            if state.tender.asked.is_some_and(|at| at.elapsed() > UNROUTED) {
+                self.give_up(&mut state, &format!("The controller has not answered within {} s.", UNROUTED.as_secs()));
+            }
             if let Some(errand) = state.errand() {
                 state.tender.until = None;
                 return errand;
@@ -122,7 +133,8 @@ impl Caller {
             let now = Instant::now();
             let lonely = state.router.outstanding > state.router.attended;
             if lonely && quiet > 0 && state.turn == Turn::Free {
-                let until = state.tender.failed.map(|_| now + RETRY);
+                let retry = state.tender.failed.map(|_| now + RETRY);
+                let until = state.tender.asked.map(|at| at + UNROUTED).into_iter().chain(retry).min();
                 (state, _) = self.lead(state, Turn::Tender, until, |State { router, wanted, .. }| {
                     *wanted || router.outstanding == router.attended
                 });
@@ -194,7 +206,7 @@ impl Caller {
     pub(super) fn publish(&self, snapshot: Snapshot, fresh: bool) {
         let mut state = self.lock();
         state.tender.failed = None;
-        let asked = state.tender.asked.filter(|_| fresh);
+        let asked = if fresh { state.tender.asked.take() } else { None };
         state.router.publish(snapshot, asked);
         self.remind(&mut state);
         self.nudge(&state);
@@ -202,10 +214,14 @@ impl Caller {
 
     /// An errand failed; it is tried again while there are calls.
     pub(super) fn unpublished(&self, why: &str) {
-        let mut state = self.lock();
+        self.give_up(&mut self.lock(), why);
+    }
+
+    fn give_up(&self, state: &mut State, why: &str) {
         state.tender.failed = Some(Instant::now());
+        state.tender.asked = None;
         state.router.unpublished(why);
-        self.nudge(&state);
+        self.nudge(state);
     }
 
     pub(super) fn version(&self) -> Option<Version> {

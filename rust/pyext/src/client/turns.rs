@@ -131,7 +131,7 @@ impl Caller {
         if cork && state.tender.cork() {
             self.tender.notify_one();
         }
-        if state.router.doubts || !state.router.held.fresh.is_empty() {
+        if state.has_errand() {
             self.summon(&mut state);
         }
         if std::mem::take(&mut state.tender.sleeps) {
