@@ -99,7 +99,16 @@ def deployed(app: Application | None, spec: DeploymentSpec) -> Deployment:
         d.rolling = bool(d.among("RUNNING", "UPDATING"))
     d.spec, d.version, d.config, d.target = spec, version, config, target
     d.not_before, d.early_deaths = 0.0, 0
+    for r in d.replicas.values():
+        if r.version == version:
+            r.grace_s = spec.config.graceful_shutdown_timeout_s
     return d
+
+
+def born(d: Deployment, id: str, rank: int) -> Replica:
+    """A replica of the current target, in the deployment's books before there is an actor."""
+    r = d.replicas[id] = Replica(id, d.version, d.config, rank, d.spec.config.graceful_shutdown_timeout_s)
+    return r
 
 
 def delete(d: Deployment) -> None:

@@ -163,7 +163,7 @@ class Replicas:
                 logger.warning(f"Replica {r.id} of {d.key} stays, as every proxy refuses the routing table: {refusal}")
             told = refusal
             await asyncio.sleep(REFUSAL_LOOK_S)
-        grace = d.spec.config.graceful_shutdown_timeout_s
+        grace = r.grace_s
         deadline = time.monotonic() + grace
         try:
             if not await asyncio.wait_for(handle.drain.remote(grace), grace + 1):
