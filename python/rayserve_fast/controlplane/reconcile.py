@@ -123,7 +123,7 @@ def ready(d: Deployment, r: Replica, now: float) -> None:
         r.state, r.ready_at = "RUNNING", now
         if r.version == d.version:
             d.started = True
-            if not d.rolling:
+            if not d.failed:  # an update that was given up stays so
                 d.failures = 0
 
 
@@ -156,9 +156,6 @@ def died(d: Deployment, r: Replica, now: float) -> None:
     d.replicas.pop(r.id, None)
     if d.deleting or r.state == "STOPPING" or r.version != d.version:
         return
-    if d.rolling and d.status == "UPDATING":
-        _count_failure(d, "A replica of the new version died.", now)
-        return
     d.early_deaths = d.early_deaths + 1 if now - r.ready_at < EARLY_DEATH_S else 0
     if d.early_deaths >= 3:
         d.not_before = now + _backoff(d.early_deaths - 3)
@@ -171,7 +168,9 @@ def settle(d: Deployment) -> None:
         return
     if d.failed:
         during = "during a rolling update " if d.rolling else ""
-        after = " The update has stopped; replicas of the previous version keep serving." if d.rolling else ""
+        after = " The update has stopped." if d.rolling else ""
+        if after and any(r.version != d.version for r in d.among("RUNNING")):
+            after = " The update has stopped; replicas of the previous version keep serving."
         _apply(
             d,
             "start_failed",
