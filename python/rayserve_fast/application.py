@@ -64,12 +64,13 @@ def build_target(target: RunTarget, default_runtime_env: Mapping[str, Any] | Non
         RayServeException: the name is empty, or two deployments are FastAPI ingresses.
     """
     check_target(target)
-    spec = build(target.target, target.name, route_of(target), default_runtime_env)
+    builder = Builder(target.name, dict(default_runtime_env or {}))
+    spec = builder.build(target.target, route_of(target))
     inactive.warn_application(
         target.name, [name for name in inactive.APPLICATION_OPTIONS if getattr(target, name) not in (None, False)]
     )
     for deployment in spec.deployments:
-        inactive.warn_deployment(deployment.name, deployment.config)
+        inactive.warn_deployment(deployment.name, deployment.config, builder.code[deployment.name])
     return spec
 
 
@@ -111,6 +112,7 @@ class Builder:
 
     def __init__(self, app_name: str, runtime_env: dict[str, Any]) -> None:
         self.specs: list[DeploymentSpec] = []
+        self.code: dict[str, Callable[..., Any]] = {}  # the function or class of each
         self._app_name = app_name
         self._driver = driver_env(runtime_env)
         # Every deploy is a new version: whether code that travels by reference has changed cannot be seen from here.
@@ -169,6 +171,7 @@ class Builder:
             code_version=self._code_version,
         )
         self.specs.append(spec)
+        self.code[spec.name] = deployment.func_or_class
         return self.handle_to(spec.name)
 
     def _free_name(self, wanted: str) -> str:

@@ -1,13 +1,13 @@
-"""The options that are accepted and checked but have no effect yet, and the warnings that name them.
+"""The options and methods that are accepted but have no effect yet, or not all, and the warnings that name them.
 
-One table: whoever builds a feature strikes its options out here. Nothing is ignored in silence.
+One place: whoever builds a feature strikes them out here. Nothing is ignored in silence.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rayserve_fast.controlplane.spec import DeploymentConfig
@@ -28,6 +28,10 @@ DEPLOYMENT_OPTIONS = {
     "placement_group_bundles": "replicas get no placement group",
     "placement_group_strategy": "replicas get no placement group",
 }
+DEPLOYMENT_METHODS = {
+    "check_health": "is called once, when a replica starts; later only its death is noticed",
+    "record_autoscaling_stats": "is not called, as nothing scales",
+}
 APPLICATION_OPTIONS = {
     "logging_config": "replicas log as Ray's workers do",
     "external_scaler_enabled": "there is no scaling endpoint",
@@ -44,9 +48,12 @@ START_OPTIONS = {
 }
 
 
-def warn_deployment(name: str, config: DeploymentConfig) -> None:
-    """Name the options of a deployment that the user gave and that have no effect yet."""
+def warn_deployment(name: str, config: DeploymentConfig, code: Callable[..., Any]) -> None:
+    """Name the options of a deployment, and the methods of its class, that have no effect yet, or not all."""
     _warn(f"deployment '{name}'", config.configured, DEPLOYMENT_OPTIONS)
+    for method, what in DEPLOYMENT_METHODS.items():
+        if hasattr(code, method):
+            logger.warning("deployment '%s': in this version, method '%s' %s.", name, method, what)
 
 
 def warn_application(name: str, given: Iterable[str]) -> None:

@@ -277,55 +277,7 @@ def test_a_script_travels_by_value(tmp_path: Path) -> None:
     assert definition.func_or_class(*definition.init_args).settings.value == 3
 
 
-# Warnings and the rest of `serve.run`
-
-
-def test_options_without_an_effect_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    given: dict[str, Any] = {
-        "autoscaling_config": {"min_replicas": 2, "max_replicas": 3},
-        "health_check_period_s": 1,
-        "max_surge_percent": 10,
-        "max_ongoing_requests": 7,
-    }
-    target = RunTarget(
-        Leaf.options(**given).bind(), logging_config={"log_level": "DEBUG"}, external_scaler_enabled=True
-    )
-    with caplog.at_level(logging.WARNING, "ray.serve"):
-        spec = build_target(target)
-    assert spec.deployments[0].config.num_replicas == 2
-    named = [record.getMessage().split(" has no effect")[0] for record in caplog.records]
-    assert named == [
-        "application 'default': option 'external_scaler_enabled'",
-        "application 'default': option 'logging_config'",
-        "deployment 'Leaf': option 'autoscaling_config'",
-        "deployment 'Leaf': option 'health_check_period_s'",
-        "deployment 'Leaf': option 'max_surge_percent'",
-    ]
-
-
-def test_every_option_acts_or_is_named(caplog: pytest.LogCaptureFixture) -> None:
-    """None is silently ignored: the table of those without an effect and the list of those with one are complete."""
-    from rayserve_fast.inactive import DEPLOYMENT_OPTIONS
-    from rayserve_fast.options import DeploymentOptions
-
-    acting = {
-        "backpressure_config",
-        "batch_wait_timeout_s",
-        "graceful_shutdown_timeout_s",
-        "max_batch_size",
-        "max_concurrent_batches",
-        "max_constructor_retry_count",
-        "max_ongoing_requests",
-        "max_queued_requests",
-        "num_replicas",
-        "ray_actor_options",
-        "request_router_config",
-        "retry_idempotent",
-        "rolling_update_percentage",
-        "user_config",
-    }
-    assert acting | set(DEPLOYMENT_OPTIONS) == set(DeploymentOptions.model_fields)
-    assert not acting & set(DEPLOYMENT_OPTIONS)
+# The rest of `serve.run`
 
 
 def test_a_wrong_logging_config_of_an_application_is_refused() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from deployed import actor_pid, code, crash_proxy, replica_states, wait_for
+import ray
+from deployed import actor_pid, code, crash_proxy, get, pid_of, proxy_actor, replica_actors, replica_states, wait_for
 from load import Load
 
 from rayserve_fast import serve
@@ -25,6 +27,23 @@ def test_a_killed_replica_costs_no_get_request_and_is_replaced(serve_instance: s
     assert load.failures == {}
     assert len({body for _, body in load.answers}) == 3
     assert serve.status().applications["default"].status == "RUNNING"
+
+
+def test_a_replica_that_dies_before_it_is_linked_is_replaced_at_once(serve_instance: str) -> None:
+    proxy = pid_of(proxy_actor())
+    os.kill(proxy, signal.SIGSTOP)  # which makes no link
+    try:
+        with ThreadPoolExecutor() as pool:
+            running = pool.submit(serve.run, code("v1"))
+            wait_for(lambda: any(ray.get(r.address.remote()) for r in replica_actors()))
+            (dead,) = replica_actors()
+            os.kill(pid_of(dead), signal.SIGKILL)
+            wait_for(lambda: {r._actor_id for r in replica_actors()} - {dead._actor_id}, 3)
+            os.kill(proxy, signal.SIGCONT)
+            running.result()
+    finally:
+        os.kill(proxy, signal.SIGCONT)
+    assert get(serve_instance)[0] == 200
 
 
 def test_a_crashed_controller_finds_its_replicas_again(serve_instance: str) -> None:

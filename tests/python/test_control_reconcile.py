@@ -45,8 +45,7 @@ class World:
         for a in actions:
             if isinstance(a, Start):
                 self.born += 1
-                r = Replica(f"r{self.born}", self.d.version, self.d.config, a.rank)
-                self.d.replicas[r.id] = r
+                reconcile.born(self.d, f"r{self.born}", a.rank)
             elif isinstance(a, Stop):
                 self.d.replicas[a.replica_id].state = "STOPPING"
             else:
@@ -102,34 +101,6 @@ def test_a_dead_replica_is_replaced_at_once_and_its_rank_is_taken_over() -> None
     assert (w.d.status, w.d.trigger) == ("HEALTHY", "UNSPECIFIED")
 
 
-def test_a_replica_that_keeps_dying_young_is_backed_off() -> None:
-    w = World()
-    w.run()
-    for _ in range(2):
-        w.gone(*w.d.among("RUNNING"))
-        assert w.act() == [Start(0)]
-        w.run()
-    w.gone(*w.d.among("RUNNING"))
-    assert w.act() == []
-    w.now += 1.1
-    assert w.act() == [Start(0)]
-
-
-def test_the_same_failure_again_is_told_in_one_line() -> None:
-    w, told = World(), []
-    for error in ("boom", "boom", "bang"):
-        w.act()
-        told.append(reconcile.told(w.d, error))
-        w.fail_start(error)
-    assert told == [
-        "failed to start:\nboom",
-        "failed to start: attempt 2 of 3 failed in the same way.",
-        "failed to start:\nbang",
-    ]
-    w.deploy("v2")
-    assert reconcile.told(w.d, "bang") == "failed to start:\nbang"
-
-
 def test_one_replica_is_stopped_before_its_successor_starts_and_both_in_one_step() -> None:
     w = World()
     w.run()
@@ -176,6 +147,17 @@ def test_a_changed_user_config_with_the_same_code_restarts_nothing() -> None:
     assert w.born == 2
 
 
+def test_a_replica_leaves_in_the_time_that_its_own_version_was_given() -> None:
+    w = World(graceful_shutdown_timeout_s=1.0)
+    w.run()
+    w.deploy("v1", graceful_shutdown_timeout_s=5.0)
+    assert w.act() == []
+    assert w.d.replicas["r1"].grace_s == 5.0, "the same code takes the new time"
+    w.deploy("v2", graceful_shutdown_timeout_s=30.0)
+    assert Stop("r1") in w.act()
+    assert {r.id: r.grace_s for r in w.d.replicas.values()} == {"r1": 5.0, "r2": 30.0}
+
+
 def test_only_the_number_of_replicas_changed_scales_and_says_so() -> None:
     w = World(num_replicas=1)
     w.run()
@@ -189,51 +171,6 @@ def test_only_the_number_of_replicas_changed_scales_and_says_so() -> None:
     w.run()
     assert (w.d.status, w.d.trigger) == ("HEALTHY", "DOWNSCALE_COMPLETED")
     assert [r.rank for r in w.d.replicas.values()] == [0], "the oldest stays"
-
-
-def test_a_constructor_that_always_fails_is_tried_three_times_per_replica() -> None:
-    w = World(num_replicas=2)
-    tries = 0
-    while any(isinstance(a, Start) for a in w.act()) or w.d.among("STARTING"):
-        w.fail_start(f"boom {tries}")
-        tries += 1
-        assert tries < 50
-    assert tries == 6
-    assert (w.d.status, w.d.trigger) == ("DEPLOY_FAILED", "REPLICA_STARTUP_FAILED")
-    assert "boom 5" in w.d.message
-
-
-def test_the_retries_are_capped_by_the_option() -> None:
-    w = World(num_replicas=4, max_constructor_retry_count=2)
-    w.act()
-    w.fail_start()
-    w.fail_start()
-    assert {type(a) for a in w.act()} == {Stop}, "what still starts is stopped"
-    w.gone()
-    assert w.act() == []
-    assert w.d.status == "DEPLOY_FAILED"
-
-
-def test_a_failed_rollout_keeps_the_survivors_and_starts_nothing() -> None:
-    w = World(num_replicas=3)
-    w.run()
-    old = w.d.version
-    w.deploy("v2")
-    for _ in range(100):
-        w.act()
-        w.gone()
-        if not w.d.among("STARTING"):
-            break
-        w.fail_start("bad constructor")
-    assert w.d.status == "DEPLOY_FAILED"
-    assert "bad constructor" in w.d.message
-    assert w.versions() == [old, old]
-    w.gone(w.d.among("RUNNING")[0])
-    assert w.act() == [], "the old code is not started again"
-    w.deploy("v3")
-    w.run()
-    assert w.versions() == [w.d.version] * 3
-    assert w.d.status == "HEALTHY"
 
 
 def test_the_numbers_of_batches_change_in_place_but_to_begin_or_end_batching_takes_new_replicas() -> None:
@@ -250,19 +187,6 @@ def test_the_numbers_of_batches_change_in_place_but_to_begin_or_end_batching_tak
     assert w.d.version != version
     assert Stop("r1") in w.act()
     assert json.loads(snapshot.build((1, 2), {"app": w.app}, Traffic()))["deployments"]["app#D"]["batch"] is None
-
-
-def test_once_a_replica_has_run_starting_others_is_never_given_up() -> None:
-    w = World(num_replicas=2)
-    w.act()
-    w.ready(w.d.among("STARTING")[0])
-    for _ in range(30):
-        w.act()
-        if w.d.among("STARTING"):
-            w.fail_start()
-        w.now += 100
-    assert w.d.status == "UPDATING"
-    assert not w.d.failed
 
 
 def test_a_deploy_during_a_rollout_drops_the_replicas_that_never_served() -> None:
@@ -282,7 +206,7 @@ def test_callers_leave_before_the_deployments_that_they_call() -> None:
     app = Application(ApplicationSpec("app", "/", "C", ()), 0.0, deleting=True)
     for name in "ABC":  # A is called by B, B by C
         d = app.deployments[name] = reconcile.deployed(None, spec(name=name))
-        d.replicas["r"] = Replica("r", d.version, d.config, 0, "RUNNING")
+        reconcile.born(d, "r", 0).state = "RUNNING"
         reconcile.delete(d)
     assert [d.spec.name for d in reconcile.active(app)] == ["C"]
     app.deployments["C"].replicas["r"].idle = True
@@ -315,7 +239,7 @@ def test_a_renamed_ingress_takes_the_route_over_as_the_old_one_stops() -> None:
     w = World()
     w.run()
     old = w.app.deployments["Old"] = reconcile.deployed(None, spec(name="Old"))
-    old.replicas["r"] = Replica("r", old.version, old.config, 0, "RUNNING")
+    reconcile.born(old, "r", 0).state = "RUNNING"
     old.replicas["r"].address = ReplicaAddress("r", "n", "/s", None)
     w.app.former = "Old"
     assert routes()[0] == "app#D", "it is not dropped, and may be another thing now"

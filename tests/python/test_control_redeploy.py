@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import ray
-from deployed import code, get, proxy_counters, wait_for
+from deployed import code, get, proxy_counters, until_running, wait_for
 from load import Load
 
 from rayserve_fast import serve
@@ -90,6 +90,21 @@ def test_a_request_in_flight_finishes_on_the_old_code(serve_instance: str) -> No
     thread.join()
     assert answers == [(200, "old")]
     assert get(serve_instance)[1].startswith("new ")
+
+
+@pytest.mark.parametrize(("old_s", "new_s", "answer"), [(0.5, 20.0, 500), (20.0, 0.5, 200)])
+def test_an_old_replica_finishes_in_its_own_time(serve_instance: str, old_s: float, new_s: float, answer: int) -> None:
+    @serve.deployment(name="Code", graceful_shutdown_timeout_s=old_s, retry_idempotent=False)
+    async def slow(request: Any) -> str:
+        await asyncio.sleep(3)
+        return "old"
+
+    serve.run(slow.bind())
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(get, serve_instance)
+        until_running(1)
+        serve.run(code("new", graceful_shutdown_timeout_s=new_s))
+        assert asked.result()[0] == answer
 
 
 def test_a_replica_that_fits_only_once_is_replaced_without_a_failed_request(serve_instance: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -16,6 +17,7 @@ from starlette.responses import StreamingResponse
 from worker_replica import serving
 
 from rayserve_fast import ingress
+from rayserve_fast.controlplane.spec import DeploymentConfig
 
 LOG: list[str] = []
 
@@ -139,3 +141,25 @@ def test_a_disconnect_ends_a_stream(shop: Any) -> None:
     shop.runtime.drain()
     assert shop.runtime.wait_idle(5)
     assert LOG == ["up", "stream ended"]
+
+
+def test_as_many_sync_routes_run_at_once_as_requests_may() -> None:
+    """More than the 40 threads that anyio takes by itself, and as many as a later limit says."""
+    api = FastAPI()
+
+    class Meeting:
+        def __init__(self) -> None:
+            self.barriers = {number: threading.Barrier(number) for number in (45, 50)}
+
+        @api.get("/{number}")
+        def meet(self, number: int) -> int:
+            self.barriers[number].wait(5)
+            return number
+
+    with serving(ingress(api)(Meeting), is_asgi=True, max_ongoing_requests=45) as replica:
+        link = replica.link()
+        for number in (45, 50):
+            replica.runtime.reconfigure(DeploymentConfig(max_ongoing_requests=number))
+            for stream in range(number):
+                link.request(100 * number + stream, path=f"/{number}")
+            assert [link.frame().aux for _ in range(number)] == [200] * number

@@ -30,7 +30,7 @@ from rayserve_fast.controlplane.replicas import Replicas
 from rayserve_fast.controlplane.rollout_orders import RolloutOrders
 from rayserve_fast.controlplane.seen import Seen
 from rayserve_fast.controlplane.spec import ApplicationSpec
-from rayserve_fast.controlplane.state import Application, Deployment, Replica
+from rayserve_fast.controlplane.state import Application, Deployment
 from rayserve_fast.controlplane.status import (
     ApplicationStatus,
     ApplicationStatusOverview,
@@ -298,9 +298,7 @@ class Controller(RolloutOrders):
         started = []
         for action in actions:
             if isinstance(action, reconcile.Start):
-                r = Replica(_new_id(), d.version, d.config, action.rank)
-                d.replicas[r.id] = r
-                started.append(r)
+                started.append(reconcile.born(d, _new_id(), action.rank))
         if actions:
             store.save_replicas(self._apps)
         for action in actions:
@@ -331,6 +329,7 @@ class Controller(RolloutOrders):
                 reconcile.delete(gone)
         self._apps[spec.name] = app
         store.save_application(app)
+        store.save_replicas(self._apps)  # whose settings it may have changed
 
 
 def _overview(app: Application) -> ApplicationStatusOverview:

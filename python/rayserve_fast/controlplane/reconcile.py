@@ -99,7 +99,16 @@ def deployed(app: Application | None, spec: DeploymentSpec) -> Deployment:
         d.rolling = bool(d.among("RUNNING", "UPDATING"))
     d.spec, d.version, d.config, d.target = spec, version, config, target
     d.not_before, d.early_deaths = 0.0, 0
+    for r in d.replicas.values():
+        if r.version == version:
+            r.grace_s = spec.config.graceful_shutdown_timeout_s
     return d
+
+
+def born(d: Deployment, id: str, rank: int) -> Replica:
+    """A replica of the current target, in the deployment's books before there is an actor."""
+    r = d.replicas[id] = Replica(id, d.version, d.config, rank, d.spec.config.graceful_shutdown_timeout_s)
+    return r
 
 
 def delete(d: Deployment) -> None:
@@ -114,7 +123,7 @@ def ready(d: Deployment, r: Replica, now: float) -> None:
         r.state, r.ready_at = "RUNNING", now
         if r.version == d.version:
             d.started = True
-            if not d.rolling:
+            if not d.failed:  # an update that was given up stays so
                 d.failures = 0
 
 
@@ -147,9 +156,6 @@ def died(d: Deployment, r: Replica, now: float) -> None:
     d.replicas.pop(r.id, None)
     if d.deleting or r.state == "STOPPING" or r.version != d.version:
         return
-    if d.rolling and d.status == "UPDATING":
-        _count_failure(d, "A replica of the new version died.", now)
-        return
     d.early_deaths = d.early_deaths + 1 if now - r.ready_at < EARLY_DEATH_S else 0
     if d.early_deaths >= 3:
         d.not_before = now + _backoff(d.early_deaths - 3)
@@ -162,7 +168,9 @@ def settle(d: Deployment) -> None:
         return
     if d.failed:
         during = "during a rolling update " if d.rolling else ""
-        after = " The update has stopped; replicas of the previous version keep serving." if d.rolling else ""
+        after = " The update has stopped." if d.rolling else ""
+        if after and any(r.version != d.version for r in d.among("RUNNING")):
+            after = " The update has stopped; replicas of the previous version keep serving."
         _apply(
             d,
             "start_failed",

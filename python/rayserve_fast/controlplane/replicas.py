@@ -136,21 +136,27 @@ class Replicas:
             await self._lost(d, r, str(e) or repr(e))
 
     async def _serve(self, app: Application, d: Deployment, r: Replica) -> None:
-        """Publish the address, wait for the links, be ready, watch until the process dies."""
+        """Publish the address, wait for the links, be ready; raises when the process dies, however far that came."""
         self._controller.publish()
-        if amiss := await self._fleet.linked(r.id):
-            app.notices.append(amiss)
-        app.mark("linked")
-        reconcile.ready(d, r, time.time())
-        self._controller.changed()
-        handle, asking = self._handles[r.id], None
-        if r.address is not None and r.address.has_routing_stats:
-            asking = self._follow(self._routing_stats.follow(d, r, lambda: _resolve(handle.routing_stats.remote())))
+        handle = self._handles[r.id]
+        ended = asyncio.ensure_future(_ended(handle, r.place))
+        linked = asyncio.ensure_future(self._fleet.linked(r.id))
+        following: list[asyncio.Future[Any]] = [ended, linked]
         try:
-            await _ended(handle, r.place)
+            await asyncio.wait(following, return_when=asyncio.FIRST_COMPLETED)
+            if not ended.done():
+                if amiss := linked.result():
+                    app.notices.append(amiss)
+                app.mark("linked")
+                reconcile.ready(d, r, time.time())
+                self._controller.changed()
+                if r.address is not None and r.address.has_routing_stats:
+                    stats = self._routing_stats.follow(d, r, lambda: _resolve(handle.routing_stats.remote()))
+                    following.append(self._follow(stats))
+            await ended
         finally:
-            if asking is not None:
-                asking.cancel()
+            for each in following:
+                each.cancel()
 
     async def _retire(self, d: Deployment, r: Replica) -> None:
         """Drain, leave the snapshot, stop, die: in this order, so that no request is sent to a closed door.
@@ -163,7 +169,7 @@ class Replicas:
                 logger.warning(f"Replica {r.id} of {d.key} stays, as every proxy refuses the routing table: {refusal}")
             told = refusal
             await asyncio.sleep(REFUSAL_LOOK_S)
-        grace = d.spec.config.graceful_shutdown_timeout_s
+        grace = r.grace_s
         deadline = time.monotonic() + grace
         try:
             if not await asyncio.wait_for(handle.drain.remote(grace), grace + 1):

@@ -32,6 +32,7 @@ class Replica:
     version: str  # of the code and placement that it runs; differs from the deployment's: outdated
     config: str  # of the settings that it was last given; differs from the deployment's: to be reconfigured
     rank: int
+    grace_s: float  # how long it may take to leave; a target of another version does not change it
     state: ReplicaState = "STARTING"
     place: Place | None = None  # known as soon as there is a process
     address: ReplicaAddress | None = None  # known as soon as the user's constructor has returned

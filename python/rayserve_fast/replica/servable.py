@@ -48,6 +48,7 @@ class Servable:
         """Make the object, start its ASGI application, give it its first configuration; raises what they raise."""
         from rayserve_fast.ingress import asgi_app_of
 
+        self._loop.run(_limit_threads, self._config.max_ongoing_requests)
         self.is_function = inspect.isfunction(definition.func_or_class)
         self.target = definition.func_or_class if self.is_function else self._loop.run(_construct, definition)
         self.context.servable_object = self.target
@@ -59,8 +60,10 @@ class Servable:
         self._reconfigure()
 
     def reconfigure(self, config: DeploymentConfig) -> None:
-        """Tell the object its `user_config` if that has changed."""
+        """Apply the limit of threads, and tell the object its `user_config` if that has changed."""
         old, self._config = self._config, config
+        if config.max_ongoing_requests != old.max_ongoing_requests:
+            self._loop.run(_limit_threads, config.max_ongoing_requests)
         if config.user_config is not None and config.user_config != old.user_config:
             self._reconfigure()
 
@@ -115,6 +118,13 @@ class Servable:
             return reconfigure(config, rank=self.context.rank) if takes_rank else reconfigure(config)
 
         self._loop.run(call, in_thread=True)
+
+
+def _limit_threads(limit: int) -> None:
+    """On the loop's thread: as many sync routes of FastAPI or Starlette run at once as requests do; anyio's is 40."""
+    from anyio.to_thread import current_default_thread_limiter
+
+    current_default_thread_limiter().total_tokens = limit
 
 
 async def _construct(definition: Definition) -> Any:
