@@ -4,8 +4,9 @@ A caller comes into being with the first call. Its tender is a Python thread tha
 that nobody waits for, and takes over snapshots. The controller is always asked for the next one, and answers when there
 is one; no call waits for that unless it cannot be sent without, and the tender never does, as others' calls need it. At
 exit every waiter is woken and the tender joined, because a thread that comes back to a finalizing interpreter is killed
-in the middle of native code. A forked child starts afresh; one whose parent was connected to Ray cannot, as it has
-neither a connection of its own nor a use for its parent's, over which every question would wait for ever.
+in the middle of native code. `ray.shutdown` ends a caller, and none comes into being without Ray, which is not for a
+call to start. A forked child starts afresh; one whose parent was connected to Ray cannot, as it has neither a connection
+of its own nor a use for its parent's, over which every question would wait for ever.
 """
 
 from __future__ import annotations
@@ -225,6 +226,15 @@ def exists() -> bool:
     return _current is not None
 
 
+def can_connect() -> bool:
+    """Whether there is a caller or what it takes to make one. Asking a Ray that is not there would start one."""
+    return _current is not None or _has_ray()
+
+
+def _has_ray() -> bool:
+    return _identity is not None or ray.is_initialized()  # a replica has one
+
+
 def current() -> Caller:
     """This process's caller; the first call makes it, and in a driver asks Ray for the cluster's secret."""
     return _current or _connect()
@@ -266,7 +276,12 @@ def _connect() -> Caller:
                 "make the calls in a Ray task or actor, or use HTTP."
             )
         node_id, token = _identity or (ray.get_runtime_context().get_node_id(), client.cluster_token())
-        return _set(Caller(node_id, token, _Controller(token)))
+        made = Caller(node_id, token, _Controller(token))
+        # Ray tells nobody of its shutdown, but gives up this object then. A Ray without it leaves callers to `reset`.
+        of_this_ray = getattr(ray._private.worker.global_worker, "function_actor_manager", None)
+        if of_this_ray is not None:
+            weakref.finalize(of_this_ray, _leave, weakref.ref(made)).atexit = False
+        return _set(made)
 
 
 class _Controller:
@@ -276,6 +291,9 @@ class _Controller:
         self._token = token
 
     def next(self, newer_than: tuple[int, int] | None) -> Future[bytes]:
+        # Ray may be left while the tender is on its way to a question, which would connect the process again.
+        if not _has_ray():
+            raise NotRunningError("This process is not connected to Ray any more.")
         return client.next_snapshot(newer_than, self._token)
 
 
@@ -283,6 +301,12 @@ def _set(caller: Caller) -> Caller:
     global _current
     _current = caller
     return caller
+
+
+def _leave(made: weakref.ref[Caller]) -> None:
+    """The process has left the cluster of this caller, and would hear of no replica any more."""
+    if (old := made()) is not None:
+        replace(old)
 
 
 def replace(old: Caller) -> None:

@@ -15,7 +15,7 @@ from rayserve_fast import answers, caller
 from rayserve_fast.classic.handles import RayServeDeploymentHandle, RayServeHandle, RayServeSyncHandle
 from rayserve_fast.context import _serve_request_context
 from rayserve_fast.controlplane.spec import DeploymentID
-from rayserve_fast.exceptions import RayServeException
+from rayserve_fast.exceptions import DeploymentUnavailableError, RayServeException
 from rayserve_fast.response import DeploymentResponse, DeploymentResponseGenerator
 from rayserve_fast.selection import DeploymentBroadcastResponse, ReplicaSelection
 from rayserve_fast.text import check_text
@@ -164,6 +164,7 @@ class DeploymentHandle:
             The answer to come, or with `options(stream=True)` the items. Dropping it does not cancel the call.
 
         Raises:
+            DeploymentUnavailableError: this process is not connected to Ray.
             RayServeException: Serve is not running, or an argument is of a kind that does not travel.
         """
         owner = self._owner
@@ -284,10 +285,16 @@ class DeploymentHandle:
     def _find_caller(self) -> AnyCaller:
         """What calls are made with: this process's caller, or its applications in local testing mode."""
         if not self._local:
+            self._check_ray()
             return caller.current()
         from rayserve_fast.local import applications
 
         return applications
+
+    def _check_ray(self) -> None:
+        if not caller.can_connect():
+            why = f"{self.deployment_id} cannot be called: this process is not connected to Ray."
+            raise DeploymentUnavailableError._because(self.deployment_id, why)
 
     def _init(
         self, *, _prefer_local_routing: bool = _UNSET, _source: Any = None, _run_router_in_separate_loop: bool = True

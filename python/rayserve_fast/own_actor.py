@@ -11,6 +11,8 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from rayserve_fast.exceptions import RayServeException
+
 #: Of an actor: calls that may be open at once.
 OPEN = 100_000
 
@@ -29,7 +31,11 @@ class OwnActor:
         self._lock = threading.Lock()
 
     def actor(self) -> Any:
-        """The handle of the actor, which may still be starting."""
+        """The handle of the actor, which may still be starting.
+
+        Raises:
+            RayServeException: this process is not connected to Ray.
+        """
         here = _here()
         with self._lock:
             if self._actor is None or self._actor[0] != here:
@@ -53,5 +59,7 @@ class OwnActor:
 
 def _here() -> tuple[str, str]:
     """This node and this process in the Ray of now: a cluster's first driver has the same id in each of them."""
+    if not ray.is_initialized():  # the question would start one
+        raise RayServeException("This process is not connected to Ray.")
     context = ray.get_runtime_context()
     return context.get_node_id(), context.get_worker_id()

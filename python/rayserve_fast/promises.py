@@ -3,6 +3,10 @@
 Answers do not come by way of Ray, so a reference needs somebody in Ray's world who owns the value to come: an actor of
 this process, made when the first reference is asked for and gone with the process. A thread waits for the answer and
 hands it to the actor, whose method call is the reference. What Ray Serve gets for nothing costs a task here.
+
+Invariant: each promise is kept or broken. Whatever keeps a value from the actor breaks its promise, and the reason
+travels as bytes, which always arrive. Ray starts no task that has an error of Ray's own or a failed reference among its
+arguments; nothing that is told is an argument by itself.
 """
 
 from __future__ import annotations
@@ -14,9 +18,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-import ray
-from ray.exceptions import RayTaskError
-
+from rayserve_fast import values
+from rayserve_fast.exceptions import RayServeException, RequestCancelledError
 from rayserve_fast.own_actor import OwnActor
 
 #: How long to look away from a call that no replica has yet, seconds.
@@ -32,16 +35,16 @@ class _Promises:
     def _queue(self, key: int) -> asyncio.Queue[tuple[str, Any]]:
         return self._kept.setdefault(key, asyncio.Queue())
 
-    async def keep(self, key: int, word: str, what: Any) -> None:
-        """A value or an item, an error, or the end of a stream."""
-        self._queue(key).put_nowait((word, what))
+    async def keep(self, key: int, kept: tuple[str, Any]) -> None:
+        """A value or an item, an error's bytes, or the end of a stream."""
+        self._queue(key).put_nowait(kept)
 
     async def value(self, key: int) -> Any:
         """The value, once it is kept."""
         word, what = await self._queue(key).get()
         del self._kept[key]
         if word == "error":
-            raise what
+            raise _broken(what)
         return what
 
     async def items(self, key: int) -> AsyncIterator[Any]:
@@ -53,8 +56,16 @@ class _Promises:
                 continue
             del self._kept[key]
             if word == "error":
-                raise what
+                raise _broken(what)
             return
+
+
+def _broken(encoded: bytes) -> BaseException:
+    """What to raise in the actor, so that Ray makes a RayTaskError of it again."""
+    error = values.load_error(encoded)
+    if isinstance(error.cause, (Exception, asyncio.CancelledError)):
+        return error.cause
+    return RayServeException(str(error))  # its cause would end the actor, such as SystemExit
 
 
 _own = OwnActor(_Promises)
@@ -66,7 +77,7 @@ def of_value(result: Callable[[], Any]) -> Any:
     """A reference to what `result` returns or raises; it may take its time."""
     actor, key = _own.actor(), next(_keys)
     ref = actor.value.remote(key)
-    _fulfil(actor, key, lambda: actor.keep.remote(key, "value", result()))
+    _fulfil(actor, key, lambda: _keep(actor, key, "value", result()))
     return ref
 
 
@@ -77,7 +88,7 @@ def of_awaitable(answer: Awaitable[Any]) -> Any:
 
     async def pass_on() -> None:
         try:
-            actor.keep.remote(key, "value", await answer)
+            await actor.keep.remote(key, ("value", await answer))
         except BaseException as error:
             _fail(actor, key, error)
 
@@ -94,8 +105,8 @@ def of_items(items: Callable[[], Any]) -> Any:
 
     def pass_on() -> None:
         for item in items():
-            ray.get(actor.keep.remote(key, "value", item))  # calls of such an actor may overtake each other
-        actor.keep.remote(key, "end", None)
+            _keep(actor, key, "value", item)
+        _keep(actor, key, "end", None)
 
     _fulfil(actor, key, pass_on)
     return refs
@@ -105,15 +116,19 @@ def _fulfil(actor: Any, key: int, pass_on: Callable[[], Any]) -> None:
     def run() -> None:
         try:
             pass_on()
-        except Exception as error:
+        except BaseException as error:
             _fail(actor, key, error)
 
     threading.Thread(target=run, name="rayserve-fast-promise", daemon=True).start()
 
 
+def _keep(actor: Any, key: int, word: str, what: Any) -> None:
+    """Return when the actor has it, as calls of such an actor may overtake each other; raise why it cannot have it."""
+    actor.keep.remote(key, (word, what)).future().result()
+
+
 def _fail(actor: Any, key: int, error: BaseException) -> None:
-    # Ray makes a RayTaskError of it again.
-    actor.keep.remote(key, "error", error.cause if isinstance(error, RayTaskError) else error)
+    actor.keep.remote(key, ("error", values.dump_error(error, "response")))
 
 
 class _Referable:
@@ -121,7 +136,9 @@ class _Referable:
 
     _handle: Any
     _call: Any
+    _cancelled: bool
     _ref: Any = None
+    request_id: Any
 
     def _open(self) -> bool:
         """Whether no replica has the call yet."""
@@ -132,6 +149,8 @@ class _Referable:
 
     def _refer(self, make: Callable[[Any], Any], what: Any) -> Any:
         if self._ref is None:
+            if self._cancelled:
+                raise RequestCancelledError(self.request_id)
             self._ref = make(what)
         return self._ref
 

@@ -229,6 +229,12 @@ class DeploymentResponseGenerator(_Response, answers.Stream, promises.ReferableI
         super().__init__(*args)
         self._items: deque[Any] = deque()
 
+    def cancel(self) -> None:
+        """Cancel the call, as that of a single answer; items that have come and were not taken are dropped."""
+        super().cancel()
+        if self._cancelled:
+            self._items.clear()
+
     def __iter__(self) -> Iterator[Any]:
         return self
 
@@ -261,6 +267,8 @@ class DeploymentResponseGenerator(_Response, answers.Stream, promises.ReferableI
         outcome = call.outcome()  # asked first: what comes between the two questions must not be lost
         if items := call.items():
             self._items.extend(items)
+            if self._cancelled:
+                self._items.clear()
         elif outcome is not None:
             self._call = None
             if outcome[0] != "end":

@@ -58,6 +58,14 @@ class Stream:
     async def plain(self) -> int:
         return 1
 
+    async def ahead(self, n: int) -> AsyncIterator[int]:
+        for self.made in range(n):
+            yield self.made
+        await asyncio.sleep(60)
+
+    async def how_far(self) -> int:
+        return self.made
+
     async def state(self) -> tuple[int, list[str]]:
         return self.made, self.ended
 
@@ -133,3 +141,22 @@ def test_cancelling_a_stream_reaches_its_generator(run: Run) -> None:
     with pytest.raises(RequestCancelledError):
         list(items)
     wait_for(lambda: handle.state.remote().result(timeout_s=20)[1] == ["CancelledError"], 10)
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_a_cancelled_stream_gives_no_more_items(run: Run, taken: int) -> None:
+    handle = run(Stream.bind(), route_prefix=None)
+
+    def ahead() -> Any:
+        items = handle.options(stream=True).ahead.remote(10)
+        wait_for(lambda: handle.how_far.remote().result(timeout_s=20) == 9)
+        for i in range(taken):
+            assert next(items) == i
+        items.cancel()
+        return items
+
+    with pytest.raises(RequestCancelledError):
+        next(items := ahead())
+    assert list(items) == []
+    with pytest.raises(RequestCancelledError):
+        asyncio.run(anext(ahead()))

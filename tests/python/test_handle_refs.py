@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
 from deployed import failing, plus_one, wait_for
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, RayError, RayTaskError, TaskCancelledError
 
-from rayserve_fast import serve
+from rayserve_fast import promises, serve
+from rayserve_fast.exceptions import RayServeException, RequestCancelledError
 from rayserve_fast.replica.lingering import Lingering
 
 
@@ -38,6 +43,17 @@ class Echo:
 
     def count(self, n: int) -> Any:
         yield from range(n)
+
+    async def count_for_ever(self) -> Any:
+        for i in range(1_000_000):
+            yield i
+            await asyncio.sleep(0.01)
+
+    def leave(self) -> None:
+        raise SystemExit(3)
+
+    def pid(self) -> int:
+        return os.getpid()
 
 
 class Middle:
@@ -122,6 +138,144 @@ def test_the_reference_of_a_failing_call_fails(echo: Any) -> None:
     with pytest.raises(KeyError) as caught:
         ray.get(ref, timeout=60)
     assert isinstance(caught.value, RayTaskError)
+
+
+def test_the_reference_of_a_cancelled_call_fails_and_so_does_the_task_that_waits_for_it(echo: Any) -> None:
+    response = echo.slow.remote(60, 0)
+    ref = response._to_object_ref_sync()
+    task = plus_one.remote(ref)
+    response.cancel()
+    with pytest.raises(RequestCancelledError):
+        _kept(ref)
+    with pytest.raises(TaskCancelledError):
+        _kept(task)
+    assert response._to_object_ref_sync() is ref
+
+
+def test_a_cancelled_call_becomes_no_reference(echo: Any) -> None:
+    response, stream = echo.slow.remote(60, 0), echo.count_for_ever.options(stream=True).remote()
+    response.cancel()
+    stream.cancel()
+    for make in (response._to_object_ref_sync, stream._to_object_ref_gen_sync):
+        with pytest.raises(RequestCancelledError):
+            make()
+    for made in (response._to_object_ref, stream._to_object_ref_gen):
+        with pytest.raises(RequestCancelledError):
+            asyncio.run(made())
+
+
+def test_the_references_of_a_cancelled_stream_end_with_an_error(echo: Any) -> None:
+    stream = echo.count_for_ever.options(stream=True).remote()
+    refs = stream._to_object_ref_gen_sync()
+    assert ray.get(next(refs), timeout=60) == 0
+    stream.cancel()
+    with pytest.raises(RequestCancelledError):
+        _read(refs)
+
+
+def test_the_reference_of_a_call_whose_replica_dies_fails(serve_url: str) -> None:
+    handle = serve.run(serve.deployment(Echo).bind(), name="dies", route_prefix=None)
+    pid = handle.pid.remote().result(timeout_s=30)
+    ref = handle.slow.remote(60, 0)._to_object_ref_sync()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(ActorDiedError):
+        _kept(ref)
+    serve.delete("dies")
+
+
+def _kept(ref: Any) -> Any:
+    """The value; a promise that is never kept is no error of it."""
+    assert ray.wait([ref], timeout=30)[0], "never kept"
+    return ray.get(ref)
+
+
+def _read(refs: Any) -> None:
+    for ref in refs:
+        _kept(ref)
+
+
+class _Unloadable:
+    """What can be pickled, and unpickled by nobody."""
+
+    def __reduce__(self) -> Any:
+        return _refuse, ()
+
+
+def _refuse() -> None:
+    raise KeyError("not here")
+
+
+class _OddError(Exception):
+    """Pickles, and cannot be made again of its `args`."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(one)
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (ActorDiedError(), ActorDiedError),
+        (RequestCancelledError("id"), RequestCancelledError),
+        (RayTaskError("f", "text", KeyError("k")).as_instanceof_cause(), KeyError),
+        (TimeoutError("late"), TimeoutError),
+        (ValueError(threading.Lock()), RayError),
+        (_OddError(1, 2), RayError),
+        (SystemExit(3), RayServeException),
+        (StopIteration(), RuntimeError),
+    ],
+    ids=lambda each: type(each).__name__ if isinstance(each, BaseException) else each.__name__,
+)
+def test_whatever_is_raised_breaks_its_promise_and_no_other(
+    ray_session: None, error: BaseException, raised: type[BaseException]
+) -> None:
+    def fail(*items: int) -> Iterator[int]:
+        yield from items
+        raise error
+
+    go_on = threading.Event()
+    bystander = promises.of_value(go_on.wait)
+    with pytest.raises(raised):
+        _kept(promises.of_value(lambda: next(fail())))
+    with pytest.raises(raised):
+        _read(promises.of_items(lambda: fail(1)))
+
+    async def of_awaitable() -> Any:
+        async def answer() -> None:
+            raise error
+
+        return await asyncio.to_thread(_kept, promises.of_awaitable(answer()))
+
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):  # which no coroutine raises
+        with pytest.raises(raised):
+            asyncio.run(of_awaitable())
+    go_on.set()
+    assert _kept(bystander)
+
+
+@pytest.mark.parametrize("value", [threading.Lock(), _Unloadable()], ids=["unpicklable", "unloadable"])
+def test_a_value_that_cannot_travel_breaks_its_promise(ray_session: None, value: Any) -> None:
+    async def of_awaitable() -> Any:
+        return await asyncio.to_thread(_kept, promises.of_awaitable(asyncio.sleep(0, value)))
+
+    with pytest.raises((TypeError, RayError)):
+        _kept(promises.of_value(lambda: value))
+    with pytest.raises((TypeError, RayError)):
+        _kept(next(promises.of_items(lambda: [value])))
+    with pytest.raises((TypeError, RayError)):
+        asyncio.run(of_awaitable())
+
+
+def test_a_reference_as_a_value_stays_one(ray_session: None) -> None:
+    failed = failing.remote()
+    ref = _kept(promises.of_value(lambda: failed))
+    with pytest.raises(ValueError, match="in the task"):
+        _kept(ref)
+
+
+def test_a_method_that_exits_fails_its_reference(echo: Any) -> None:
+    with pytest.raises(RayServeException, match="SystemExit"):
+        _kept(echo.leave.remote()._to_object_ref_sync())
 
 
 def test_items_become_references(echo: Any) -> None:

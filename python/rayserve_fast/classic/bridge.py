@@ -51,11 +51,13 @@ def call(handle: DeploymentHandle, args: tuple[Any, ...], kwargs: dict[str, Any]
         The `ray.ObjectRef` of the answer, at once.
 
     Raises:
+        DeploymentUnavailableError: this process is not connected to Ray.
         TypeError, RayServeException: an argument cannot be sent.
         RuntimeError: in local testing mode, where there is no Ray.
     """
     if handle._local:
         raise RuntimeError("There are no ObjectRefs in local testing mode: use a DeploymentHandle there.")
+    handle._check_ray()
     callee, texts = _described(handle)
     args, kwargs = tuple(map(_reference, args)), {name: _reference(value) for name, value in kwargs.items()}
     if any(isinstance(value, ObjectRef) for value in (*args, *kwargs.values())):
