@@ -5,8 +5,8 @@ that nobody waits for, and takes over snapshots. The controller is always asked 
 is one; no call waits for that unless it cannot be sent without, and the tender never does, as others' calls need it. At
 exit every waiter is woken and the tender joined, because a thread that comes back to a finalizing interpreter is killed
 in the middle of native code. `ray.shutdown` ends a caller, and none comes into being without Ray, which is not for a
-call to start. A forked child starts afresh; one whose parent was connected to Ray cannot, as it has neither a connection
-of its own nor a use for its parent's, over which every question would wait for ever.
+call to start. A forked child starts afresh; one whose parent was connected to Ray cannot, as it has neither a
+connection of its own nor a use for its parent's, over which every question would wait for ever.
 """
 
 from __future__ import annotations

@@ -94,53 +94,6 @@ def test_once_a_replica_has_run_starting_others_is_never_given_up() -> None:
     assert not w.d.failed
 
 
-def test_replicas_that_served_and_died_are_no_failed_starts_of_an_update() -> None:
-    w = World(num_replicas=3)
-    w.run()
-    w.deploy("v2")
-    for _ in range(20):
-        w.act()
-        w.gone()
-        w.ready()
-        w.gone(w.d.among("RUNNING")[-1])
-        w.now += 100
-    assert (w.d.status, w.d.failures) == ("UPDATING", 0)
-    w.run()
-    assert w.versions() == [w.d.version] * 3
-    assert w.d.status == "HEALTHY"
-
-
-def test_a_start_that_succeeds_ends_the_row_of_failed_ones_in_an_update_too() -> None:
-    w = World(num_replicas=3)
-    w.run()
-    w.deploy("v2")
-    for _ in range(3):
-        for _ in range(8):
-            w.act()
-            w.gone()
-            w.fail_start()
-        w.act()
-        w.ready()
-    w.run()
-    assert w.d.status == "HEALTHY"
-
-
-def test_an_update_that_was_given_up_stays_so_when_replicas_are_found_again() -> None:
-    w = World(num_replicas=3)
-    w.run()
-    w.deploy("v2")
-    w.act()
-    w.ready()
-    (new,) = (r for r in w.d.among("RUNNING") if r.version == w.d.version)
-    while not w.d.failed:
-        w.act()
-        w.gone()
-        w.fail_start()
-    new.state = "RECOVERING"
-    w.ready(new)
-    assert w.d.failed
-
-
 def test_the_previous_version_is_said_to_serve_on_only_while_it_does() -> None:
     w = World(num_replicas=2)
     w.run()

@@ -123,7 +123,7 @@ def ready(d: Deployment, r: Replica, now: float) -> None:
         r.state, r.ready_at = "RUNNING", now
         if r.version == d.version:
             d.started = True
-            if not d.failed:  # an update that was given up stays so
+            if not d.rolling:
                 d.failures = 0
 
 
@@ -155,6 +155,9 @@ def died(d: Deployment, r: Replica, now: float) -> None:
     """A replica's process has ended, wanted or not."""
     d.replicas.pop(r.id, None)
     if d.deleting or r.state == "STOPPING" or r.version != d.version:
+        return
+    if d.rolling and d.status == "UPDATING":
+        _count_failure(d, "A replica of the new version died.", now)
         return
     d.early_deaths = d.early_deaths + 1 if now - r.ready_at < EARLY_DEATH_S else 0
     if d.early_deaths >= 3:
