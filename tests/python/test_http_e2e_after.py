@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -129,6 +130,26 @@ def test_the_length_that_was_declared_ends_the_answer_and_not_the_handler(server
         time.sleep(0.05)  # nothing tells that the server has seen the client leave
         gate.set()
         assert told.get(timeout=10) == "http.disconnect"
+
+
+async def answers_within_the_body(scope: Any, receive: Any, send: Any) -> None:
+    assert scope["type"] == "http"
+    await receive()
+    early = asyncio.ensure_future(receive())
+    await asyncio.sleep(0)
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"2")]})
+    await send({"type": "http.response.body", "body": b"hi"})
+    told.put([(await early)["type"], (await receive())["type"]])
+
+
+@pytest.mark.parametrize("server", ["ours", "theirs"])
+def test_what_the_answer_has_left_of_the_body_never_comes(server: str) -> None:
+    with (
+        ours(ingress(answers_within_the_body)()) if server == "ours" else theirs(answers_within_the_body) as address,
+        socket.create_connection(address, timeout=10) as connection,
+    ):
+        connection.sendall(b"POST / HTTP/1.1\r\nhost: h\r\ncontent-length: 200000\r\n\r\n" + b"x" * 100)
+        assert told.get(timeout=10) == ["http.disconnect"] * 2
 
 
 def test_an_endless_answer_beyond_its_length_ends() -> None:
