@@ -192,3 +192,48 @@ fn a_deadline_after_the_head_cuts_the_answer() {
     assert!(client.is_closed(), "without the last chunk");
     replicas[0].expect(Kind::Cancel);
 }
+
+#[test]
+fn a_handler_goes_on_when_its_client_has_all_that_it_declared() {
+    let (served, replica) = Served::one();
+    let mut client = served.client();
+    for (length, first, rest) in [("2", "", "hi"), ("2", "hi", ""), ("2", "h", "i"), ("0", "", "")] {
+        client.get("/");
+        let got = replica.request();
+        replica.head(&got, 200, &[("content-length", length)], 0, first.as_bytes());
+        if !rest.is_empty() {
+            replica.chunk(&got, rest.as_bytes(), 0);
+        }
+        assert_eq!(client.response().text(), format!("{first}{rest}"));
+        served.settles("requests_open", 0);
+        replica.is_quiet();
+        replica.chunk(&got, b"", flag::FIN);
+        served.settles("streams", 0);
+    }
+    client.get("/");
+    let got = replica.request();
+    replica.head(&got, 200, &[("content-length", "2")], 0, b"hi");
+    assert_eq!(client.response().text(), "hi");
+    client.hang_up();
+    served.settles("connections", 0);
+    replica.is_quiet();
+    replica.chunk(&got, b"", flag::FIN);
+    served.settles("streams", 0);
+    assert_eq!(served.counter("cancelled"), 0);
+}
+
+#[test]
+fn a_handler_that_sends_more_than_it_declared_is_cancelled() {
+    let (served, replica) = Served::one();
+    let mut client = served.client();
+    client.get("/");
+    let got = replica.request();
+    replica.head(&got, 200, &[("content-length", "2")], 0, b"hi");
+    assert_eq!(client.response().text(), "hi");
+    served.settles("requests_open", 0);
+    replica.chunk(&got, b"more", 0);
+    replica.expect(Kind::Cancel);
+    replica.expect(Kind::Window);
+    replica.chunk_end(&got);
+    served.settles("streams", 0);
+}

@@ -12,6 +12,8 @@ use pyo3::types::PyDict;
 
 use crate::worker::run::Running;
 
+pyo3::import_exception!(asyncio, CancelledError);
+
 /// Whom to call, and in which context.
 pub(crate) type Callback = (Py<PyAny>, Option<Py<PyAny>>);
 
@@ -21,6 +23,8 @@ pub(crate) struct Awaited {
     /// Set while a task takes the object over, by the protocol.
     pub(crate) blocking: bool,
     waiters: Waiters,
+    /// What `cancel` was told; whoever cancels a task knows its own cancellation by it, as anyio's scopes do.
+    message: Option<Py<PyAny>>,
 }
 
 /// Who waits.
@@ -55,6 +59,18 @@ impl Awaited {
         }
         self.waiters.handler = Some(handler);
         None
+    }
+
+    pub(crate) fn cancel(&mut self, message: Option<Py<PyAny>>) {
+        self.message = message;
+    }
+
+    /// What whoever waits for a cancelled one gets.
+    pub(crate) fn cancelled(&self, py: Python<'_>) -> PyErr {
+        match &self.message {
+            Some(message) => CancelledError::new_err((message.clone_ref(py),)),
+            None => CancelledError::new_err(()),
+        }
     }
 
     pub(crate) fn take(&mut self) -> Waiters {

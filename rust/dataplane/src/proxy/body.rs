@@ -19,6 +19,7 @@ use hyper::body::{Body as _, Incoming};
 use tokio::time::{Sleep, timeout};
 
 use super::{
+    departure::Unread,
     listen::Open,
     sender::Sender,
     shadow::Late,
@@ -48,7 +49,15 @@ pub(super) struct Body {
 
 enum Content {
     Whole(Bytes),
-    Streamed { first: Bytes, stream: StreamRef, deadline: Option<Pin<Box<Sleep>>>, broken: Option<Error> },
+    Streamed {
+        first: Bytes,
+        stream: StreamRef,
+        /// What hyper still takes, if the answer has declared its length: it drops the body then, whether or not the
+        /// replica has said its last.
+        left: Option<u64>,
+        deadline: Option<Pin<Box<Sleep>>>,
+        broken: Option<Error>,
+    },
 }
 
 impl Body {
@@ -56,9 +65,26 @@ impl Body {
         Self { content: Content::Whole(bytes), _open: open }
     }
 
-    pub(super) fn streamed(first: Bytes, stream: StreamRef, deadline: Option<Pin<Box<Sleep>>>, open: Open) -> Self {
-        Self { content: Content::Streamed { first, stream, deadline, broken: None }, _open: open }
+    /// `length`: what the answer declares.
+    pub(super) fn streamed(
+        first: Bytes,
+        mut stream: StreamRef,
+        length: Option<u64>,
+        deadline: Option<Pin<Box<Sleep>>>,
+        open: Open,
+    ) -> Self {
+        let left = give(&mut stream, length, 0);
+        Self { content: Content::Streamed { first, stream, left, deadline, broken: None }, _open: open }
     }
+}
+
+/// So much of what is left goes to hyper now. After the last of it the request is answered.
+fn give(stream: &mut StreamRef, left: Option<u64>, len: usize) -> Option<u64> {
+    let left = left?.saturating_sub(len as u64);
+    if left == 0 {
+        stream.unread = Unread::Answered;
+    }
+    Some(left)
 }
 
 impl http_body::Body for Body {
@@ -69,17 +95,22 @@ impl http_body::Body for Body {
         match &mut self.content {
             Content::Whole(bytes) if bytes.is_empty() => Poll::Ready(None),
             Content::Whole(bytes) => Poll::Ready(Some(Ok(Frame::data(std::mem::take(bytes))))),
-            Content::Streamed { first, stream, .. } if !first.is_empty() => {
+            Content::Streamed { first, stream, left, .. } if !first.is_empty() => {
                 stream.consumed(first.len());
+                *left = give(stream, *left, first.len());
                 Poll::Ready(Some(Ok(Frame::data(std::mem::take(first)))))
             }
-            Content::Streamed { stream, deadline, broken, .. } => {
+            Content::Streamed { stream, left, deadline, broken, .. } => {
                 if let Some(error) = broken.take() {
                     return Poll::Ready(Some(Err(error)));
                 }
                 let error = match (stream.poll_chunk(cx), deadline) {
                     (Poll::Ready(Some(Err(error))), _) => error,
-                    (Poll::Ready(chunk), _) => return Poll::Ready(chunk.map(|chunk| chunk.map(Frame::data))),
+                    (Poll::Ready(None), _) => return Poll::Ready(None),
+                    (Poll::Ready(Some(Ok(chunk))), _) => {
+                        *left = give(stream, *left, chunk.len());
+                        return Poll::Ready(Some(Ok(Frame::data(chunk))));
+                    }
                     (Poll::Pending, None) => return Poll::Pending,
                     (Poll::Pending, Some(deadline)) => {
                         ready!(deadline.as_mut().poll(cx));

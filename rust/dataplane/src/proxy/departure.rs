@@ -1,4 +1,4 @@
-//! A client that leaves a request which goes on without it, and how the replica is told.
+//! A client that leaves a request, or has its answer, while that goes on without it; and how the replica is told.
 //!
 //! Such a request has a task of its own. Until its answer begins nothing of it is dropped when the client leaves, so what
 //! hyper drops then tells the stream that the request is on, or the next one that it comes to.
@@ -18,6 +18,21 @@ pub(super) enum Unread {
     Told,
     /// It goes on: the answer has a body that its client is not to get.
     Ignored,
+    /// It goes on: the client has every byte that the answer declared, and what the handler does now is after it.
+    Answered,
+}
+
+/// Who cares about a stream's answer.
+#[derive(PartialEq)]
+pub(super) enum Fate {
+    /// Somebody waits for the answer.
+    Wanted,
+    /// The answer is read to its end and thrown away.
+    Unwanted,
+    /// The client has all that was declared; one byte more and the handler, which may have no end, is cancelled.
+    Answered,
+    /// CANCEL was sent.
+    Cancelled,
 }
 
 /// Where a request is whose client may leave, and whether it has.

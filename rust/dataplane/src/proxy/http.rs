@@ -126,7 +126,8 @@ async fn handle(
                     Some(_) => Unread::Told,
                     None => Unread::Cancelled,
                 };
-                streamed(stream, body, deadline, unread, open)
+                let length = declared.filter(|_| !bodiless).and_then(|length| length.to_str().ok()?.parse().ok());
+                streamed(stream, body, length, deadline, unread, open)
             };
             response.map(|()| body)
         }
@@ -156,9 +157,16 @@ async fn see_out(stream: Sender, until: Instant) {
     }
 }
 
-fn streamed(mut stream: StreamRef, first: Bytes, deadline: Deadline, unread: Unread, open: Open) -> Body {
+fn streamed(
+    mut stream: StreamRef,
+    first: Bytes,
+    length: Option<u64>,
+    deadline: Deadline,
+    unread: Unread,
+    open: Open,
+) -> Body {
     stream.unread = unread;
-    Body::streamed(first, stream, deadline.map(|(instant, _)| Box::pin(sleep_until(instant))), open)
+    Body::streamed(first, stream, length, deadline.map(|(instant, _)| Box::pin(sleep_until(instant))), open)
 }
 
 async fn dispatch(

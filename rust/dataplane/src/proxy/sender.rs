@@ -9,11 +9,7 @@ use std::{
 
 use bytes::Bytes;
 
-use super::{
-    link::Link,
-    shard::Shard,
-    stream::{Fate, wake},
-};
+use super::{departure::Fate, link::Link, shard::Shard, stream::wake};
 use crate::wire::{Header, Kind, flag};
 
 /// The sending half, for the request's body.

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use super::{
     batches::Packed,
     choose::Chosen,
-    departure::Unread,
+    departure::{Fate, Unread},
     link::{Link, is_final},
     sender::Sender,
     shard::Shard,
@@ -50,16 +50,6 @@ pub(super) struct Head {
     pub(super) view: ResponseHeadView,
     /// The body is complete in it.
     pub(super) whole: bool,
-}
-
-#[derive(PartialEq)]
-pub(super) enum Fate {
-    /// Somebody waits for the answer.
-    Wanted,
-    /// The answer is read to its end and thrown away.
-    Unwanted,
-    /// CANCEL was sent.
-    Cancelled,
 }
 
 /// What an entry keeps for others than the request; one field for what few have, so that most pay for neither.
@@ -130,8 +120,15 @@ impl Stream {
     ) -> Result<(), WireError> {
         let id = header.stream;
         // A frame of a stream that has ended can only be a late WINDOW.
-        let Some(taken) = link.with(id, |stream| stream.take(shard, header, payload)) else { return Ok(()) };
+        let taken = link.with(id, |stream| {
+            let excess = stream.fate == Fate::Answered && header.kind == Kind::Chunk && !payload.is_empty();
+            (stream.take(shard, header, payload), excess)
+        });
+        let Some((taken, excess)) = taken else { return Ok(()) };
         let (forget, window) = taken?;
+        if excess {
+            Sender::new(Rc::clone(shard), Rc::clone(link), id).cancel();
+        }
         if window > 0 {
             link.signal(Header::new(Kind::Window, id).aux(window));
         }
@@ -381,9 +378,11 @@ impl Drop for StreamRef {
             }
         } else {
             let told = if self.unread == Unread::Told { flag::LEFT } else { 0 };
+            let answered = self.unread == Unread::Answered;
             let window = self.link.with(self.id, |stream| {
-                stream.fate = Fate::Unwanted;
-                (stream.end.is_some(), stream.discard())
+                stream.fate = if answered { Fate::Answered } else { Fate::Unwanted };
+                let window = stream.discard();
+                (stream.end.is_some(), if answered { 0 } else { window })
             });
             match window {
                 Some((true, _)) | None => self.link.remove(&self.shard, self.id),

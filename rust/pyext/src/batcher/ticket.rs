@@ -5,7 +5,7 @@
 //! item after the other, until the end of the stream; or the error, which comes last.
 
 use std::collections::VecDeque;
-use std::sync::Mutex;
+use std::sync::{Mutex, MutexGuard};
 use std::time::Instant;
 
 use pyo3::exceptions::{PyRuntimeError, PyStopAsyncIteration};
@@ -17,8 +17,6 @@ use super::Batcher;
 use crate::awaited::{self, Awaited, call_soon, without};
 use crate::lock::lock;
 use crate::worker::run::Running;
-
-pyo3::import_exception!(asyncio, CancelledError);
 
 #[pyclass(frozen, freelist = 256, module = "rayserve_fast._core")]
 pub(crate) struct Ticket {
@@ -156,12 +154,7 @@ impl Ticket {
         first.or_else(|| kwargs.as_ref()?.bind(py).values().get_item(0).ok())
     }
 
-    fn leave(&self, cancelled: bool) -> bool {
-        let mut inner = lock(&self.inner);
-        if inner.stage == Stage::Left || (cancelled && inner.is_ready()) {
-            return false;
-        }
-        inner.cancelled = cancelled;
+    fn leave(&self, mut inner: MutexGuard<'_, Inner>) {
         let queued = inner.stage == Stage::Queued;
         inner.stage = Stage::Left;
         let left = (queued.then(|| inner.given.take()), std::mem::take(&mut inner.values));
@@ -170,7 +163,6 @@ impl Ticket {
             self.batcher.get().left();
         }
         drop(left); // may run code of the user's
-        true
     }
 }
 
@@ -213,7 +205,10 @@ impl Ticket {
 
     /// The caller takes nothing any more.
     fn abandon(&self) {
-        self.leave(false);
+        let inner = lock(&self.inner);
+        if inner.stage != Stage::Left {
+            self.leave(inner);
+        }
     }
 
     fn __await__(slf: Bound<'_, Self>) -> Bound<'_, Self> {
@@ -227,7 +222,7 @@ impl Ticket {
     fn __next__(slf: Bound<'_, Self>) -> PyResult<Option<Bound<'_, Self>>> {
         let mut inner = lock(&slf.get().inner);
         if inner.cancelled {
-            return Err(CancelledError::new_err(()));
+            return Err(inner.awaited.cancelled(slf.py()));
         }
         if inner.is_ready() {
             return Ok(None);
@@ -272,11 +267,14 @@ impl Ticket {
     /// The caller is cancelled: queued, it leaves the queue; in a batch that runs, its result is dropped.
     #[pyo3(signature = (msg=None))]
     fn cancel(slf: &Bound<'_, Self>, msg: Option<Py<PyAny>>) -> PyResult<bool> {
-        drop(msg);
         let this = slf.get();
-        if !this.leave(true) {
+        let mut inner = lock(&this.inner);
+        if inner.stage == Stage::Left || inner.is_ready() {
             return Ok(false);
         }
+        inner.cancelled = true;
+        inner.awaited.cancel(msg);
+        this.leave(inner);
         this.wake(slf, &this.get_loop(slf.py()), true)?;
         Ok(true)
     }
@@ -290,10 +288,10 @@ impl Ticket {
     }
 
     /// What a task asks before it goes on; what there is to take, `take` gives.
-    fn result(&self) -> PyResult<()> {
+    fn result(&self, py: Python<'_>) -> PyResult<()> {
         let inner = lock(&self.inner);
         if inner.cancelled {
-            return Err(CancelledError::new_err(()));
+            return Err(inner.awaited.cancelled(py));
         }
         if inner.is_ready() { Ok(()) } else { Err(PyRuntimeError::new_err("Result is not ready.")) }
     }

@@ -16,8 +16,6 @@ use crate::awaited::{Awaited, call_soon, is_in_task, step, without};
 use crate::lock::lock;
 use crate::worker::run::Running;
 
-pyo3::import_exception!(asyncio, CancelledError);
-
 /// Of a token, its place in the slab; the rest is its serial number.
 const INDEX_BITS: u32 = 24;
 
@@ -173,7 +171,7 @@ impl Waiting {
         let mut inner = lock(&slf.get().inner);
         match inner.state {
             State::Done => Ok(None),
-            State::Cancelled => Err(CancelledError::new_err(())),
+            State::Cancelled => Err(inner.awaited.cancelled(slf.py())),
             State::Pending => {
                 inner.awaited.block()?;
                 drop(inner);
@@ -217,10 +215,13 @@ impl Waiting {
 
     #[pyo3(signature = (msg=None))]
     fn cancel(slf: &Bound<'_, Self>, msg: Option<Py<PyAny>>) -> PyResult<bool> {
-        drop(msg);
         let this = slf.get();
-        if lock(&this.inner).state != State::Pending {
-            return Ok(false);
+        {
+            let mut inner = lock(&this.inner);
+            if inner.state != State::Pending {
+                return Ok(false);
+            }
+            inner.awaited.cancel(msg);
         }
         let (caller, call, token) = &this.call;
         caller.forget(call, *token);
@@ -238,15 +239,16 @@ impl Waiting {
         lock(&self.inner).state != State::Pending
     }
 
-    fn result(&self) -> PyResult<()> {
-        match lock(&self.inner).state {
+    fn result(&self, py: Python<'_>) -> PyResult<()> {
+        let inner = lock(&self.inner);
+        match inner.state {
             State::Done => Ok(()),
-            State::Cancelled => Err(CancelledError::new_err(())),
+            State::Cancelled => Err(inner.awaited.cancelled(py)),
             State::Pending => Err(PyRuntimeError::new_err("the call has not ended")),
         }
     }
 
-    fn exception(&self) -> PyResult<()> {
-        self.result()
+    fn exception(&self, py: Python<'_>) -> PyResult<()> {
+        self.result(py)
     }
 }

@@ -91,9 +91,10 @@ fn wake_gatherers(py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
         return Ok(());
     }
     let mut state = stream.state();
-    let cancelled = state.cancelled;
+    let fin = state.inbox.fin;
+    let over = state.cancelled || (state.answer == Answer::Complete && !fin);
     let inbox = &mut state.inbox;
-    if !cancelled && !inbox.fin {
+    if !over && !fin {
         inbox.gatherers = waiting;
         let credit = inbox.credit();
         drop(state);
@@ -103,7 +104,7 @@ fn wake_gatherers(py: Python<'_>, stream: &Arc<Stream>) -> PyResult<()> {
     (inbox.begun, inbox.taken) = (true, inbox.fin);
     let gather = inbox.gather.take();
     drop(state);
-    let body = if cancelled { Ok(None) } else { gather.map(|gather| gather.finish(py)).transpose() };
+    let body = if over { Ok(None) } else { gather.map(|gather| gather.finish(py)).transpose() };
     for gatherer in waiting {
         let future = gatherer.bind(py);
         match &body {
@@ -126,8 +127,11 @@ pub(super) fn whole_body<'py>(py: Python<'py>, stream: &Arc<Stream>) -> Option<B
 /// What `receive` gives now, or None if it has to wait.
 fn message<'py>(py: Python<'py>, stream: &Arc<Stream>) -> PyResult<Option<Bound<'py, PyDict>>> {
     let mut state = stream.state();
-    // A request that goes on without its client has its body first: the rest of it comes, or CANCEL.
-    let over = state.cancelled || (state.inbox.taken && (state.left || state.answer == Answer::Complete));
+    // A request that goes on without its client has its body first: the rest of it comes, or CANCEL. What has not come
+    // before the answer was complete never does.
+    let (answered, inbox) = (state.answer == Answer::Complete, &state.inbox);
+    let missing = inbox.chunks.is_empty() && !inbox.fin;
+    let over = state.cancelled || (inbox.taken && (state.left || answered)) || (missing && answered);
     if let Some(gather) = state.inbox.gather.take_if(|_| !over) {
         // Who wanted the whole has given up.
         let begun = PyBackedBytes::from(gather.finish(py)?);
