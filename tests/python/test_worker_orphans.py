@@ -1,8 +1,9 @@
-"""Calls whose link ends: what the user's code has begun goes on to its end, as its caller may not have waited for it."""
+"""Calls whose link ends: what the user's code has begun goes on to its end, as its caller may not wait for it."""
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
@@ -63,6 +64,9 @@ class Works:
         for tag in tags:
             await self.until_released(tag)
         return [None] * len(tags)
+
+    async def quick(self, tag: str) -> None:
+        ends.append(f"done {tag}")
 
 
 def running(replica: Replica) -> int:
@@ -197,3 +201,17 @@ def test_stopping_a_replica_cancels_its_calls() -> None:
         assert gate.entered.wait(10)
         replica.runtime.stop()
         assert ends == ["cancelled a"]
+
+
+def test_all_that_a_caller_has_sent_before_it_left_is_begun() -> None:
+    """Its answers find nobody, which must not keep the replica from reading on."""
+    calls, held = range(1, 301), threading.Event()
+    with serving(Works, max_ongoing_requests=2) as replica:
+        link = replica.link()
+        replica.runtime._loop.call(lambda: held.wait(10) and None)  # it sees the calls and the end together
+        payloads = ((n, wire.call_payload("quick", (f"{n}",), {})) for n in calls)
+        link.sock.sendall(b"".join(wire.frame(wire.CALL, n, payload=payload) for n, payload in payloads))
+        link.close()
+        held.set()
+        wait_for(lambda: replica.runtime.counters()["links"] == 0, 5)
+        assert ends == [f"done {n}" for n in calls]

@@ -256,7 +256,7 @@ impl Replica {
         }
         self.with_limit(|limit| limit.forget(link.token.0));
         self.give_slots();
-        // A failed write finds this out between two ticks, and nobody else would start who may start now.
+        // Not always within a tick, and nobody else would start who may start now.
         self.wake();
         self.tell_if_idle(py)
     }
