@@ -171,6 +171,9 @@ class Client:
     def batches(self) -> str:
         """As of `Proxy`, for the calls of this process."""
 
+    def unsent(self) -> tuple[int, int]:
+        """How many calls have not left this process: those that have a replica, and those that wait for one."""
+
     def close(self) -> None: ...
     def abandon(self) -> None: ...
     def counters(self) -> dict[str, int]: ...

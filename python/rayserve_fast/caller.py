@@ -3,10 +3,11 @@
 A caller comes into being with the first call. Its tender is a Python thread that sleeps in Rust: it looks after calls
 that nobody waits for, and takes over snapshots. The controller is always asked for the next one, and answers when there
 is one; no call waits for that unless it cannot be sent without, and the tender never does, as others' calls need it. At
-exit every waiter is woken and the tender joined, because a thread that comes back to a finalizing interpreter is killed
-in the middle of native code. `ray.shutdown` ends a caller, and none comes into being without Ray, which is not for a
-call to start. A forked child starts afresh; one whose parent was connected to Ray cannot, as it has neither a
-connection of its own nor a use for its parent's, over which every question would wait for ever.
+exit what has a replica is sent, every waiter is woken and the tender joined, because a thread that comes back to a
+finalizing interpreter is killed in the middle of native code. `ray.shutdown` ends a caller, and none comes into being
+without Ray, which is not for a call to start. A forked child starts afresh; one whose parent was connected to Ray
+cannot, as it has neither a connection of its own nor a use for its parent's, over which every question would wait for
+ever.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import asyncio
 import atexit
 import os
 import threading
+import time
 import weakref
 from dataclasses import dataclass
 from functools import partial
@@ -40,6 +42,8 @@ FRESH = 2
 CHOOSE = 3
 #: How long the interpreter's exit waits for the tender, seconds; it comes at once unless a Ray call holds it.
 EXIT_TIMEOUT_S = 2.0
+#: How often a process that is about to end looks whether its calls have left, seconds.
+SEND_OFF_LOOK_S = 0.005
 
 
 class Source(Protocol):
@@ -149,6 +153,22 @@ class Caller:
         if watch is None:
             watch = self._loops[loop] = LoopWatch(self.client, loop)
         return watch
+
+    def send_off(self, timeout_s: float, queued: bool) -> bool:
+        """Whether all calls that were begun have left this process within that time.
+
+        Args:
+            timeout_s: how long to wait for that.
+            queued: also for those that wait for a replica.
+        """
+        deadline = time.monotonic() + timeout_s
+        while True:
+            bound, waiting = self.client.unsent()
+            if not bound and not (queued and waiting):
+                return True
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(SEND_OFF_LOOK_S)
 
     def close(self) -> None:
         """End every call and every wait. Calls made later are refused."""
@@ -317,6 +337,11 @@ def replace(old: Caller) -> None:
     old.close()
 
 
+def send_off(timeout_s: float) -> bool:
+    """Whether this process's calls have left it within that time, those that wait for a replica included."""
+    return _current is None or _current.send_off(timeout_s, queued=True)
+
+
 def reset() -> None:
     """Close this process's caller, if there is one: Serve is being shut down."""
     if (caller := _current) is not None:
@@ -326,6 +351,8 @@ def reset() -> None:
 def _at_exit() -> None:
     global _exiting
     _exiting = True
+    if _current is not None:
+        _current.send_off(EXIT_TIMEOUT_S, queued=False)
     reset()
 
 

@@ -173,7 +173,9 @@ class Replicas:
         deadline = time.monotonic() + grace
         try:
             if not await asyncio.wait_for(handle.drain.remote(grace), grace + 1):
-                logger.warning(f"Replica {r.id} of {d.key} still had requests after {grace} s; they are cut off.")
+                logger.warning(
+                    f"Replica {r.id} of {d.key} still had requests or unsent calls after {grace} s; they are cut off."
+                )
             r.idle = True
             await within(PUBLISH_WAIT_S, self._controller.publish())
             left = max(deadline - time.monotonic(), 0.1)

@@ -79,7 +79,7 @@ class ReplicaActor:
         return counters
 
     async def drain(self, timeout_s: float) -> bool:
-        """Take no new requests and wait for the old ones; False if some are left after `timeout_s`."""
+        """Take no new requests; whether within `timeout_s` the old ones have ended and their calls have left."""
         self._runtime.drain()
         idle: bool = await asyncio.to_thread(self._runtime.wait_idle, timeout_s)
         return idle

@@ -10,6 +10,7 @@ import inspect
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -126,8 +127,14 @@ class ReplicaRuntime:
             self._worker.drain()
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Whether everything that was begun has ended within `timeout_s` of a drain."""
-        return self._worker is None or self._idle.wait(min(timeout_s, threading.TIMEOUT_MAX))
+        """Whether within `timeout_s` of a drain everything that was begun has ended, and its calls have left.
+
+        A call that nobody has waited for would end here with its process, if no replica had it yet.
+        """
+        deadline = time.monotonic() + timeout_s
+        if self._worker is not None and not self._idle.wait(min(timeout_s, threading.TIMEOUT_MAX)):
+            return False
+        return caller.send_off(deadline - time.monotonic())
 
     def stop(self) -> None:
         """Let the user's object clean up, close every socket, end the threads; once, whoever else calls waits."""

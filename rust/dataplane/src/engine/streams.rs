@@ -69,6 +69,11 @@ impl<T> Streams<T> {
         self.len() == 0
     }
 
+    /// All open streams.
+    pub fn values(&self) -> impl Iterator<Item = &T> {
+        self.slots.iter().filter_map(|(_, slot)| slot.as_ref())
+    }
+
     /// Ids of all open streams.
     pub fn ids(&self) -> Vec<u32> {
         let open = self.slots.iter().enumerate().filter(|(_, (_, slot))| slot.is_some());

@@ -23,7 +23,7 @@ use super::{
     listen::Open,
     sender::Sender,
     shadow::Late,
-    stream::{Outcome, StreamRef},
+    stream::StreamRef,
 };
 use crate::{
     error::Error,
@@ -260,24 +260,6 @@ impl Inbound {
             }
         }
         copy.end();
-    }
-
-    /// What comes of the stream, to which the body goes meanwhile.
-    ///
-    /// # Errors
-    /// The client's: its body is too large, broken, or it has gone.
-    pub(super) async fn outcome(&mut self, stream: &StreamRef) -> Result<Outcome, Error> {
-        let Self::Streamed(upload) = self else { return Ok(poll_fn(|cx| stream.poll_outcome(cx)).await) };
-        let sender = stream.sender();
-        poll_fn(|cx| {
-            if !upload.is_done()
-                && let Poll::Ready(Err(error)) = upload.poll(cx, &sender)
-            {
-                return Poll::Ready(Err(error));
-            }
-            stream.poll_outcome(cx).map(Ok)
-        })
-        .await
     }
 }
 

@@ -4,7 +4,7 @@
 //! leads by now. Begun and dead is tried once more if the method is idempotent, the deployment allows it, nothing was
 //! answered and the body is still whole. Where a route has several targets, `split.rs` chooses and chooses again.
 
-use std::{future::poll_fn, rc::Rc, time::Instant as Clock};
+use std::{future::poll_fn, rc::Rc, task::Poll, time::Instant as Clock};
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderName, HeaderValue, Version, request::Parts};
@@ -126,6 +126,26 @@ async fn carry(call: &mut Call<'_>, mut came: Came, mut body: Inbound) -> Result
         drop(stream);
         call.shard.metrics.retried.up();
         came = call.again(place, &body).await?;
+    }
+}
+
+impl Inbound {
+    /// What comes of the stream, to which the body goes meanwhile.
+    ///
+    /// # Errors
+    /// The client's: its body is too large, broken, or it has gone.
+    pub(super) async fn outcome(&mut self, stream: &StreamRef) -> Result<Outcome, Error> {
+        let Self::Streamed(upload) = self else { return Ok(poll_fn(|cx| stream.poll_outcome(cx)).await) };
+        let sender = stream.sender();
+        poll_fn(|cx| {
+            if !upload.is_done()
+                && let Poll::Ready(Err(error)) = upload.poll(cx, &sender)
+            {
+                return Poll::Ready(Err(error));
+            }
+            stream.poll_outcome(cx).map(Ok)
+        })
+        .await
     }
 }
 

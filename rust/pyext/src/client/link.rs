@@ -324,6 +324,13 @@ impl Link {
         Ok(Some(Input::Ready(limit)))
     }
 
+    /// Calls without an outcome: those of which the kernel has the whole frame, and the others.
+    pub(super) fn sent(&self) -> (usize, usize) {
+        let open = || self.streams.values().filter(|sent| sent.call.outcome().is_none());
+        let sent = open().filter(|sent| sent.end <= self.flushed).count();
+        (sent, open().count() - sent)
+    }
+
     /// Closes the socket and returns the calls in the order in which they were sent, each with whether it counts as
     /// begun: the kernel has its whole frame.
     pub(super) fn close(mut self, registry: &Registry) -> Vec<(Sent, bool)> {

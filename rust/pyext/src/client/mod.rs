@@ -126,6 +126,10 @@ impl Client {
         self.caller.batches()
     }
 
+    fn unsent(&self, py: Python<'_>) -> (usize, usize) {
+        py.detach(|| self.caller.unsent())
+    }
+
     fn close(&self, py: Python<'_>) {
         py.detach(|| self.caller.close());
     }

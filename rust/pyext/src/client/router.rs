@@ -338,6 +338,13 @@ impl Router {
         }
     }
 
+    /// Calls that the kernel has not taken: those on a link, and those without one.
+    pub(super) fn unsent(&self) -> (usize, usize) {
+        let each = self.links.iter().map(|(_, link)| link.sent());
+        let (sent, unsent) = each.fold((0, 0), |sum, link| (sum.0 + link.0, sum.1 + link.1));
+        (unsent, self.outstanding - sent - unsent)
+    }
+
     /// Ends every call and closes every link.
     pub(super) fn close_all(&mut self) {
         for index in self.links.iter().map(|(index, _)| index).collect::<Vec<_>>() {

@@ -194,6 +194,12 @@ impl Caller {
         self.tender.notify_one();
     }
 
+    /// Calls that have not left this process, after what is corked: those that have a replica, and those that wait for one.
+    pub(super) fn unsent(&self) -> (usize, usize) {
+        self.flush();
+        self.lock().router.unsent()
+    }
+
     /// Another thread knows of a snapshot.
     pub(super) fn announce(&self) {
         let mut state = self.lock();

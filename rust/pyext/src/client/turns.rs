@@ -310,9 +310,10 @@ impl Caller {
         }
     }
 
-    /// Ends every call and every wait; later calls are refused.
+    /// Sends what is corked, then ends every call and every wait; later calls are refused. No call is cancelled.
     pub(super) fn close(&self) {
         let mut state = self.lock();
+        state.router.settle();
         state.closed = true;
         state.router.close_all();
         state.tender.sleeps = false;

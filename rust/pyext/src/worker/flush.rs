@@ -80,8 +80,8 @@ impl Replica {
         let mut woken = Woken::new();
         let flushed = link.flush(&self.registry, &mut woken);
         self.resolve(py, woken)?;
-        // Another thread leaves it to the poller, which hears of a dead socket too.
-        if flushed.is_err() && self.on_loop() { self.lost(py, link) } else { self.tell_if_idle(py) }
+        // A dead socket is left to the poller, which hears of it too: what its peer has sent is still to be read.
+        if flushed.is_err() { Ok(()) } else { self.tell_if_idle(py) }
     }
 
     /// Has the loop flush, from another thread.

@@ -27,7 +27,8 @@ pub(super) fn handle(
     let Frame { header, payload } = frame;
     match header.kind {
         Kind::Request | Kind::Call => {
-            let stream = Arc::new(Stream::new(link.clone(), header.stream));
+            let unary = header.kind == Kind::Call && !header.has(flag::STREAM);
+            let stream = Arc::new(Stream::new(link.clone(), header.stream, unary));
             if header.aux > 0 {
                 let left = Duration::from_millis(header.aux.into());
                 stream.state().children.deadline = Instant::now().checked_add(left);

@@ -258,7 +258,7 @@ impl Worker {
         self.replica.flush(py)?;
         let links: Vec<_> = lock(&self.replica.links).values().cloned().collect();
         for link in links {
-            self.replica.lost(py, &link)?;
+            self.replica.end_link(py, &link, |_| true)?;
         }
         self.close_descriptors();
         let callbacks = lock(&self.replica.callbacks).take();

@@ -216,7 +216,7 @@ impl Poller {
                 self.backlog.push_back(link.clone());
                 Err(error)
             }
-            (Err(Broken::Peer), _) | (_, Err(_)) => replica.lost(py, link),
+            (Err(Broken::Peer), _) | (Ok(true), Err(_)) => replica.lost(py, link),
             (Ok(true), Ok(false)) if !ended => Ok(()),
             // Not everything is decoded, or the socket holds more than was read; of the end the kernel tells only once.
             _ => {

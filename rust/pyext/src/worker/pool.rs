@@ -26,9 +26,11 @@ pub(crate) struct Pool {
     bell: Condvar,
 }
 
+type Jobs = VecDeque<(Instant, Job)>;
+
 #[derive(Default)]
 struct Queue {
-    jobs: VecDeque<(Instant, Job)>,
+    jobs: Jobs,
     /// The queue was empty when the oldest job came, and nobody was woken for it yet.
     fresh: bool,
     woken: Option<Instant>,
@@ -58,12 +60,16 @@ impl Pool {
     /// The job of this stream, if no thread has begun it.
     pub(crate) fn remove(&self, stream: &Arc<Stream>) -> Option<Running> {
         let jobs = &mut lock(&self.queue).jobs;
-        let is_it = |job: &Job| matches!(job, Job::One(running) if Arc::ptr_eq(running.stream(), stream));
-        let at = jobs.iter().position(|(_, job)| is_it(job))?;
+        let at = place(jobs, stream)?;
         match jobs.remove(at) {
             Some((_, Job::One(running))) => Some(running),
             _ => None,
         }
+    }
+
+    /// Whether that job is there.
+    pub(super) fn holds(&self, stream: &Arc<Stream>) -> bool {
+        place(&lock(&self.queue).jobs, stream).is_some()
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -127,4 +133,8 @@ impl Pool {
         *lock(&self.wakes) += waiting;
         self.bell.notify_all();
     }
+}
+
+fn place(jobs: &Jobs, stream: &Arc<Stream>) -> Option<usize> {
+    jobs.iter().position(|(_, job)| matches!(job, Job::One(running) if Arc::ptr_eq(running.stream(), stream)))
 }

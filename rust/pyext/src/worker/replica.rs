@@ -232,15 +232,31 @@ impl Replica {
         Ok(())
     }
 
-    /// The link is dead, and with it every stream on it.
+    /// The link is dead, and with it every stream on it but those that go on: of these nobody takes the answer.
     pub(crate) fn lost(&self, py: Python<'_>, link: &Arc<Link>) -> PyResult<()> {
+        self.end_link(py, link, |stream| !self.goes_on(stream))
+    }
+
+    /// Whether a stream goes on without its link: a call, as it may be of one who has not waited for its answer, that the
+    /// user's code has begun. Calls with lists are not stopped anyway (`group.rs`).
+    fn goes_on(&self, stream: &Arc<Stream>) -> bool {
+        stream.unary && !self.batched && stream.state().began.is_some() && !self.pool.holds(stream)
+    }
+
+    /// Closes a link, and cancels these of its streams.
+    pub(super) fn end_link(
+        &self,
+        py: Python<'_>,
+        link: &Arc<Link>,
+        ends: impl Fn(&Arc<Stream>) -> bool,
+    ) -> PyResult<()> {
         lock(&self.links).remove(&link.token);
-        for stream in link.close() {
-            self.cancel(py, &stream)?;
+        for stream in link.close().iter().filter(|stream| ends(stream)) {
+            self.cancel(py, stream)?;
         }
         self.with_limit(|limit| limit.forget(link.token.0));
         self.give_slots();
-        // A failed write finds this out between two ticks, and nobody else would start who may start now.
+        // Not always within a tick, and nobody else would start who may start now.
         self.wake();
         self.tell_if_idle(py)
     }

@@ -60,6 +60,8 @@ pub(crate) enum Turn {
 pub(crate) struct Stream {
     pub(crate) link: Arc<Link>,
     pub(crate) id: u32,
+    /// A handle call with one answer.
+    pub(super) unary: bool,
     state: Mutex<State>,
 }
 
@@ -69,7 +71,7 @@ pub(crate) struct State {
     pub(crate) items: Items,
     pub(crate) children: Children,
     pub(crate) answer: Answer,
-    /// The caller has lost interest: CANCEL, or the link is gone.
+    /// The caller has lost interest: CANCEL, or the link is gone and the request does not go on without.
     pub(crate) cancelled: bool,
     /// The client has left a request that goes on.
     pub(crate) left: bool,
@@ -166,7 +168,7 @@ impl Pace {
 }
 
 impl Stream {
-    pub(crate) fn new(link: Arc<Link>, id: u32) -> Self {
+    pub(crate) fn new(link: Arc<Link>, id: u32, unary: bool) -> Self {
         let outbox = Outbox {
             head: None,
             body: Spool::default(),
@@ -190,7 +192,7 @@ impl Stream {
             slot: None,
             task: None,
         };
-        Self { link, id, state: Mutex::new(state) }
+        Self { link, id, unary, state: Mutex::new(state) }
     }
 
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
