@@ -18,13 +18,7 @@ use http_body::{Frame, SizeHint};
 use hyper::body::{Body as _, Incoming};
 use tokio::time::{Sleep, timeout};
 
-use super::{
-    departure::Unread,
-    listen::Open,
-    sender::Sender,
-    shadow::Late,
-    stream::StreamRef,
-};
+use super::{departure::Unread, listen::Open, sender::Sender, shadow::Late, stream::StreamRef};
 use crate::{
     error::Error,
     wire::{MAX_CHUNK, MAX_INLINE},
