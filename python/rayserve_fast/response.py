@@ -266,9 +266,8 @@ class DeploymentResponseGenerator(_Response, answers.Stream, promises.ReferableI
         """Take what has come; the end of the stream is looked at once its last item was taken."""
         outcome = call.outcome()  # asked first: what comes between the two questions must not be lost
         if items := call.items():
-            self._items.extend(items)
-            if self._cancelled:
-                self._items.clear()
+            if not self._cancelled:
+                self._items.extend(items)
         elif outcome is not None:
             self._call = None
             if outcome[0] != "end":

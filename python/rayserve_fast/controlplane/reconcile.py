@@ -171,9 +171,9 @@ def settle(d: Deployment) -> None:
         return
     if d.failed:
         during = "during a rolling update " if d.rolling else ""
-        after = " The update has stopped." if d.rolling else ""
-        if after and any(r.version != d.version for r in d.among("RUNNING")):
-            after = " The update has stopped; replicas of the previous version keep serving."
+        serving = any(r.version != d.version for r in d.among("RUNNING"))
+        kept = "; replicas of the previous version keep serving" if serving else ""
+        after = f" The update has stopped{kept}." if d.rolling else ""
         _apply(
             d,
             "start_failed",

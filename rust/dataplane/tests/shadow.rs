@@ -9,7 +9,7 @@ use std::sync::{
 
 use rayserve_dataplane::wire::{Fault, Header, Kind, flag};
 use serde_json::{Value, json};
-use support::{Client, Replica, Served, auto::Auto, eventually};
+use support::{Client, Replica, Served, auto::Auto, eventually, replica::Got};
 
 /// Copies of one shadow on one shard, as `proxy/shadow.rs` has it.
 const OPEN: u64 = 256;
@@ -187,15 +187,10 @@ fn serve_uploads(shadow: Value) -> (Served, Replica, Replica) {
     (served, a, c)
 }
 
-/// A request with a body of 16 KiB in two chunks, which the target takes.
-fn upload_in_chunks(client: &mut Client, a: &Replica) -> Vec<u8> {
-    client.send("POST /x HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n");
-    client.chunk(&[1; 8192]);
-    let got = a.request();
-    client.chunk(&[2; 8192]);
-    client.send("0\r\n\r\n");
-    let body = a.body(&got);
-    a.answer(&got, "");
+/// The target takes a request with its whole body, and the client has its answer.
+fn taken(client: &mut Client, a: &Replica, got: &Got) -> Vec<u8> {
+    let body = a.body(got);
+    a.answer(got, "");
     assert_eq!(client.response().status, 200);
     body
 }
@@ -208,9 +203,7 @@ fn a_large_body_is_copied_when_it_has_come() {
     client.post("/x", &body);
     let got = a.request();
     c.is_quiet();
-    assert!(a.body(&got) == body);
-    a.answer(&got, "");
-    assert_eq!(client.response().status, 200);
+    assert!(taken(&mut client, &a, &got) == body);
     let copy = c.request();
     assert!(!copy.is_whole());
     assert_eq!(copy.headers()["content-length"], b"2000000");
@@ -223,7 +216,13 @@ fn a_large_body_is_copied_when_it_has_come() {
 #[test]
 fn a_body_of_unknown_length_travels_in_the_copy_s_request_if_it_is_small() {
     let (served, a, c) = serve_uploads(json!({}));
-    let body = upload_in_chunks(&mut served.client(), &a);
+    let mut client = served.client();
+    client.send("POST /x HTTP/1.1\r\nhost: h\r\ntransfer-encoding: chunked\r\n\r\n");
+    client.chunk(&[1; 8192]);
+    let got = a.request();
+    client.chunk(&[2; 8192]);
+    client.send("0\r\n\r\n");
+    let body = taken(&mut client, &a, &got);
     let copy = c.request();
     assert_eq!((copy.is_whole(), &copy.head.body()[..]), (true, &body[..]));
     c.answer(&copy, "");
@@ -236,9 +235,7 @@ fn the_copy_of_an_upload_goes_elsewhere_if_it_comes_back() {
     let mut client = served.client();
     client.post("/x", &vec![3; 100_000]);
     let got = a.request();
-    a.body(&got);
-    a.answer(&got, "");
-    assert_eq!(client.response().status, 200);
+    taken(&mut client, &a, &got);
     let copy = c.request();
     assert_eq!(c.body(&copy).len(), 100_000);
     c.send(&copy, Kind::Busy, flag::FIN, 0, b"");
@@ -255,9 +252,7 @@ fn a_batched_shadow_has_its_uploads_too() {
     let mut client = served.client();
     client.post("/x", &vec![3; 100_000]);
     let got = a.request();
-    a.body(&got);
-    a.answer(&got, "");
-    assert_eq!(client.response().status, 200);
+    taken(&mut client, &a, &got);
     let batch = c.batch();
     assert_eq!(c.body(&batch[0]).len(), 100_000);
     c.answer(&batch[0], "c");

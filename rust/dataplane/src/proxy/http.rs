@@ -98,7 +98,7 @@ async fn handle(
         },
     };
     match result {
-        Ok((stream, Head { status, payload, view, whole })) => {
+        Ok((mut stream, Head { status, payload, view, whole })) => {
             let body = view.body();
             let mut response = Response::new(());
             *response.status_mut() = final_status(status, marks);
@@ -121,13 +121,14 @@ async fn handle(
                     let until = deadline.map_or(limit, |(instant, _)| instant.min(limit));
                     tokio::task::spawn_local(see_out(stream.sender(), until));
                 }
-                let unread = match departure {
+                stream.unread = match departure {
                     _ if bodiless => Unread::Ignored,
                     Some(_) => Unread::Told,
                     None => Unread::Cancelled,
                 };
                 let length = declared.filter(|_| !bodiless).and_then(|length| length.to_str().ok()?.parse().ok());
-                streamed(stream, body, length, deadline, unread, open)
+                let deadline = deadline.map(|(instant, _)| Box::pin(sleep_until(instant)));
+                Body::streamed(body, stream, length, deadline, open)
             };
             response.map(|()| body)
         }
@@ -155,18 +156,6 @@ async fn see_out(stream: Sender, until: Instant) {
     if timeout_at(until, poll_fn(|cx| stream.poll_over(cx))).await.is_err() {
         stream.cancel();
     }
-}
-
-fn streamed(
-    mut stream: StreamRef,
-    first: Bytes,
-    length: Option<u64>,
-    deadline: Deadline,
-    unread: Unread,
-    open: Open,
-) -> Body {
-    stream.unread = unread;
-    Body::streamed(first, stream, length, deadline.map(|(instant, _)| Box::pin(sleep_until(instant))), open)
 }
 
 async fn dispatch(
