@@ -6,7 +6,9 @@ import asyncio
 import json
 import logging
 import os
+import socket
 import struct
+import time
 from typing import Any
 
 import pytest
@@ -243,17 +245,19 @@ def test_strangers_get_no_link() -> None:
 
 
 def test_a_link_that_does_not_prove_itself_is_closed_in_time() -> None:
-    import socket
-
     async def handler() -> str:
         return "fine"
 
-    with serving(handler) as replica:
-        silent = socket.socket(socket.AF_UNIX)
+    with serving(handler) as replica, socket.socket(socket.AF_UNIX) as silent:
+        busy = replica.link()
+        while not 0.5 < time.monotonic() * 1000 % 1 < 0.6:  # uvloop's timers know whole milliseconds only
+            pass
         silent.connect(replica.address.unix)
-        silent.settimeout(5)
+        end = time.monotonic() + 2.1
+        while time.monotonic() < end:  # a loop that is awake runs such a timer early
+            busy.get()
+        silent.settimeout(2)
         assert silent.recv(1) == b""
-        silent.close()
 
 
 def test_tcp_links_are_the_same() -> None:

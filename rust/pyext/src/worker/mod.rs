@@ -40,7 +40,7 @@ use pyo3::types::PyString;
 
 use self::hooks::Hooks;
 use self::jobs::Ready;
-use self::poll::{After, Listener, Poller, Taken, WAKER};
+use self::poll::{After, HELLO, Listener, Poller, Taken, WAKER};
 use self::pool::Pool;
 use self::replica::{Callbacks, Replica};
 use self::run::{Http, HttpKind};
@@ -171,7 +171,8 @@ impl Worker {
     fn expire(&self, py: Python<'_>) -> PyResult<()> {
         match Taken::take(&self.poller, &self.replica) {
             Some(mut taken) => taken.poller().expire(py, &self.replica),
-            None => Ok(()),
+            // A handler runs the loop from within a tick.
+            None => self.replica.expire_later(py, HELLO),
         }
     }
 

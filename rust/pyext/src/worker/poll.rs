@@ -34,7 +34,7 @@ pub(crate) const WAKER: Token = Token(0);
 const FRAMES: usize = 64;
 const TIME: Duration = Duration::from_millis(1);
 /// Time for the handshake.
-const HELLO: Duration = Duration::from_secs(2);
+pub(super) const HELLO: Duration = Duration::from_secs(2);
 
 pub(crate) enum Listener {
     Unix(UnixListener),
@@ -177,19 +177,23 @@ impl Poller {
             self.greeting.push((Instant::now(), link.clone()));
             // What came before the registration is not reported.
             self.backlog.push_back(link);
-            if let Some(expire) = replica.callback(py, |callbacks| &callbacks.expire) {
-                replica.hooks.call_later.bind(py).call1((HELLO.as_secs_f64(), expire))?;
+            if self.greeting.len() == 1 {
+                replica.expire_later(py, HELLO)?;
             }
         }
     }
 
-    /// Closes links that have not proven themselves in time.
+    /// Closes links that have not proven themselves in time, and comes back for the next one.
     pub(crate) fn expire(&mut self, py: Python<'_>, replica: &Arc<Replica>) -> PyResult<()> {
         let (late, rest) = std::mem::take(&mut self.greeting)
             .into_iter()
             .filter(|(_, link)| link.is_open() && lock(&link.input).callee.is_some())
             .partition(|(since, _)| since.elapsed() >= HELLO);
         self.greeting = rest;
+        // The loop's clock may be a millisecond ahead of ours.
+        if let Some((since, _)) = self.greeting.first() {
+            replica.expire_later(py, HELLO.saturating_sub(since.elapsed()))?;
+        }
         let late: Vec<(Instant, Arc<Link>)> = late;
         for (_, link) in late {
             replica.lost(py, &link)?;

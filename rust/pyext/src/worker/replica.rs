@@ -7,6 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::{self, ThreadId};
+use std::time::Duration;
 
 use bytes::BytesMut;
 use mio::{Registry, Token, Waker};
@@ -304,6 +305,14 @@ impl Replica {
 
     pub(crate) fn callback(&self, py: Python<'_>, which: impl FnOnce(&Callbacks) -> &Py<PyAny>) -> Option<Py<PyAny>> {
         lock(&self.callbacks).as_ref().map(|callbacks| which(callbacks).clone_ref(py))
+    }
+
+    /// Comes back for links that have not proven themselves.
+    pub(super) fn expire_later(&self, py: Python<'_>, delay: Duration) -> PyResult<()> {
+        if let Some(expire) = self.callback(py, |callbacks| &callbacks.expire) {
+            self.hooks.call_later.bind(py).call1((delay.as_secs_f64(), expire))?;
+        }
+        Ok(())
     }
 
     /// Ends a forked child that has come out of the user's code: what is behind it belongs to the parent.
