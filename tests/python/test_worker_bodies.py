@@ -25,11 +25,11 @@ async def counts(request: Any) -> list[int]:
     return [sum(sizes), sum(1 for size in sizes if size)]
 
 
-def send_body(link: wire.Link, stream: int, body: bytes) -> None:
+def send_body(link: wire.Link, stream: int, body: bytes, largest: int = 32768) -> None:
     """Sends BODY frames as the window allows."""
     window = WINDOW
-    for at in range(0, len(body), 32768):
-        piece = body[at : at + 32768]
+    for at in range(0, len(body), largest):
+        piece = body[at : at + largest]
         while window < len(piece):
             got = link.frame()
             assert got.kind == wire.WINDOW, got
@@ -53,20 +53,35 @@ def test_a_long_body_arrives_within_the_window(handler: Any) -> None:
         assert got == body if handler is echo else json.loads(got)[0] == len(body)
 
 
+@pytest.mark.parametrize("largest", [32768, 256 * 1024])
 @pytest.mark.parametrize("declared", [None, "right", "a lie"])
 @pytest.mark.parametrize("size", [0, 1, 65536, 65537, 5 * 1024 * 1024])
-def test_a_body_in_pieces_is_one_bytes_object(size: int, declared: str | None) -> None:
+def test_a_body_in_pieces_is_one_bytes_object(size: int, declared: str | None, largest: int) -> None:
     """5 MiB is more than the memory that a declared length is believed for."""
     body = (bytes(range(251)) * (size // 251 + 1))[:size]
     length = str(size if declared == "right" else 10**13)
     with serving(echo) as replica:
         link = replica.link()
         link.request(1, fin=False, method="POST", headers=[("content-length", length)] if declared else [])
-        send_body(link, 1, body)
+        send_body(link, 1, body, largest)
         answer = link.answer(1)
         while answer.last.kind == wire.WINDOW:
             answer = link.answer(1)
         assert answer.body == body
+
+
+def test_bodies_of_several_requests_may_take_turns_frame_by_frame() -> None:
+    bodies = {number: bytes([number]) * 200_000 for number in (1, 2, 3)}
+    with serving(echo) as replica:
+        link = replica.link()
+        for number in bodies:
+            link.request(number, fin=False, method="POST", headers=[("content-length", "200000")])
+        for at in range(0, 200_000, 50_000):
+            for number, body in bodies.items():
+                link.send(wire.BODY, number, payload=body[at : at + 50_000])
+        for number in bodies:
+            link.send(wire.BODY, number, flags=wire.FIN)
+        assert {number: link.answer(number).body for number in bodies} == bodies
 
 
 def test_body_frames_may_be_split_anywhere() -> None:
@@ -96,14 +111,16 @@ async def gives_up(request: Any) -> list[Any]:
             return [first, sum([len(piece) async for piece in request.stream()])]
 
 
+@pytest.mark.parametrize("cut", [30016, 40000], ids=["between frames", "within one"])
 @pytest.mark.parametrize("how", ["again", "both", "stream"])
-def test_a_body_that_one_stopped_waiting_for_is_whole_for_the_next(how: str) -> None:
+def test_a_body_that_one_stopped_waiting_for_is_whole_for_the_next(how: str, cut: int) -> None:
     with serving(gives_up) as replica:
         link = replica.link()
         link.request(1, fin=False, method="POST", query=how)
-        link.send(wire.BODY, 1, payload=b"x" * 30000)
+        sent = wire.frame(wire.BODY, 1, payload=b"x" * 30000) + wire.frame(wire.BODY, 1, payload=b"y" * 20000)
+        link.sock.sendall(sent[:cut])
         assert link.silent(0.3)
-        link.send(wire.BODY, 1, payload=b"y" * 20000)
+        link.sock.sendall(sent[cut:])
         link.send(wire.BODY, 1, payload=b"z" * 1, flags=wire.FIN)
         assert json.loads(link.answer(1).body) == ["nothing"] + [50001] * (2 if how == "both" else 1)
 

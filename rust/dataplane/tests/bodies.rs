@@ -2,7 +2,9 @@
 
 mod support;
 
-use rayserve_dataplane::wire::{BODY_WINDOW, Header, Kind, MAX_CHUNK, MAX_INLINE, RequestHeadView, WINDOW, flag};
+use rayserve_dataplane::wire::{
+    BODY_WINDOW, Header, Kind, MAX_CHUNK, MAX_INLINE, PIECE, RequestHeadView, WINDOW, flag,
+};
 use serde_json::json;
 use support::{Client, Served, replica::Got};
 
@@ -80,7 +82,7 @@ fn an_upload_stops_at_the_window_and_goes_on_when_it_is_given_back() {
     let mut body = Vec::new();
     while body.len() < BODY_WINDOW as usize {
         let frame = replica.expect(Kind::Body);
-        assert!(frame.payload.len() <= MAX_CHUNK);
+        assert!(frame.payload.len() <= PIECE);
         body.extend_from_slice(&frame.payload);
     }
     assert_eq!(body.len(), BODY_WINDOW as usize);

@@ -1,6 +1,6 @@
 //! Reading a socket straight to where the bytes stay.
 
-use std::{io, os::fd::AsFd};
+use std::{io, mem::MaybeUninit, os::fd::AsFd};
 
 use bytes::BytesMut;
 
@@ -9,8 +9,13 @@ use bytes::BytesMut;
 pub(crate) fn read(socket: impl AsFd, buf: &mut BytesMut, most: usize) -> io::Result<usize> {
     let spare = buf.spare_capacity_mut();
     let most = most.min(spare.len());
-    let len = rustix::io::read(socket, &mut spare[..most]).map(|(read, _)| read.len())?;
+    let len = read_to(socket, &mut spare[..most])?;
     // SAFETY: read() has filled that many bytes of the spare capacity.
     unsafe { buf.set_len(buf.len() + len) };
     Ok(len)
+}
+
+/// Reads once; so many bytes at the beginning of `room` are set then.
+pub(crate) fn read_to(socket: impl AsFd, room: &mut [MaybeUninit<u8>]) -> io::Result<usize> {
+    Ok(rustix::io::read(socket, room).map(|(read, _)| read.len())?)
 }

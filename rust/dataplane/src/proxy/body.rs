@@ -21,7 +21,7 @@ use tokio::time::{Sleep, timeout};
 use super::{departure::Unread, listen::Open, sender::Sender, shadow::Late, stream::StreamRef};
 use crate::{
     error::Error,
-    wire::{MAX_CHUNK, MAX_INLINE},
+    wire::{MAX_INLINE, PIECE},
 };
 
 /// A body that nobody wants, of a request or an answer, is read no longer than this.
@@ -338,7 +338,7 @@ impl Upload {
                 self.next = 0;
             }
             if !self.pending.is_empty() {
-                let room = ready!(to.poll_room(cx)).min(MAX_CHUNK).min(self.pending.len());
+                let room = ready!(to.poll_room(cx)).min(PIECE).min(self.pending.len());
                 to.send(self.pending.split_to(room));
             } else if let Some(kept) = self.kept.get(self.next) {
                 self.pending = kept.clone();

@@ -232,7 +232,7 @@ impl Decoder {
             self.header = Some((header, len));
             return Ok(None);
         }
-        let payload = if len < LARGE {
+        let payload = if len < LARGE || header.kind.is_body() {
             buf.split_to(len)
         } else {
             // What follows moves away, so that the payload is the memory's only user.
@@ -243,10 +243,11 @@ impl Decoder {
         Ok(Some(Frame { header, payload: payload.freeze() }))
     }
 
-    /// The PIECE of which more bytes are to come, and how many; with an empty input somebody may read them to where they stay
-    /// and say so by [`Self::took`].
+    /// The PIECE or BODY of which more bytes are to come, and how many; with an empty input somebody may read them to where
+    /// they stay and say so by [`Self::took`]. One with FIN comes whole from [`Self::next`], which tells of the end.
     pub fn piece(&self) -> Option<(Header, usize)> {
-        self.header.filter(|(header, _)| header.kind == Kind::Piece)
+        let is_piece = |header: &Header| matches!(header.kind, Kind::Piece | Kind::Body) && !header.has(flag::FIN);
+        self.header.filter(|(header, _)| is_piece(header))
     }
 
     /// So many bytes of the frame in progress were read past the input.

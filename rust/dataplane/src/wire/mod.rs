@@ -23,7 +23,7 @@ pub use spool::Spool;
 pub const WINDOW: u32 = 256 * 1024;
 /// Bytes of a request's body that may be: fewer stops on the way, as a replica has few requests at a time.
 pub const BODY_WINDOW: u32 = 512 * 1024;
-/// Largest payload of a BODY or CHUNK frame: streams take turns, a large one never blocks a small one.
+/// Largest payload of a CHUNK frame: streams take turns, a large one never blocks a small one.
 pub const MAX_CHUNK: usize = 32 * 1024;
 /// Largest body that travels inside a REQUEST.
 pub const MAX_INLINE: usize = 64 * 1024;
@@ -32,7 +32,7 @@ pub const LARGE: usize = 64 * 1024;
 /// Largest value that travels in one frame; a larger one goes in pieces, between which those of other streams go. A MiB is
 /// through in half a millisecond, and costs no more than it did.
 pub const MAX_WHOLE: usize = 2 * 1024 * 1024;
-/// One piece of a value.
+/// One piece of a value, and the largest payload of a BODY frame: what is read with one call to where it stays.
 pub const PIECE: usize = 256 * 1024;
 /// Largest payload that a reader accepts when nothing else is configured; values of handle calls are the largest frames.
 pub const MAX_PAYLOAD: usize = 2 * 1024 * 1024 * 1024 - 1;

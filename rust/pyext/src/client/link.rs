@@ -271,6 +271,7 @@ impl Link {
     fn read_once(&mut self, scratch: &mut [u8]) -> (io::Result<usize>, usize) {
         if self.input.is_empty()
             && let Some((header, left)) = self.decoder.piece()
+            && header.kind == Kind::Piece
             && let Some(Sent { pieces, .. }) = self.streams.get_mut(header.stream)
             && pieces.capacity() - pieces.len() >= left
         {

@@ -1,5 +1,8 @@
 //! A body on its way into one bytes object, in the memory that the handler will get.
 
+use std::io;
+use std::mem::MaybeUninit;
+
 use pyo3::exceptions::PyMemoryError;
 use pyo3::ffi;
 use pyo3::prelude::*;
@@ -31,10 +34,19 @@ impl Gather {
             let doubled = 2 * self.room;
             self.resize(py, end.max(self.expected.map_or(doubled, |expected| expected.min(doubled))));
         }
-        if let Ok(object) = &self.object {
-            write(object.bind(py), self.filled, piece);
-            self.filled = end;
-        }
+        self.write(py, piece);
+    }
+
+    /// Has so many bytes read behind what has come; how many did. None: there is no room.
+    pub(crate) fn read(
+        &mut self,
+        py: Python<'_>,
+        len: usize,
+        read: impl FnOnce(&mut [MaybeUninit<u8>]) -> io::Result<usize>,
+    ) -> Option<io::Result<usize>> {
+        let read = read(self.spare(py).get_mut(..len)?);
+        self.filled += read.as_ref().copied().unwrap_or_default();
+        Some(read)
     }
 
     /// The whole of it.
@@ -46,12 +58,30 @@ impl Gather {
     }
 
     fn resize(&mut self, py: Python<'_>, room: usize) {
-        let larger = self.object.as_ref().map_err(|error| error.clone_ref(py)).and_then(|old| {
-            let larger = raw(py, room)?;
-            write(larger.bind(py), 0, &old.as_bytes(py)[..self.filled]);
-            Ok(larger)
-        });
-        (self.object, self.room) = (larger, room);
+        let filled = std::mem::take(&mut self.filled);
+        self.room = room;
+        match std::mem::replace(&mut self.object, raw(py, room)) {
+            Ok(old) => self.write(py, &old.as_bytes(py)[..filled]),
+            failed => self.object = failed,
+        }
+    }
+
+    fn write(&mut self, py: Python<'_>, piece: &[u8]) {
+        for (to, from) in self.spare(py).iter_mut().zip(piece) {
+            to.write(*from);
+        }
+        self.filled += piece.len();
+    }
+
+    /// The memory behind what has come.
+    #[expect(unsafe_code, reason = "a bytes object can be written to while nobody has seen it")]
+    fn spare(&mut self, _py: Python<'_>) -> &mut [MaybeUninit<u8>] {
+        let Ok(object) = &self.object else { return &mut [] };
+        // SAFETY: the object is `room` bytes long, and `self`, borrowed for as long as the slice, shows it to nobody.
+        unsafe {
+            let start = ffi::PyBytes_AsString(object.as_ptr()).cast::<MaybeUninit<u8>>();
+            std::slice::from_raw_parts_mut(start.add(self.filled), self.room - self.filled)
+        }
     }
 }
 
@@ -63,15 +93,5 @@ fn raw(py: Python<'_>, len: usize) -> PyResult<Py<PyBytes>> {
     unsafe {
         let object = Bound::from_owned_ptr_or_err(py, ffi::PyBytes_FromStringAndSize(std::ptr::null(), len))?;
         Ok(object.cast_into_unchecked().unbind())
-    }
-}
-
-#[expect(unsafe_code, reason = "a bytes object can be written to while nobody has seen it")]
-fn write(object: &Bound<'_, PyBytes>, at: usize, piece: &[u8]) {
-    assert!(at + piece.len() <= object.as_bytes().len(), "room was made");
-    // SAFETY: the object belongs to a Gather, which shows it to nobody, and is long enough.
-    unsafe {
-        let to = ffi::PyBytes_AsString(object.as_ptr()).cast::<u8>();
-        std::ptr::copy_nonoverlapping(piece.as_ptr(), to.add(at), piece.len());
     }
 }

@@ -10,6 +10,7 @@ use pyo3::prelude::*;
 use rayserve_dataplane::wire::hello::HelloError;
 use rayserve_dataplane::wire::{CallView, Frame, Header, Kind, RequestHeadView, WireError, batch::batch, flag};
 
+use super::inbox::feed;
 use super::items;
 use super::link::Link;
 use super::replica::{Replica, Request, Work};
@@ -72,9 +73,7 @@ pub(super) fn handle(
                 if !stream.body(py, payload, header.has(flag::FIN)) {
                     return Err(Broken::Peer);
                 }
-                if !fed.iter().any(|known| Arc::ptr_eq(known, &stream)) {
-                    fed.push(stream);
-                }
+                feed(fed, stream);
             }
         }
         Kind::Cancel => {

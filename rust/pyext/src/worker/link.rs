@@ -15,10 +15,12 @@ use std::time::Instant;
 use bytes::{Buf, BytesMut};
 use mio::net::{TcpStream, UnixStream};
 use mio::{Interest, Registry, Token};
+use pyo3::Python;
 use rayserve_dataplane::wire::hello::{Callee, MAX_HELLO};
 use rayserve_dataplane::wire::{Decoder, Header, Payload, Spool, flag, put};
 
 use super::batch::Parked;
+use super::inbox::feed;
 use super::stream::{Stream, Turn, Woken};
 use crate::lock::lock;
 use crate::socket;
@@ -27,8 +29,10 @@ use crate::socket;
 const ROOM: usize = 256 * 1024;
 /// Parts of the buffer that one write takes.
 const SLICES: usize = 32;
-/// Free space that a read is offered.
+/// Most that a read takes: what has just been read is copied soonest.
 const READ: usize = 256 * 1024;
+/// The same behind a BODY frame that was read to where it stays. More would be of the next one, which shall be so too.
+const NEXT: usize = 4 * 1024;
 /// A stream id's slab index.
 const INDEX: u32 = (1 << 20) - 1;
 
@@ -163,21 +167,34 @@ impl Link {
         Self { token, outgoing, input, output, streams: Mutex::default(), parked: Parked::default() }
     }
 
-    /// Reads once; whether the peer may have more. An end of file is an error.
-    pub(crate) fn read(&self, buf: &mut BytesMut) -> io::Result<bool> {
+    /// Reads the rest of a BODY frame to where it stays, if it is for somebody who waits for the whole body, who joins `fed`.
+    /// Reads once more, into `buf`. Whether the peer may have more; an end of file is an error.
+    pub(super) fn read(&self, py: Python<'_>, buf: &mut BytesMut, fed: &mut Vec<Arc<Stream>>) -> io::Result<bool> {
+        let mut most = READ;
+        let piece = lock(&self.input).decoder.piece().filter(|_| buf.is_empty());
+        if let Some((header, left)) = piece
+            && let Some(stream) = self.stream(header.stream)
+        {
+            let output = lock(&self.output);
+            let Some(socket) = &output.socket else { return Err(ErrorKind::NotConnected.into()) };
+            let read = stream.read_body(py, left, |room| each!(socket, it => socket::read_to(it, room)));
+            drop(output);
+            if let Some(read) = read {
+                lock(&self.input).decoder.took(*read.as_ref().unwrap_or(&0));
+                feed(fed, stream);
+                if !may_have_more(read, left)? {
+                    return Ok(false);
+                }
+                most = NEXT;
+            }
+        }
         if !buf.try_reclaim(READ) && buf.capacity() - buf.len() < READ / 16 {
             buf.reserve(READ);
         }
         let output = lock(&self.output);
         let Some(socket) = &output.socket else { return Err(ErrorKind::NotConnected.into()) };
-        let room = buf.capacity() - buf.len();
-        match each!(socket, it => socket::read(it, buf, usize::MAX)) {
-            Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
-            Ok(len) => Ok(len == room),
-            Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
-            Err(error) if error.kind() == ErrorKind::Interrupted => Ok(true),
-            Err(error) => Err(error),
-        }
+        let room = most.min(buf.capacity() - buf.len());
+        may_have_more(each!(socket, it => socket::read(it, buf, room)), room)
     }
 
     /// Appends a frame; somebody flushes it soon.
@@ -308,6 +325,17 @@ impl Link {
                 Turn::Last => self.remove(stream.id),
             }
         }
+    }
+}
+
+/// After a read of at most `room` bytes; an end of file is an error.
+fn may_have_more(read: io::Result<usize>, room: usize) -> io::Result<bool> {
+    match read {
+        Ok(0) => Err(ErrorKind::UnexpectedEof.into()),
+        Ok(len) => Ok(len == room),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Ok(false),
+        Err(error) if error.kind() == ErrorKind::Interrupted => Ok(true),
+        Err(error) => Err(error),
     }
 }
 

@@ -10,6 +10,7 @@ pub(crate) mod flush;
 mod frames;
 pub(crate) mod group;
 pub(crate) mod hooks;
+mod inbox;
 pub(crate) mod items;
 pub(crate) mod jobs;
 pub(crate) mod link;

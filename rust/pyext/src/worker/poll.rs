@@ -207,9 +207,17 @@ impl Poller {
             let mut input = lock(&link.input);
             (std::mem::take(&mut input.buf), input.ended)
         };
-        let read = link.read(&mut buf);
         let mut fed = Vec::new();
-        let mut decoded = self.decode(py, replica, link, &mut buf, budget, &mut fed);
+        let (mut decoded, read) = loop {
+            let read = link.read(py, &mut buf, &mut fed);
+            let decoded = self.decode(py, replica, link, &mut buf, budget, &mut fed);
+            // The socket has more of a body.
+            let goes_on =
+                matches!((&decoded, &read), (Ok(true), Ok(true))) && lock(&link.input).decoder.piece().is_some();
+            if !goes_on || budget.is_spent() {
+                break (decoded, read);
+            }
+        };
         lock(&link.input).buf = buf;
         for stream in fed {
             let woken = receive::wake_readers(py, &stream).map_err(Broken::from);

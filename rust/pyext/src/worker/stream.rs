@@ -12,23 +12,18 @@ use pyo3::prelude::*;
 use pyo3::pybacked::PyBackedBytes;
 use rayserve_dataplane::wire::head::put_response_head;
 use rayserve_dataplane::wire::spool::{LISTED, Spool};
-use rayserve_dataplane::wire::{
-    BODY_WINDOW, Header, Kind, LARGE, MAX_CHUNK, MAX_WHOLE, PIECE, Payload, WINDOW, flag, frame,
-};
+use rayserve_dataplane::wire::{Header, Kind, LARGE, MAX_CHUNK, MAX_WHOLE, PIECE, Payload, WINDOW, flag, frame};
 
 use super::batch::Slot;
+use super::inbox::Inbox;
 use super::items::Items;
 use super::link::Link;
 use super::step::Started;
 use crate::client::children::Children;
-use crate::http::gather::Gather;
 use crate::lock::lock;
 
 /// Futures to resolve once no lock is held.
 pub(crate) type Woken = Vec<Py<PyAny>>;
-
-/// Consumed body bytes are credited to the sender in steps of half the window: it can send the other half meanwhile.
-const CREDIT_STEP: u32 = BODY_WINDOW / 2;
 
 /// A stream that never has to wait is made to after so much of either.
 const STEADY_BYTES: usize = 64 * 1024;
@@ -89,24 +84,6 @@ pub(crate) struct Suspended {
     pub(crate) started: Started,
     /// It speaks ASGI.
     pub(crate) asgi: bool,
-}
-
-/// The request's body.
-#[derive(Default)]
-pub(crate) struct Inbox {
-    pub(crate) chunks: VecDeque<Bytes>,
-    pub(crate) fin: bool,
-    /// The application has been given some of it.
-    pub(crate) begun: bool,
-    /// The application has been given the last of it.
-    pub(crate) taken: bool,
-    unread: u32,
-    uncredited: u32,
-    /// The futures of those `receive()` that wait, the first one last.
-    pub(crate) readers: Vec<Py<PyAny>>,
-    /// The futures of those who wait for the whole body, and what has come of it.
-    pub(crate) gatherers: Vec<Py<PyAny>>,
-    pub(crate) gather: Option<Gather>,
 }
 
 /// The response's head until it is sent, and body bytes that wait for the window or their turn.
@@ -212,33 +189,6 @@ impl Stream {
         self.link.remove(self.id);
     }
 
-    /// The inline body of a REQUEST with FIN.
-    pub(crate) fn fill(&self, body: Bytes) {
-        let mut state = self.state();
-        state.inbox.fin = true;
-        if !body.is_empty() {
-            state.inbox.chunks.push_back(body);
-        }
-    }
-
-    /// A BODY frame; `false`: the sender has exceeded its window.
-    pub(crate) fn body(&self, py: Python<'_>, chunk: Bytes, fin: bool) -> bool {
-        let mut state = self.state();
-        let inbox = &mut state.inbox;
-        inbox.unread += chunk.len() as u32;
-        if inbox.fin || inbox.unread + inbox.uncredited > BODY_WINDOW {
-            return false;
-        }
-        inbox.fin = fin;
-        if !chunk.is_empty() {
-            inbox.chunks.push_back(chunk);
-        }
-        if !inbox.gatherers.is_empty() {
-            inbox.gather_chunks(py);
-        }
-        true
-    }
-
     /// A WINDOW frame; whether the stream has to be given turns again.
     pub(crate) fn widen(&self, bytes: u32) -> bool {
         let mut state = self.state();
@@ -303,28 +253,6 @@ impl Stream {
         } else {
             Turn::Wait
         }
-    }
-}
-
-impl Inbox {
-    /// Takes what has come; the second value is the credit to send.
-    pub(crate) fn take(&mut self) -> (VecDeque<Bytes>, u32) {
-        self.uncredited += std::mem::take(&mut self.unread);
-        (self.begun, self.taken) = (true, self.fin);
-        let credit = self.credit();
-        (std::mem::take(&mut self.chunks), credit)
-    }
-
-    /// Moves what has come into the whole body.
-    pub(crate) fn gather_chunks(&mut self, py: Python<'_>) {
-        self.uncredited += std::mem::take(&mut self.unread);
-        let Some(gather) = &mut self.gather else { return };
-        self.chunks.drain(..).for_each(|chunk| gather.push(py, &chunk));
-    }
-
-    /// The credit to send for what was consumed.
-    pub(crate) fn credit(&mut self) -> u32 {
-        if !self.fin && self.uncredited >= CREDIT_STEP { std::mem::take(&mut self.uncredited) } else { 0 }
     }
 }
 
