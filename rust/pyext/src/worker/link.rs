@@ -167,8 +167,8 @@ impl Link {
         Self { token, outgoing, input, output, streams: Mutex::default(), parked: Parked::default() }
     }
 
-    /// Reads the rest of a BODY frame to where it stays, if it is for somebody who waits for the whole body, who joins `fed`.
-    /// Reads once more, into `buf`. Whether the peer may have more; an end of file is an error.
+    /// Reads what is left of a BODY frame to where it stays, if somebody waits for the whole body, and notes them in `fed`;
+    /// then reads once into `buf`. Whether the peer may have more; an end of file is an error.
     pub(super) fn read(&self, py: Python<'_>, buf: &mut BytesMut, fed: &mut Vec<Arc<Stream>>) -> io::Result<bool> {
         let mut most = READ;
         let piece = lock(&self.input).decoder.piece().filter(|_| buf.is_empty());
