@@ -239,6 +239,26 @@ fn a_handler_that_sends_more_than_it_declared_is_cancelled() {
 }
 
 #[test]
+fn a_deadline_ends_what_goes_on_without_its_client_too() {
+    let (served, replicas) = Served::with(json!({"request_timeout_s": 0.3}), json!({}), 1);
+    let replica = &replicas[0];
+    for method in ["HEAD", "GET"] {
+        let mut client = served.client();
+        client.send(format!("{method} / HTTP/1.1\r\nhost: h\r\nx-request-disconnect-disabled: ?1\r\n\r\n"));
+        let got = replica.request();
+        replica.head(&got, 200, &[], 0, b"without end");
+        assert_eq!(client.head().status, 200);
+        if method == "GET" {
+            client.hang_up();
+        }
+        replica.expect(Kind::Window);
+        assert_eq!(replica.expect(Kind::Cancel).header.stream, got.header.stream);
+        replica.chunk_end(&got);
+        served.settles("streams", 0);
+    }
+}
+
+#[test]
 fn an_upload_goes_on_behind_an_answer_without_a_body() {
     let (served, replica) = Served::one();
     let mut client = served.client();
