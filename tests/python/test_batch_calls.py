@@ -282,3 +282,44 @@ def test_a_partial_is_a_function() -> None:
         return [factor * item for item in items]
 
     assert asyncio.run(gather(*map(serve.batch(partial(scaled, 3)), (1, 2)))) == [3, 6]
+
+
+class Incomparable:
+    """A callback that fails whoever compares it."""
+
+    def __call__(self, ticket: Any) -> None:
+        pass
+
+    def __eq__(self, other: object) -> bool:
+        raise ZeroDivisionError
+
+    def __hash__(self) -> int:
+        return 0
+
+
+def test_who_waits_is_answered_though_callbacks_cannot_be_compared(run: Any) -> None:
+    async def main() -> None:
+        caller = asyncio.ensure_future(upper("a"))
+        await asyncio.sleep(0)
+        ticket: Any = caller._fut_waiter  # type: ignore[attr-defined]
+        ticket.add_done_callback(Incomparable())
+        with pytest.raises(ZeroDivisionError):
+            ticket.remove_done_callback(print)
+        assert await asyncio.wait_for(caller, 5) == "A1"
+
+    run(main())
+
+
+def test_callbacks_that_are_equal_are_removed(run: Any) -> None:
+    async def main() -> None:
+        caller = asyncio.ensure_future(upper("a"))
+        await asyncio.sleep(0)
+        ticket: Any = caller._fut_waiter  # type: ignore[attr-defined]
+        told: list[Any] = []
+        for _ in range(2):
+            ticket.add_done_callback(told.append)
+        assert ticket.remove_done_callback(told.append) == 2
+        assert ticket.remove_done_callback(told.append) == 0
+        assert (await asyncio.wait_for(caller, 5), told) == ("A1", [])
+
+    run(main())

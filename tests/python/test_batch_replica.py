@@ -47,6 +47,12 @@ def blocking(requests: list[Any]) -> list[str]:
     return [f"one of {len(requests)}"] * len(requests)
 
 
+def blocking_one() -> str:
+    gate.entered.set()
+    gate.release.wait(10)
+    return "one"
+
+
 async def counting(requests: list[Any]) -> list[int]:
     return [len(requests)] * len(requests)
 
@@ -257,3 +263,24 @@ def test_a_batch_of_streams_that_are_gone_runs_nothing_and_keeps_no_slot() -> No
         link = replica.link()
         link.batch(1, 2, 3)
         assert link.get(4, b"four").body == b"4"
+
+
+@pytest.mark.parametrize("config", [BATCHES, {}], ids=["lists", "single requests"])
+def test_a_slot_that_was_granted_to_a_batch_of_which_nothing_is_left_goes_to_the_next(config: dict[str, Any]) -> None:
+    handler = blocking if config else blocking_one
+    with serving(handler, max_ongoing_requests=1, **config) as replica:
+        first, second, third = replica.link(), replica.link(), replica.link()
+        first.post_batch(b"")
+        assert gate.entered.wait(10)
+        for link in (second, third):
+            link.post_batch(b"")
+            assert link.frame().kind == BUSY
+        gate.release.set()
+        first.answer(1)
+        assert second.frame().kind == CREDIT
+        second.request(2, flags=BATCHED)
+        second.send(CANCEL, 2)
+        second.batch(2, flags=GRANTED)
+        assert second.answer(2).last.aux == CANCELLED
+        assert not third.silent(0.7), "unused grants are taken back later"
+        assert third.frame().kind == CREDIT

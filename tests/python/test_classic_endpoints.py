@@ -13,7 +13,7 @@ from classic_backends import Url, begun_by_init, text  # noqa: F401 - a fixture
 from deployed import until_running, wait_for
 
 from rayserve_fast import serve
-from rayserve_fast.classic import backends
+from rayserve_fast.classic import backends, session
 from rayserve_fast.exceptions import RayServeException
 
 pytestmark = pytest.mark.filterwarnings("ignore::PendingDeprecationWarning")
@@ -256,6 +256,27 @@ def test_a_forced_delete_does_not_wait_for_requests(flask: Url) -> None:
     serve.delete_backend("slow", force=True)
     assert time.monotonic() - began < 10
     assert serve.list_backends() == {}
+
+
+def test_a_forced_delete_that_another_driver_forestalls_changes_nothing(
+    flask: Url, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask, theirs = session.ask, []
+
+    def forestalled(method: str, *args: Any) -> Any:
+        if method in ("deploy", "delete"):
+            monkeypatch.undo()
+            serve.update_backend_config("used", {"max_concurrent_queries": 7})
+            serve.create_endpoint("user", "/user", backend="used")
+            theirs.append(ask("specification", "used"))
+        return ask(method, *args)
+
+    serve.create_backend("used", text("used"))
+    monkeypatch.setattr(session, "ask", forestalled)
+    with pytest.raises(ValueError, match="used"):
+        serve.delete_backend("used", force=True)
+    assert theirs == [ask("specification", "used")]
+    assert requests.get(f"{flask}/user", timeout=10).text == "used"
 
 
 def test_a_backend_knows_its_tags(flask: Url) -> None:

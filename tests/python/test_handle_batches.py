@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -108,3 +109,19 @@ def test_one_call_of_a_batch_is_cancelled_alone_and_keeps_the_slot(replica: Repl
     calls, _ = batch(server, 1)
     calls[0].reply("later")
     assert later.result(timeout_s=10) == "later"
+
+
+def test_the_window_of_calls_that_nobody_waits_for_ends_also_if_a_chosen_replica_was_released_meanwhile(
+    replica: Replicas, connect: Any
+) -> None:
+    server = replica(silent, max_ongoing=1)
+    handle = connect(Cluster(server, batch={"max_size": 8, "wait_s": 0.6, "concurrent": 1}))
+
+    async def main() -> None:
+        async with handle.choose_replica():
+            handle.remote("waits")
+            await asyncio.sleep(0.3)  # the tender has the turn by now, and nothing to come back for
+            assert server.calls.empty()
+
+    asyncio.run(main())
+    batch(server, 1)

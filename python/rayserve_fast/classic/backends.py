@@ -130,15 +130,8 @@ def delete_backend(backend_tag: str, force: bool = False) -> None:
         ValueError: there is no such backend, or an endpoint uses it.
     """
     warn_older("`serve.delete_backend`", "`serve.delete`")
-    spec = _existing(backend_tag)
-    in_use = [
-        name
-        for name, endpoint in session.ask("endpoints").items()
-        if endpoint["traffic"].get(backend_tag) or backend_tag in endpoint["shadows"]
-    ]
-    if force and not in_use:
-        session.ask("deploy", [_with_config(spec, graceful_shutdown_timeout_s=0.0)])
-    session.ask("delete", [backend_tag])  # which refuses one that is in use
+    _existing(backend_tag)
+    session.ask("delete", [backend_tag], True, force)  # which refuses one that is in use
 
 
 def update_backend_config(backend_tag: str, config_options: Mapping[str, Any] | BackendConfig) -> None:
@@ -266,11 +259,6 @@ def _actor_options(given: Mapping[str, Any] | None, env: CondaEnv | None) -> dic
     if env is not None:
         options["runtime_env"] = {**options.get("runtime_env", {}), "conda": env.name}
     return options
-
-
-def _with_config(spec: ApplicationSpec, **changes: Any) -> ApplicationSpec:
-    (deployment,) = spec.deployments
-    return replace(spec, deployments=(replace(deployment, config=replace(deployment.config, **changes)),))
 
 
 def _existing(tag: str) -> ApplicationSpec:

@@ -122,8 +122,10 @@ class Controller(RolloutOrders):
                 return Progress(status, message, app.notices[seen:], app.timings)
             await news.wait()
 
-    async def delete(self, names: Sequence[str], wait: bool = True) -> None:
+    async def delete(self, names: Sequence[str], wait: bool = True, force: bool = False) -> None:
         """Delete applications; with `wait`, returns when their processes are gone. Unknown names are ignored.
+
+        With `force` their replicas finish nothing.
 
         Raises:
             RayServeException, ValueError: the traffic of a route or an endpoint uses one. Then nothing has changed.
@@ -132,18 +134,20 @@ class Controller(RolloutOrders):
         apps = [self._apps[n] for n in names if n in self._apps]
         for app in apps:
             self._traffic.check_unused(app)
-        self._leave(apps)
+        self._leave(apps, force)
         if wait:
             await self._gone(apps)
 
-    def _leave(self, apps: Sequence[Application]) -> None:
+    def _leave(self, apps: Sequence[Application], force: bool = False) -> None:
         for app in apps:
             if self._traffic.forget(app.name):
                 store.save_traffic(self._traffic)
             app.deleting = True
             for d in app.deployments.values():
-                reconcile.delete(d)
+                reconcile.delete(d, force)
             store.save_application(app)
+        if force:
+            store.save_replicas(self._apps)  # whose time to leave it has taken
         self.publish()
         self.changed()
 

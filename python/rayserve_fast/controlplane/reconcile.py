@@ -111,9 +111,11 @@ def born(d: Deployment, id: str, rank: int) -> Replica:
     return r
 
 
-def delete(d: Deployment) -> None:
-    """The deployment is not wanted any more."""
+def delete(d: Deployment, force: bool = False) -> None:
+    """The deployment is not wanted any more; with `force`, neither is what its replicas are at."""
     d.deleting = True
+    for r in d.replicas.values() if force else ():
+        r.grace_s = 0.0
     _apply(d, "delete")
 
 

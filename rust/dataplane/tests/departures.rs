@@ -2,7 +2,7 @@
 
 mod support;
 
-use rayserve_dataplane::wire::{Kind, flag};
+use rayserve_dataplane::wire::{BODY_WINDOW, Kind, flag};
 use serde_json::json;
 use support::{Client, Served};
 
@@ -235,5 +235,48 @@ fn a_handler_that_sends_more_than_it_declared_is_cancelled() {
     replica.expect(Kind::Cancel);
     replica.expect(Kind::Window);
     replica.chunk_end(&got);
+    served.settles("streams", 0);
+}
+
+#[test]
+fn a_deadline_ends_what_goes_on_without_its_client_too() {
+    let (served, replicas) = Served::with(json!({"request_timeout_s": 0.3}), json!({}), 1);
+    let replica = &replicas[0];
+    for method in ["HEAD", "GET"] {
+        let mut client = served.client();
+        client.send(format!("{method} / HTTP/1.1\r\nhost: h\r\nx-request-disconnect-disabled: ?1\r\n\r\n"));
+        let got = replica.request();
+        replica.head(&got, 200, &[], 0, b"without end");
+        assert_eq!(client.head().status, 200);
+        if method == "GET" {
+            client.hang_up();
+        }
+        replica.expect(Kind::Window);
+        assert_eq!(replica.expect(Kind::Cancel).header.stream, got.header.stream);
+        replica.chunk_end(&got);
+        served.settles("streams", 0);
+    }
+}
+
+#[test]
+fn an_upload_goes_on_behind_an_answer_without_a_body() {
+    let (served, replica) = Served::one();
+    let mut client = served.client();
+    let length = 2 * BODY_WINDOW as usize;
+    let sending = std::thread::spawn(move || {
+        client.post("/", &vec![0; length]);
+        client
+    });
+    let got = replica.request();
+    let mut came = 0;
+    while came < BODY_WINDOW as usize {
+        came += replica.expect(Kind::Body).payload.len();
+    }
+    replica.head(&got, 204, &[], 0, b"");
+    replica.is_quiet();
+    replica.send(&got, Kind::Window, 0, BODY_WINDOW, b"");
+    assert_eq!(came + replica.body(&got).len(), length);
+    replica.chunk(&got, b"", flag::FIN);
+    assert_eq!(sending.join().expect("it is read").head().status, 204);
     served.settles("streams", 0);
 }

@@ -4,12 +4,15 @@
 //! object's own; it steps whoever waits right where that comes, instead of by way of `loop.call_soon`. A handler that is
 //! over with that step is answered there as well: its task needs no callback of its own, which the loop would have to run.
 
+use std::sync::Mutex;
+
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
 use pyo3::types::PyDict;
 
+use crate::lock::lock;
 use crate::worker::run::Running;
 
 pyo3::import_exception!(asyncio, CancelledError);
@@ -76,25 +79,27 @@ impl Awaited {
     pub(crate) fn take(&mut self) -> Waiters {
         std::mem::take(&mut self.waiters)
     }
-
-    /// Before those that have come meanwhile.
-    pub(crate) fn put_back(&mut self, Waiters { callbacks, handler }: Waiters) {
-        self.waiters.callbacks.splice(0..0, callbacks);
-        self.waiters.handler = handler.or(self.waiters.handler.take());
-    }
 }
 
-/// Splits callbacks, outside of any lock, into those that are not equal to this one and how many are.
-pub(crate) fn without(waiters: Waiters, callback: &Bound<'_, PyAny>) -> PyResult<(Waiters, usize)> {
-    let before = waiters.callbacks.len();
-    let mut left = Vec::new();
-    for (other, context) in waiters.callbacks {
-        if !other.bind(callback.py()).eq(callback)? {
-            left.push((other, context));
+/// Removes the callbacks that are equal to this one, and says how many. They are compared outside of the lock, as that is
+/// code of the user's, and stay meanwhile: whoever waits is stepped though it fails, or an answer comes.
+pub(crate) fn remove<S>(
+    state: &Mutex<S>,
+    awaited: impl Fn(&mut S) -> &mut Awaited,
+    callback: &Bound<'_, PyAny>,
+) -> PyResult<usize> {
+    let py = callback.py();
+    let copy = |(other, _): &Callback| other.clone_ref(py);
+    let known: Vec<_> = awaited(&mut lock(state)).waiters.callbacks.iter().map(copy).collect();
+    let mut equal = Vec::new();
+    for other in known {
+        if other.bind(py).eq(callback)? {
+            equal.push(other);
         }
     }
-    let gone = before - left.len();
-    Ok((Waiters { callbacks: left, ..waiters }, gone))
+    let is_equal = |(other, _): &mut Callback| equal.iter().any(|equal| equal.is(&*other));
+    let gone: Vec<_> = awaited(&mut lock(state)).waiters.callbacks.extract_if(.., is_equal).collect();
+    Ok(gone.len())
 }
 
 /// Steps whoever waits for `this`: at once, or soon on this loop, where no task can be entered.

@@ -2,6 +2,7 @@
 
 mod batch_walk;
 mod batches;
+mod callers;
 mod near;
 mod own;
 mod ranks;
@@ -56,7 +57,8 @@ struct Driver {
     batches: Vec<Batch<u32>>,
     refused: Vec<(u32, Error)>,
     closing: Vec<ReplicaKey>,
-    unused: u32,
+    /// Credits given back.
+    unused: Vec<ReplicaKey>,
     /// Who was there when their deployment got a router in Python.
     asked: Vec<u32>,
     /// Times that readiness has changed.
@@ -71,8 +73,8 @@ impl Driver {
     fn with(mut engine: Engine<u32>, snapshot: &Snapshot) -> Self {
         engine.apply(snapshot);
         let key = engine.deployment("a#D").unwrap_or(DeploymentKey { index: 0, life: 0 });
-        let (keys, started, batches, refused, closing, asked) = Default::default();
-        let mut driver = Self { engine, key, keys, started, batches, refused, closing, unused: 0, asked, turns: 0 };
+        let (keys, started, batches, refused, closing, unused, asked) = Default::default();
+        let mut driver = Self { engine, key, keys, started, batches, refused, closing, unused, asked, turns: 0 };
         driver.settle();
         driver
     }
@@ -98,7 +100,7 @@ impl Driver {
                 Action::Refuse(waiter, error) => self.refused.push((waiter, error)),
                 Action::Open(key, address) => drop(self.keys.insert(address.id, key)),
                 Action::Close(key) => self.closing.push(key),
-                Action::Unused(_, count) => self.unused += count,
+                Action::Unused(key, count) => self.unused.extend((0..count).map(|_| key)),
                 Action::Ask(key) => self.asked.extend(self.engine.waiters(key)),
                 Action::Readiness => self.turns += 1,
             }
@@ -180,7 +182,7 @@ fn credits_that_nobody_needs_go_back() {
     driver.engine.busy(lease, 5);
     driver.engine.credit(driver.keys["r"], 2);
     driver.settle();
-    assert_eq!(driver.unused, 2);
+    assert_eq!(driver.unused.len(), 2);
 }
 
 #[test]
@@ -332,10 +334,10 @@ fn a_lease_that_is_not_used_gives_its_credit_back() {
     driver.settle();
     assert!(driver.started[0].1.granted, "the next one uses the credit");
     let (waiter, lease) = driver.started.remove(0);
-    assert_eq!((waiter, driver.unused), (1, 0));
+    assert_eq!((waiter, driver.unused.len()), (1, 0));
     driver.engine.unsent(lease);
     driver.settle();
-    assert_eq!(driver.unused, 1, "nobody is left to use it: the replica must have it back");
+    assert_eq!(driver.unused.len(), 1, "nobody is left to use it: the replica must have it back");
 }
 
 #[test]

@@ -16,7 +16,7 @@ use bytes::Bytes;
 use http::{HeaderMap, header::EXPECT};
 use http_body::{Frame, SizeHint};
 use hyper::body::{Body as _, Incoming};
-use tokio::time::{Sleep, timeout};
+use tokio::time::{Instant, Sleep, timeout, timeout_at};
 
 use super::{departure::Unread, listen::Open, sender::Sender, shadow::Late, stream::StreamRef};
 use crate::{
@@ -69,6 +69,24 @@ impl Body {
     ) -> Self {
         let left = give(&mut stream, length, 0);
         Self { content: Content::Streamed { first, stream, left, deadline, broken: None }, _open: open }
+    }
+}
+
+impl Drop for Body {
+    fn drop(&mut self) {
+        if let Content::Streamed { stream, deadline: Some(deadline), .. } = &self.content
+            && matches!(stream.unread, Unread::Told | Unread::Ignored)
+            && !stream.sender().is_over()
+        {
+            tokio::task::spawn_local(see_out(stream.sender(), deadline.deadline()));
+        }
+    }
+}
+
+/// A handler whose answer nobody reads may come to its end; an endless one would keep its slot for ever.
+async fn see_out(stream: Sender, until: Instant) {
+    if timeout_at(until, poll_fn(|cx| stream.poll_over(cx))).await.is_err() {
+        stream.cancel();
     }
 }
 

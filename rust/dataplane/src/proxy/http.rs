@@ -1,6 +1,6 @@
 //! One HTTP request: its id, its route, its body and deadline, and the answer that it gets in every case.
 
-use std::{borrow::Cow, convert::Infallible, future::poll_fn, rc::Rc, time::Duration};
+use std::{borrow::Cow, convert::Infallible, rc::Rc, time::Duration};
 
 use bytes::Bytes;
 use http::{
@@ -17,7 +17,6 @@ use super::{
     departure::{Departure, Presence, Unread},
     listen::{Conn, Open},
     relay::{Call, Marks, X_REQUEST_ID, relay},
-    sender::Sender,
     stream::{Head, StreamRef},
 };
 use crate::{
@@ -116,18 +115,15 @@ async fn handle(
                 drop(stream);
                 Body::whole(body, open)
             } else {
-                if bodiless && departure.is_none() {
-                    let limit = Instant::now() + LINGER;
-                    let until = deadline.map_or(limit, |(instant, _)| instant.min(limit));
-                    tokio::task::spawn_local(see_out(stream.sender(), until));
-                }
                 stream.unread = match departure {
                     _ if bodiless => Unread::Ignored,
                     Some(_) => Unread::Told,
                     None => Unread::Cancelled,
                 };
                 let length = declared.filter(|_| !bodiless).and_then(|length| length.to_str().ok()?.parse().ok());
-                let deadline = deadline.map(|(instant, _)| Box::pin(sleep_until(instant)));
+                let limit = (bodiless && departure.is_none()).then(|| Instant::now() + LINGER);
+                let deadline = deadline.map(|(instant, _)| instant).into_iter().chain(limit).min();
+                let deadline = deadline.map(|instant| Box::pin(sleep_until(instant)));
                 Body::streamed(body, stream, length, deadline, open)
             };
             response.map(|()| body)
@@ -149,13 +145,6 @@ fn final_status(status: u32, marks: &Marks) -> StatusCode {
 /// hyper reads no body then, which is no reason to cancel the handler.
 fn bodiless(parts: &Parts, status: StatusCode) -> bool {
     parts.method == http::Method::HEAD || status == StatusCode::NO_CONTENT || status == StatusCode::NOT_MODIFIED
-}
-
-/// A handler whose answer nobody reads may come to its end; an endless one would keep its slot for ever.
-async fn see_out(stream: Sender, until: Instant) {
-    if timeout_at(until, poll_fn(|cx| stream.poll_over(cx))).await.is_err() {
-        stream.cancel();
-    }
 }
 
 async fn dispatch(

@@ -29,12 +29,12 @@ impl Sender {
         self.link.with(self.id, |stream| stream.end.is_some() || stream.fate == Fate::Cancelled).unwrap_or(true)
     }
 
-    /// Ready when there is no use in sending more.
+    /// Ready when the stream is over, of which nobody reads the answer; its body may be on its way still.
     pub(super) fn poll_over(&self, cx: &Context<'_>) -> Poll<()> {
         if self.is_over() {
             return Poll::Ready(());
         }
-        self.watch(cx);
+        self.link.with(self.id, |stream| stream.reader = Some(cx.waker().clone()));
         Poll::Pending
     }
 

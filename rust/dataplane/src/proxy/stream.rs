@@ -75,7 +75,7 @@ pub(super) struct Stream {
     outcome: Option<Outcome>,
     chunks: VecDeque<Bytes>,
     pub(super) end: Option<Result<(), Error>>,
-    /// Waits for the outcome or a chunk.
+    /// Waits for the outcome or a chunk; for the end of an answer that nobody reads.
     pub(super) reader: Option<Waker>,
     /// Waits for window.
     pub(super) sender: Option<Waker>,
@@ -177,6 +177,7 @@ impl Stream {
                 shard.engine.borrow_mut().answered(lease, report);
             }
             wake(&mut self.sender);
+            wake(&mut self.reader);
         }
         if self.fate == Fate::Wanted {
             wake(&mut self.reader);

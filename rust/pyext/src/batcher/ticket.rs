@@ -14,7 +14,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyTuple};
 
 use super::Batcher;
-use crate::awaited::{self, Awaited, call_soon, without};
+use crate::awaited::{self, Awaited, call_soon};
 use crate::lock::lock;
 use crate::worker::run::Running;
 
@@ -258,10 +258,7 @@ impl Ticket {
     }
 
     fn remove_done_callback(&self, callback: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let waiters = lock(&self.inner).awaited.take();
-        let (left, gone) = without(waiters, callback)?;
-        lock(&self.inner).awaited.put_back(left);
-        Ok(gone)
+        awaited::remove(&self.inner, |inner| &mut inner.awaited, callback)
     }
 
     /// The caller is cancelled: queued, it leaves the queue; in a batch that runs, its result is dropped.

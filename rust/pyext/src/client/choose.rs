@@ -131,7 +131,9 @@ impl Reservation {
     fn redeem(&self, call: &Call) {
         let lease = lock(&self.lease).take();
         if let Some(lease) = lease {
-            self.caller.lock().router.redeem(&call.pending, lease);
+            let mut state = self.caller.lock();
+            state.router.redeem(&call.pending, lease);
+            self.caller.remind(&mut state);
         }
     }
 
@@ -177,6 +179,8 @@ impl Caller {
     }
 
     fn unreserve(&self, lease: Lease) {
-        self.lock().router.unreserve(lease);
+        let mut state = self.lock();
+        state.router.unreserve(lease);
+        self.remind(&mut state);
     }
 }

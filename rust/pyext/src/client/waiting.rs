@@ -12,7 +12,7 @@ use pyo3::types::{PyWeakrefMethods, PyWeakrefReference};
 use slab::Slab;
 
 use super::{mailbox::Mailbox, pending::Pending, turns::Caller};
-use crate::awaited::{Awaited, call_soon, is_in_task, step, without};
+use crate::awaited::{self, Awaited, call_soon, is_in_task, step};
 use crate::lock::lock;
 use crate::worker::run::Running;
 
@@ -207,10 +207,7 @@ impl Waiting {
     }
 
     fn remove_done_callback(&self, callback: &Bound<'_, PyAny>) -> PyResult<usize> {
-        let waiters = lock(&self.inner).awaited.take();
-        let (left, gone) = without(waiters, callback)?;
-        lock(&self.inner).awaited.put_back(left);
-        Ok(gone)
+        awaited::remove(&self.inner, |inner| &mut inner.awaited, callback)
     }
 
     #[pyo3(signature = (msg=None))]

@@ -65,6 +65,11 @@ impl Replica {
         requests: Vec<Request>,
         granted: bool,
     ) -> PyResult<()> {
+        if requests.is_empty() {
+            self.with_limit(|limit| limit.unused(link.token.0, u32::from(granted)));
+            self.give_slots();
+            return Ok(());
+        }
         if !self.batched {
             for (at, request) in requests.into_iter().enumerate() {
                 self.take_in(request, granted && at == 0);
@@ -74,9 +79,7 @@ impl Replica {
         for _ in &requests {
             count(&self.counters.requests);
         }
-        if requests.is_empty() {
-            self.with_limit(|limit| limit.unused(link.token.0, u32::from(granted)));
-        } else if self.with_limit(|limit| limit.admit_batch(link.token.0, granted)) {
+        if self.with_limit(|limit| limit.admit_batch(link.token.0, granted)) {
             let slot = Arc::new(Slot(AtomicUsize::new(requests.len())));
             for request in &requests {
                 request.stream.state().slot = Some(slot.clone());

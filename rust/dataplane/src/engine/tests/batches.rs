@@ -143,7 +143,7 @@ fn a_refused_batch_waits_for_one_credit_and_each_request_has_its_old_place() {
     assert!(again.iter().all(|(_, lease)| lease.granted));
     timed.answer(again);
     let last = timed.take();
-    assert!(!last[0].1.granted && timed.it.unused == 0, "one credit for the batch, and it was paid with it");
+    assert!(!last[0].1.granted && timed.it.unused.is_empty(), "one credit for the batch, and it was paid with it");
 }
 
 #[test]
@@ -155,7 +155,7 @@ fn a_credit_that_no_batch_is_due_for_goes_back() {
     }
     timed.it.engine.credit(timed.it.keys["r"], 1);
     timed.seal();
-    assert_eq!(timed.it.unused, 1);
+    assert_eq!(timed.it.unused.len(), 1);
     timed.requests(2, 1);
     assert_eq!(timed.bound(), [[2]], "paid: optimistic again");
 }
