@@ -282,3 +282,19 @@ def test_a_partial_is_a_function() -> None:
         return [factor * item for item in items]
 
     assert asyncio.run(gather(*map(serve.batch(partial(scaled, 3)), (1, 2)))) == [3, 6]
+
+
+def test_a_shorter_window_holds_for_what_comes_though_the_timer_of_a_longer_one_is_set(run: Any) -> None:
+    @serve.batch(max_batch_size=2, batch_wait_timeout_s=60)
+    async def size(items: list[int]) -> list[int]:
+        return [len(items)] * len(items)
+
+    async def main() -> None:
+        first = asyncio.ensure_future(size(1))
+        await asyncio.sleep(0.01)  # it waits by a timer
+        assert await gather(first, size(2)) == [2, 2]
+        size.set_batch_wait_timeout_s(0.01)
+        await asyncio.sleep(0.01)  # and that is known
+        assert await asyncio.wait_for(size(3), 20) == 1
+
+    run(main())
