@@ -31,6 +31,9 @@ logger = logging.getLogger("ray.serve")
 #: as Rust tells it.
 Told: TypeAlias = "tuple[str, str, str | None, bool, bool, int, int, list[str], str | None, str | None]"
 
+#: What a router may end by and harm no other: its requests must not wait for ever, nor its loop end.
+FAILURES = (Exception, asyncio.CancelledError, SystemExit, KeyboardInterrupt)
+
 
 @dataclass
 class Custom:
@@ -110,7 +113,9 @@ class Routers:
         router.num_pending_requests += 1
         try:
             return _checked(await router.choose_replicas(candidates, pending))
-        except Exception as error:
+        except FAILURES as error:
+            if isinstance(error, asyncio.CancelledError) and _is_cancelled():
+                raise
             logger.exception("%s failed, any replica may do: %r", _described(router, "choose_replicas"), error)
             return [candidates]
         finally:
@@ -127,7 +132,7 @@ class Routers:
                 kind, kwargs, pauses = pickle.loads(base64.b64decode(definition))
                 router = kind(deployment_id=deployment_id, self_node_id=self._node_id)
                 router.initialize_state(**kwargs)
-            except Exception as error:
+            except FAILURES as error:
                 logger.exception(
                     "The request router of %s cannot be made, any replica may do: %r", deployment_id, error
                 )
@@ -216,8 +221,14 @@ def completed(router: RequestRouter | None, replica_id: ReplicaID | None, reques
 def _tell(router: RequestRouter, method: str, *args: Any) -> None:
     try:
         getattr(router, method)(*args)
-    except Exception as error:
+    except FAILURES as error:
         logger.exception("%s failed: %r", _described(router, method), error)
+
+
+def _is_cancelled() -> bool:
+    """Whether somebody has cancelled the running task; Python 3.10 does not know whose `CancelledError` it is."""
+    task: Any = asyncio.current_task()
+    return not hasattr(task, "cancelling") or task.cancelling() > 0
 
 
 def _described(router: RequestRouter, method: str) -> str:

@@ -19,6 +19,7 @@ in its directory fails the session. Invariant: tests never touch port 8000 and n
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -27,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,9 +136,13 @@ def run_script(own_ray: dict[str, str], tmp_path: Path) -> RunScript:
 
 
 def unused_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody is given before the test takes it: those from 32768 on are the kernel's to give to any socket,
+    of which Ray opens dozens meanwhile, and those from 10002 to 19999 are for Ray's workers."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

@@ -323,3 +323,19 @@ def test_callbacks_that_are_equal_are_removed(run: Any) -> None:
         assert (await asyncio.wait_for(caller, 5), told) == ("A1", [])
 
     run(main())
+
+
+def test_a_shorter_window_holds_for_what_comes_though_the_timer_of_a_longer_one_is_set(run: Any) -> None:
+    @serve.batch(max_batch_size=2, batch_wait_timeout_s=60)
+    async def size(items: list[int]) -> list[int]:
+        return [len(items)] * len(items)
+
+    async def main() -> None:
+        first = asyncio.ensure_future(size(1))
+        await asyncio.sleep(0.01)  # it waits by a timer
+        assert await gather(first, size(2)) == [2, 2]
+        size.set_batch_wait_timeout_s(0.01)
+        await asyncio.sleep(0.01)  # and that is known
+        assert await asyncio.wait_for(size(3), 20) == 1
+
+    run(main())

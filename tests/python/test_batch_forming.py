@@ -162,7 +162,7 @@ def test_debugging_methods_tell_what_runs() -> None:
 
 def test_metrics_count_batches() -> None:
     async def main() -> None:
-        recorder = Recorder(max_batch_size=4, batch_wait_timeout_s=0.01)
+        recorder, began = Recorder(max_batch_size=4, batch_wait_timeout_s=0.01), time.monotonic()
         recorder.begin(1, 2, 3)
         await recorder.until(1)
         recorder.begin(4)
@@ -172,7 +172,7 @@ def test_metrics_count_batches() -> None:
         assert metrics["serve_batch_queue_length"] == 1
         size, wait = metrics["serve_actual_batch_size"], metrics["serve_batch_wait_time_ms"]
         assert dict(zip(size["bounds"], size["counts"], strict=False))[4] == 1
-        assert 9 <= wait["sum"] < 100
+        assert 9 <= wait["sum"] <= 1000 * (time.monotonic() - began)
         assert sum(wait["counts"]) == 1
         assert metrics["serve_batch_utilization_percent"]["sum"] == 75
         assert sum(metrics["serve_batch_execution_time_ms"]["counts"]) == 0

@@ -81,12 +81,12 @@ def deploy(serve_url: str) -> Iterator[Any]:
 def test_a_call_gives_an_object_ref_before_its_answer(target: Any) -> None:
     ray.get(target.same.remote(0), timeout=60)  # the bridge is there
     began = time.monotonic()
-    refs = [target.sleep.remote(1.0, i) for i in range(10)]
+    refs = [target.sleep.remote(3.0, i) for i in range(10)]
     returned = time.monotonic() - began
     assert all(type(ref) is ray.ObjectRef for ref in refs)
-    assert returned < 0.9
+    assert returned < 3.0
     assert ray.get(refs, timeout=60) == list(range(10))
-    assert time.monotonic() - began < 5  # one after the other they would take 10
+    assert time.monotonic() - began < 15  # one after the other they would take 30
 
 
 def test_wait_sees_them_finish_one_by_one(target: Any) -> None:

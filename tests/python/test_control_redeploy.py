@@ -96,7 +96,7 @@ def test_a_request_in_flight_finishes_on_the_old_code(serve_instance: str) -> No
 def test_an_old_replica_finishes_in_its_own_time(serve_instance: str, old_s: float, new_s: float, answer: int) -> None:
     @serve.deployment(name="Code", graceful_shutdown_timeout_s=old_s, retry_idempotent=False)
     async def slow(request: Any) -> str:
-        await asyncio.sleep(3)
+        await asyncio.sleep(3 if answer == 200 else 60)
         return "old"
 
     serve.run(slow.bind())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from typing import Any
 
+import pytest
 from deployed import wait_for
 from scripted_replica import (  # noqa: F401 - fixtures
     BUSY,
@@ -77,8 +79,8 @@ def test_a_call_is_shown_to_its_router_at_once_also_while_the_tender_attends_ano
     handle = connect(Cluster(server, router=ROUTER))
     handle.remote()
     server.calls.get(timeout=10)
-    took = []
-    for _ in range(10):
+    took = [1.0]
+    while min(took) >= 0.009 and len(took) < 50:  # a busy machine may hold some of them up
         time.sleep(0.05)  # the tender has the turn by now
         began = time.monotonic()
         handle.remote("shown").result(timeout_s=5)
@@ -103,3 +105,25 @@ def test_the_items_of_a_stream_wait_for_who_takes_them_when_its_router_has_heard
     wait_for(lambda: stream.request_id in router.done, 10)
     routers.submit(asyncio.sleep(0)).result(timeout=5)  # whoever has told it is done with the call
     assert list(stream) == [0, 1, 2]
+
+
+class GivesUp(RequestRouter):
+    """Ends each choice by what is no `Exception`."""
+
+    def initialize_state(self, error: str) -> None:
+        self.error = {"SystemExit": SystemExit, "KeyboardInterrupt": KeyboardInterrupt}.get(
+            error, asyncio.CancelledError
+        )
+
+    async def choose_replicas(self, candidate_replicas: Any, pending_request: Any = None) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [*(["CancelledError"] * (sys.version_info >= (3, 11))), "SystemExit", "KeyboardInterrupt"]
+)
+def test_whatever_a_router_raises_its_calls_are_made(replica: Replicas, connect: Any, error: str) -> None:
+    gives_up = RequestRouterConfig(request_router_class=GivesUp, request_router_kwargs={"error": error}).plain()
+    handle = connect(Cluster(replica(), router={key: gives_up[key] for key in ("policy", "custom")}))
+    for i in range(2):
+        assert handle.remote(i).result(timeout_s=10) == (i,)

@@ -296,10 +296,10 @@ def test_calls_cancelled_at_random_moments_leave_nothing_in_flight() -> None:
 def test_a_full_queue_is_back_pressure() -> None:
     handle = serve.run(Model.options(max_ongoing_requests=1, max_queued_requests=2).bind())
     handle.remote().result()
-    responses = [handle.sleep.remote(0.3) for _ in range(3)]
+    responses = [handle.sleep.remote(seconds) for seconds in (2.0, 0.0, 0.0)]
     with pytest.raises(BackPressureError):
         handle.remote().result(timeout_s=10)
-    assert [r.result(timeout_s=10) for r in responses] == [0.3] * 3
+    assert [r.result(timeout_s=10) for r in responses] == [2.0, 0.0, 0.0]
 
 
 def test_a_deleted_deployment_refuses_calls() -> None:

@@ -11,6 +11,7 @@ import pytest
 import wire_client as wire
 from starlette.requests import Request as StarletteRequest
 from starlette.responses import StreamingResponse
+from worker_gate import fresh_gate, gate  # noqa: F401 - a fixture
 from worker_replica import serving
 
 WINDOW = 256 * 1024
@@ -119,49 +120,47 @@ def test_send_suspends_while_nobody_reads() -> None:
         assert len(link.answer(1).body) == 100 * 65536 - WINDOW
 
 
+async def short_or_until_let_go(request: Any) -> Any:
+    if request.query_params:
+        return "short"
+
+    async def items() -> Any:
+        while not gate.release.is_set():
+            time.sleep(0.0005)  # holds the loop's thread
+            yield b"item"
+
+    return StreamingResponse(items())
+
+
+@pytest.mark.usefixtures("fresh_gate")
 def test_a_generator_that_never_suspends_streams_and_lets_others_run() -> None:
-    async def handler(request: Any) -> Any:
-        if request.query_params:
-            return "short"
-
-        async def items() -> Any:
-            start = time.perf_counter()
-            while time.perf_counter() - start < 0.3:
-                time.sleep(0.0005)  # holds the loop's thread
-                yield b"item"
-
-        return StreamingResponse(items())
-
-    with serving(handler) as replica:
+    with serving(short_or_until_let_go) as replica:
         link = replica.link()
-        start = time.perf_counter()
         link.request(1)
-        assert link.frame().kind == wire.RESPONSE
-        assert time.perf_counter() - start < 0.2, "the first item waits for no other"
+        assert link.frame().kind == wire.RESPONSE, "the first item waits for no other"
         link.request(2, query="short=1")
-        late = []
         while (frame := link.frame()).stream != 2:
-            late.append(frame)
             link.send(wire.WINDOW, 1, aux=len(frame.payload))
-        assert time.perf_counter() - start < 0.25
+        gate.release.set()
         link.answer(1)
 
 
+async def late_item() -> Any:
+    async def items() -> Any:
+        await asyncio.to_thread(gate.release.wait, 10)
+        yield b"late"
+
+    return StreamingResponse(items(), headers={"x-early": "1"})
+
+
+@pytest.mark.usefixtures("fresh_gate")
 def test_the_head_goes_out_before_the_first_item_exists() -> None:
-    async def handler() -> Any:
-        async def items() -> Any:
-            await asyncio.sleep(0.3)
-            yield b"late"
-
-        return StreamingResponse(items(), headers={"x-early": "1"})
-
-    with serving(handler) as replica:
-        link = replica.link()
-        start = time.perf_counter()
+    with serving(late_item) as replica:
+        link = replica.link(timeout=5.0)
         link.request(1)
         head = link.frame()
-        assert time.perf_counter() - start < 0.2
         assert (head.kind, head.fin) == (wire.RESPONSE, False)
+        gate.release.set()
         assert link.answer(1).body == b"late"
 
 

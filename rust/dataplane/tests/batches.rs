@@ -86,10 +86,9 @@ fn a_batch_waits_its_window_for_others_and_no_longer() {
     for client in &mut clients {
         assert_eq!(client.response().status, 200);
     }
-    let began = std::time::Instant::now();
+    let (served, replicas) = Served::with(json!({}), batched(3, 3600.0), 1);
     let _clients = waiting(&served, 3);
-    assert_eq!(replicas[0].batch().len(), 3);
-    assert!(began.elapsed().as_secs_f64() < 1.0, "full");
+    assert_eq!(replicas[0].batch().len(), 3, "full");
 }
 
 #[test]

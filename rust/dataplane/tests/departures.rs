@@ -138,13 +138,13 @@ fn a_client_that_leaves_within_its_body_cancels_the_request() {
 
 #[test]
 fn a_late_handler_is_answered_408_and_cancelled() {
-    let (served, replicas) = Served::with(json!({"request_timeout_s": 0.1}), json!({}), 1);
+    let (served, replicas) = Served::with(json!({"request_timeout_s": 1.0}), json!({}), 1);
     let mut client = served.client();
     client.send("GET / HTTP/1.1\r\nhost: h\r\nx-request-id: r7\r\n\r\n");
     let got = replicas[0].request();
-    assert!((1..=100).contains(&got.header.aux), "remaining time travels: {}", got.header.aux);
+    assert!((1..=1000).contains(&got.header.aux), "remaining time travels: {}", got.header.aux);
     let response = client.response();
-    assert_eq!((response.status, response.text().as_str()), (408, "Request r7 timed out after 0.1s."));
+    assert_eq!((response.status, response.text().as_str()), (408, "Request r7 timed out after 1.0s."));
     replicas[0].expect(Kind::Cancel);
     replicas[0].chunk_end(&got);
     served.settles("streams", 0);
@@ -165,7 +165,7 @@ fn the_deadline_covers_the_queue() {
 
 #[test]
 fn a_request_may_choose_its_own_deadline() {
-    let (served, replicas) = Served::with(json!({"request_timeout_s": 0.1}), json!({}), 1);
+    let (served, replicas) = Served::with(json!({"request_timeout_s": 1.0}), json!({}), 1);
     let ask = |seconds: &str| {
         let mut client = served.client();
         client.send(format!("GET / HTTP/1.1\r\nhost: h\r\nx-request-timeout-seconds: {seconds}\r\n\r\n"));
@@ -176,13 +176,13 @@ fn a_request_may_choose_its_own_deadline() {
     let (_none, got) = ask("0");
     assert_eq!(got.header.aux, 0);
     let (mut malformed, got) = ask("soon");
-    assert!((1..=100).contains(&got.header.aux));
+    assert!((1..=1000).contains(&got.header.aux));
     assert_eq!(malformed.response().status, 408);
 }
 
 #[test]
 fn a_deadline_after_the_head_cuts_the_answer() {
-    let (served, replicas) = Served::with(json!({"request_timeout_s": 0.1}), json!({}), 1);
+    let (served, replicas) = Served::with(json!({"request_timeout_s": 1.0}), json!({}), 1);
     let mut client = served.client();
     client.get("/");
     let got = replicas[0].request();

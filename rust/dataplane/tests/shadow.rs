@@ -113,11 +113,11 @@ fn a_shadow_that_hangs_is_given_up_and_costs_clients_nothing_and_a_bounded_numbe
 
 #[test]
 fn a_copy_has_no_more_time_than_its_request() {
-    let (served, _a, c) = serve(1.0, json!({"request_timeout_s": 0.3}));
+    let (served, _a, c) = serve(1.0, json!({"request_timeout_s": 1.0}));
     let mut client = served.client();
     ask(&mut client, 7);
     let got: Vec<_> = (0..5).map(|_| c.request()).collect();
-    assert!(got.iter().all(|got| (1..=300).contains(&got.header.aux)));
+    assert!(got.iter().all(|got| (1..=1000).contains(&got.header.aux)));
     for _ in 0..5 {
         c.expect(Kind::Cancel);
     }

@@ -192,7 +192,7 @@ fn while_no_target_is_ready_requests_wait_and_go_where_readiness_comes_first() {
 
 #[test]
 fn those_who_wait_are_bounded_by_the_queue_of_the_target_and_by_their_deadline() {
-    let served = Served::empty(json!({"request_timeout_s": 0.3}));
+    let served = Served::empty(json!({"request_timeout_s": 1.0}));
     let limited = json!({"max_queued_requests": 1, "backpressure": {"status_code": 429}});
     served.publish_split(&split(&[("a", 1.0)]), &[("a", limited, vec![])]);
     let (mut waits, mut refused) = (served.client(), served.client());

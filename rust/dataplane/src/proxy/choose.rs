@@ -16,7 +16,7 @@ use std::{
     rc::Rc,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        mpsc::{SyncSender, sync_channel},
+        mpsc::{RecvTimeoutError, SyncSender, sync_channel},
     },
     time::Duration,
 };
@@ -26,8 +26,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use super::{Shared, shard::Shard};
 use crate::engine::{Assigned, Candidate, DeploymentKey, Place};
 
-/// A shard answers between two events; one that does not is gone.
-const ANSWER: Duration = Duration::from_secs(5);
+/// A shard answers between two events; one that does not is gone, or held up by the machine.
+const ANSWER: Duration = if cfg!(test) { Duration::from_millis(50) } else { Duration::from_secs(5) };
 
 /// What Python is told of a request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -127,20 +127,26 @@ impl Choices {
         (take(&mut desk.fresh), take(&mut desk.ended))
     }
 
-    fn order<T>(&self, shard: usize, order: impl FnOnce(SyncSender<T>) -> Order) -> Option<T> {
+    fn order<T>(&self, shard: usize, order: impl FnOnce(SyncSender<T>) -> Order) -> Result<T, RecvTimeoutError> {
         let (reply, answer) = sync_channel(1);
-        self.desk().shards[shard].send(order(reply)).ok()?;
-        answer.recv_timeout(ANSWER).ok()
+        self.desk().shards[shard].send(order(reply)).map_err(|_| RecvTimeoutError::Disconnected)?;
+        answer.recv_timeout(ANSWER)
     }
 
     pub(super) fn candidates(&self, number: u64) -> Option<(Vec<Candidate>, Option<String>)> {
         let (shard, place) = *self.desk().open.get(&number)?;
-        self.order(shard, |reply| Order::Candidates(place.deployment, reply))
+        self.order(shard, |reply| Order::Candidates(place.deployment, reply)).ok()
     }
 
     pub(super) fn assign(&self, number: u64, ranks: Vec<Vec<String>>) -> Assigned {
         let Some((shard, place)) = self.desk().open.get(&number).copied() else { return Assigned::Over };
-        self.order(shard, |reply| Order::Assign(number, place, ranks, reply)).unwrap_or(Assigned::Over)
+        match self.order(shard, |reply| Order::Assign(number, place, ranks, reply)) {
+            Ok(assigned) => assigned,
+            // The request may still wait, and nobody else would ask for it. If it was assigned too late to be told, the next
+            // attempt says so.
+            Err(RecvTimeoutError::Timeout) => Assigned::Full,
+            Err(RecvTimeoutError::Disconnected) => Assigned::Over,
+        }
     }
 }
 
@@ -224,5 +230,15 @@ mod tests {
         });
         assert_eq!(choices.take(), (vec![], vec![]));
         assert!(choices.desk().open.is_empty());
+    }
+
+    #[test]
+    fn one_whose_shard_does_not_answer_in_time_is_asked_for_again() {
+        let choices = Choices::new();
+        let (shard, orders) = choices.join();
+        let number = choices.ask(shard, place(), Choice::default());
+        assert_eq!(choices.assign(number, Vec::new()), Assigned::Full);
+        drop(orders);
+        assert_eq!(choices.assign(number, Vec::new()), Assigned::Over, "the shard is gone");
     }
 }

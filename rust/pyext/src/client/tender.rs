@@ -21,8 +21,7 @@ use super::{
 const PATIENCE: Duration = Duration::from_millis(10);
 /// The tender looks this many times more rarely while others take turns or nothing happens, and then sleeps.
 const QUIET_ROUNDS: u32 = 10;
-/// How long what a loop has corked may wait for it before the tender sends it: user code blocks the loop. A tender that polls,
-/// as calls are out that nobody waits for, sends it with the next answer.
+/// How long what a loop has corked may wait for it before the tender sends it: user code blocks the loop.
 const CORKED: Duration = Duration::from_millis(1);
 /// The tender looks so often for that while calls are made, and until there have been none for so many looks.
 const CALM: u32 = 50;
@@ -81,6 +80,18 @@ impl TenderState {
 }
 
 impl State {
+    /// When whoever has the turn looks for corked calls: never, unless it is the tender.
+    pub(super) fn next_look(&self, who: Turn, now: Instant) -> Option<Instant> {
+        (who == Turn::Tender && self.tender.looks.is_some()).then(|| now + CORKED)
+    }
+
+    /// The look of whoever has the turn.
+    pub(super) fn look_as(&mut self, who: Turn) {
+        if who == Turn::Tender {
+            self.look();
+        }
+    }
+
     /// Sends what a loop has corked and not sent in time.
     fn look(&mut self) {
         if self.tender.corked.is_some_and(|since| since.elapsed() >= CORKED) {
@@ -186,6 +197,14 @@ impl Caller {
         }
         *until = Some(due);
         if free { self.tender.notify_one() } else { self.nudge(state) }
+    }
+
+    /// Has the tender look for corked calls, also while it polls.
+    pub(super) fn look_out(&self, state: &State) {
+        self.tender.notify_one();
+        if state.turn == Turn::Tender {
+            self.nudge(state);
+        }
     }
 
     /// Has the tender look for errands.

@@ -129,7 +129,7 @@ impl Caller {
         }
         state.router.begin(call, cork);
         if cork && state.tender.cork() {
-            self.tender.notify_one();
+            self.look_out(&state);
         }
         if state.has_errand() {
             self.summon(&mut state);
@@ -226,7 +226,8 @@ impl Caller {
         let (poll, events) = &mut *turn;
         let interrupted = loop {
             let now = Instant::now();
-            let next = state.router.tick(now).into_iter().chain(until).min();
+            let look = state.next_look(who, now);
+            let next = state.router.tick(now).into_iter().chain(until).chain(look).min();
             state.until = next;
             drop(state);
             let timeout = next.map(|at| at.saturating_duration_since(now));
@@ -238,6 +239,7 @@ impl Caller {
             for event in events.iter().filter(|event| event.token() != WAKER) {
                 state.router.ready(event);
             }
+            state.look_as(who);
             if !state.router.held.fresh.is_empty() {
                 self.summon(&mut state); // calls have come back unbegun
             }
