@@ -107,7 +107,7 @@ class Options:
 
 
 def _decorate_wrapped(func: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """Like `_decorate`; as in Ray Serve, `func` may also be a plain function around an async one (`functools.wraps`)."""
+    """Like `_decorate`, but as in Ray Serve `func` may also be a plain function around an async one, by its `wraps`."""
     is_async = inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func)
     if is_async or not (callable(func) and inspect.iscoroutinefunction(inspect.unwrap(func))):
         return _decorate(func, options)

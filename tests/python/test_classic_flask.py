@@ -30,6 +30,13 @@ def flask_parts(flask_request: Any) -> dict[str, Any]:
         "args": r.args,
         "lists": r.args.to_dict(flat=False),
         "number": r.args.get("n", 0, type=int),
+        "numbers": r.args.getlist("n", type=int),
+        "all": [
+            sorted(r.args.lists()),
+            list(r.args.listvalues()),
+            list(r.args.items(multi=True)),
+            list(r.args.items()),
+        ],
         "form": r.form,
         "values": r.values,
         "files": {name: [file.filename, file.read().decode()] for name, file in r.files.items()},
@@ -61,6 +68,9 @@ def test_a_flask_shaped_request_has_plain_values(function: Any, kind: type[Backe
         assert got["method"] == "GET"
         assert (got["path"], got["full_path"]) == ("/a b", "/a b?n=1&n=2&empty=")
         assert (got["args"], got["lists"]) == ({"n": "1", "empty": ""}, {"n": ["1", "2"], "empty": [""]})
+        assert got["numbers"] == [1, 2]
+        lists, pairs = [["empty", [""]], ["n", ["1", "2"]]], [["n", "1"], ["n", "2"], ["empty", ""]]
+        assert got["all"] == [lists, [["1", "2"], [""]], pairs, [["n", "1"], ["empty", ""]]]
         assert (got["number"], got["header"], got["cookies"]) == (1, "1", {"c": "2"})
         assert (got["json"], got["data"], got["form"]) == (None, "", {})
         assert (got["remote"], got["url"]) == ("127.0.0.1", f"{url}/a%20b?n=1&n=2&empty=")
