@@ -146,6 +146,25 @@ def test_a_client_that_sends_no_json_is_answered_400(function: Any, kind: type[B
         assert requests.post(url, json=[1], timeout=30).json() == [1]
 
 
+def reads_headers(flask_request: Any) -> Any:
+    headers = flask_request.headers
+    return {
+        "dict": dict(headers)["X-Two"],
+        "pairs": [value for name, value in headers if name == "X-Two"],
+        "names": [sorted(headers.keys()).count("X-Two") == 1, "x-two" in headers, ("X-Two", "2") in headers.items()],
+        "number": [headers.get("x-two", type=int), headers.get("X-Text", 7, type=int), headers.get("X-No", 8)],
+        "mime": flask_request.mimetype,
+    }
+
+
+def test_headers_have_the_names_and_pairs_of_werkzeug_s() -> None:
+    said = {"x-two": "2", "x-text": "two", "content-type": "text/csv"}
+    with backend(reads_headers, FLASK, kind=SyncBackend) as url:
+        over_http = requests.get(url, headers=said).json()
+    assert over_http == reads_headers(FlaskRequest.of_call(HandleRequest(given_headers=said)))
+    assert over_http == {"dict": "2", "pairs": ["2"], "names": [True] * 3, "number": [2, 7, 8], "mime": "text/csv"}
+
+
 def test_a_flask_shaped_request_knows_its_client() -> None:
     def told(flask_request: Any) -> Any:
         found, agent = flask_request.authorization, flask_request.user_agent

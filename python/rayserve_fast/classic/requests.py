@@ -17,7 +17,7 @@ from urllib.parse import parse_qsl, quote
 from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException
 
-from rayserve_fast.classic.header_values import Authorization, UserAgent, length_of, mimetype_of
+from rayserve_fast.classic.header_values import Authorization, FlaskHeaders, UserAgent, length_of, mimetype_of
 from rayserve_fast.classic.uploads import FileStorage
 from rayserve_fast.replica.request import _Lazy, loads
 from rayserve_fast.replica.responses import Refused
@@ -174,7 +174,7 @@ class FlaskRequest:
             method=call.method,
             path="",
             query_string=b"",
-            headers=call.headers,
+            headers=FlaskHeaders(call.given_headers),
             remote_addr=None,
             base_url="",
             host_url="",
@@ -194,9 +194,9 @@ class FlaskRequest:
         return self._request.method
 
     @_Lazy
-    def headers(self) -> Mapping[str, str]:
+    def headers(self) -> FlaskHeaders:
         """Names in any case."""
-        return self._request.headers
+        return FlaskHeaders(raw=self._request.headers.raw)
 
     @_Lazy
     def path(self) -> str:
