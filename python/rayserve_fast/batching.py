@@ -92,7 +92,7 @@ def batch(
         _checked_measure(batch_size_fn),
     )
     if _func is None:
-        return functools.partial(_decorate, options=options)
+        return functools.partial(_decorate_wrapped, options=options)
     return _decorate(_func, options)
 
 
@@ -104,6 +104,19 @@ class Options:
     batch_wait_timeout_s: float
     max_concurrent_batches: int
     batch_size_fn: Callable[[list[Any]], int] | None
+
+
+def _decorate_wrapped(func: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    """Like `_decorate`, but as in Ray Serve `func` may also be a plain function around an async one, by its `wraps`."""
+    is_async = inspect.iscoroutinefunction(func) or inspect.isasyncgenfunction(func)
+    if is_async or not (callable(func) and inspect.iscoroutinefunction(inspect.unwrap(func))):
+        return _decorate(func, options)
+
+    @functools.wraps(func)
+    async def awaited(*args: Any, **kwargs: Any) -> Any:
+        return await func(*args, **kwargs)
+
+    return _decorate(awaited, options)
 
 
 def _decorate(func: Callable[..., Any], options: Options) -> Callable[..., Any]:

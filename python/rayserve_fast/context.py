@@ -139,6 +139,11 @@ def _get_serve_request_context() -> _RequestContext:
     return context
 
 
+def _get_serve_batch_request_context() -> list[_RequestContext]:
+    """Those of the requests in the batch that runs (`serve.batch`), in their order; none outside a batch."""
+    return [context or _RequestContext() for context in _serve_batch_request_context.get([])]
+
+
 def __getattr__(name: str) -> Any:
     """`batch_size` (None outside a batch) and `web` (whether it came over HTTP) of the call that is being handled.
 

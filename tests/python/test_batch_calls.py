@@ -154,6 +154,41 @@ def test_the_decorated_function_looks_like_the_one_it_is_made_of() -> None:
     assert list(inspect.signature(upper).parameters) == ["texts"]
 
 
+def test_a_decorator_below_it_may_hide_that_the_function_is_async() -> None:
+    def timed(function: Any) -> Any:  # as `torch.no_grad()` does
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            return function(*args)
+
+        return call
+
+    def spawned(function: Any) -> Any:
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            return asyncio.ensure_future(function(*args))
+
+        return call
+
+    class Timed:
+        @serve.batch(max_batch_size=2)
+        @timed
+        async def double(self, items: list[int]) -> list[int]:
+            return [2 * item + len(items) for item in items]
+
+        @serve.batch(max_batch_size=2)
+        @spawned
+        async def length(self, items: list[int]) -> list[int]:
+            return [len(items)] * len(items)
+
+    async def main() -> None:
+        assert await gather(Timed().double(1), Timed().double(2)) == [4, 6]
+        assert await gather(Timed().length(1), Timed().length(2)) == [2, 2]
+
+    asyncio.run(main())
+    with pytest.raises(TypeError, match="async def"):
+        serve.batch(timed(upper.__wrapped__))  # as there
+
+
 @pytest.mark.parametrize("decorate", [serve.batch, serve.batch(max_batch_size=2)])
 @pytest.mark.parametrize("function", [lambda items: items, print, 3])
 def test_only_async_functions_can_be_decorated(decorate: Any, function: Any) -> None:

@@ -27,10 +27,10 @@ class Batched:
 
     @serve.batch(max_batch_size=4, batch_wait_timeout_s=0.2)
     async def models(self, numbers: list[int]) -> list[Any]:
-        from rayserve_fast.context import _serve_batch_request_context, _serve_request_context
+        from rayserve_fast.context import _get_serve_batch_request_context, _serve_request_context
 
         await asyncio.sleep(0.05)
-        contexts = [context.multiplexed_model_id for context in _serve_batch_request_context.get()]
+        contexts = [context.multiplexed_model_id for context in _get_serve_batch_request_context()]
         about = serve.get_multiplexed_model_id(), contexts, _serve_request_context.get()
         return [(number, *about) for number in numbers]
 

@@ -30,6 +30,13 @@ def flask_parts(flask_request: Any) -> dict[str, Any]:
         "args": r.args,
         "lists": r.args.to_dict(flat=False),
         "number": r.args.get("n", 0, type=int),
+        "numbers": r.args.getlist("n", type=int),
+        "all": [
+            sorted(r.args.lists()),
+            list(r.args.listvalues()),
+            list(r.args.items(multi=True)),
+            list(r.args.items()),
+        ],
         "form": r.form,
         "values": r.values,
         "files": {name: [file.filename, file.read().decode()] for name, file in r.files.items()},
@@ -61,6 +68,9 @@ def test_a_flask_shaped_request_has_plain_values(function: Any, kind: type[Backe
         assert got["method"] == "GET"
         assert (got["path"], got["full_path"]) == ("/a b", "/a b?n=1&n=2&empty=")
         assert (got["args"], got["lists"]) == ({"n": "1", "empty": ""}, {"n": ["1", "2"], "empty": [""]})
+        assert got["numbers"] == [1, 2]
+        lists, pairs = [["empty", [""]], ["n", ["1", "2"]]], [["n", "1"], ["n", "2"], ["empty", ""]]
+        assert got["all"] == [lists, [["1", "2"], [""]], pairs, [["n", "1"], ["empty", ""]]]
         assert (got["number"], got["header"], got["cookies"]) == (1, "1", {"c": "2"})
         assert (got["json"], got["data"], got["form"]) == (None, "", {})
         assert (got["remote"], got["url"]) == ("127.0.0.1", f"{url}/a%20b?n=1&n=2&empty=")
@@ -134,6 +144,25 @@ def test_a_client_that_sends_no_json_is_answered_400(function: Any, kind: type[B
             assert answer.status_code == 400
             assert answer.text.startswith("The body of the request is not JSON: ")
         assert requests.post(url, json=[1], timeout=30).json() == [1]
+
+
+def reads_headers(flask_request: Any) -> Any:
+    headers = flask_request.headers
+    return {
+        "dict": dict(headers)["X-Two"],
+        "pairs": [value for name, value in headers if name == "X-Two"],
+        "names": [sorted(headers.keys()).count("X-Two") == 1, "x-two" in headers, ("X-Two", "2") in headers.items()],
+        "number": [headers.get("x-two", type=int), headers.get("X-Text", 7, type=int), headers.get("X-No", 8)],
+        "mime": flask_request.mimetype,
+    }
+
+
+def test_headers_have_the_names_and_pairs_of_werkzeug_s() -> None:
+    said = {"x-two": "2", "x-text": "two", "content-type": "text/csv"}
+    with backend(reads_headers, FLASK, kind=SyncBackend) as url:
+        over_http = requests.get(url, headers=said).json()
+    assert over_http == reads_headers(FlaskRequest.of_call(HandleRequest(given_headers=said)))
+    assert over_http == {"dict": "2", "pairs": ["2"], "names": [True] * 3, "number": [2, 7, 8], "mime": "text/csv"}
 
 
 def test_a_flask_shaped_request_knows_its_client() -> None:

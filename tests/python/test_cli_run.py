@@ -37,6 +37,9 @@ app = Echo.bind()
 def build(args):
     return Echo.bind(args["word"])
 
+routed = Echo.options(route_prefix="/routed").bind()  # as code of 1.3 to 2.8 says it
+inner = Echo.options(route_prefix=None).bind()
+
 @serve.deployment
 class Broken:
     def __init__(self):
@@ -98,6 +101,20 @@ def test_run_serves_until_ctrl_c_and_finishes_what_is_in_flight(start: Start) ->
     assert process.returncode == 0, err
     assert "Stopping." in out
     assert "Traceback" not in err, err
+
+
+def test_a_route_of_the_deployment_counts_if_the_command_gives_none(start: Start) -> None:
+    process = start("run", "main:routed", "--port", "0")
+    url = url_of(process)
+    assert url.endswith("/routed")
+    assert requests.get(url, timeout=10).text == "hello"
+    assert requests.get(url.removesuffix("/routed"), timeout=10).status_code == 404
+
+
+def test_an_application_without_a_route_is_said_to_have_none(start: Start) -> None:
+    process = start("run", "main:inner", "--port", "0")
+    assert process.stdout is not None
+    assert next(process.stdout).strip() == "'default' is ready; it has no route."
 
 
 def test_sigterm_stops_like_ctrl_c(start: Start) -> None:

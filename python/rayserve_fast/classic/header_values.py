@@ -3,9 +3,39 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.request import parse_http_list, parse_keqv_list
+
+from starlette.datastructures import Headers
+
+
+class FlaskHeaders(Headers):
+    """Starlette's headers as werkzeug shows them: names are `Title-Case`, and iterating gives pairs.
+
+    >>> headers = FlaskHeaders({"x-version": "3"})
+    >>> list(headers), dict(headers), headers["X-VERSION"], headers.get("x-version", type=int)
+    ([('X-Version', '3')], {'X-Version': '3'}, '3', 3)
+    """
+
+    def keys(self) -> list[str]:  # type: ignore[override]
+        return [name.decode("latin-1").title() for name, _ in self._list]
+
+    def items(self) -> list[tuple[str, str]]:  # type: ignore[override]
+        return list(zip(self.keys(), self.values(), strict=True))
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items())
+
+    def get(self, key: str, default: Any = None, type: Callable[[str], Any] | None = None) -> Any:
+        """The value, through `type` if given; `default` if there is none or `type` refuses it."""
+        if key not in self:
+            return default
+        try:
+            return self[key] if type is None else type(self[key])
+        except (ValueError, TypeError):
+            return default
 
 
 def mimetype_of(content_type: str | None) -> str:

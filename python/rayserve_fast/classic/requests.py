@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import parse_qsl, quote
@@ -16,7 +17,7 @@ from urllib.parse import parse_qsl, quote
 from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException
 
-from rayserve_fast.classic.header_values import Authorization, UserAgent, length_of, mimetype_of
+from rayserve_fast.classic.header_values import Authorization, FlaskHeaders, UserAgent, length_of, mimetype_of
 from rayserve_fast.classic.uploads import FileStorage
 from rayserve_fast.replica.request import _Lazy, loads
 from rayserve_fast.replica.responses import Refused
@@ -35,8 +36,8 @@ class MultiDict(dict[str, Any]):
     """Several values under one key, of which the first is the dict's, as werkzeug's.
 
     >>> found = MultiDict([("n", "1"), ("n", "2")])
-    >>> found["n"], found.get("n", type=int), found.getlist("n"), found.get("m", 0)
-    ('1', 1, ['1', '2'], 0)
+    >>> found["n"], found.get("n", type=int), found.getlist("n"), found.getlist("n", type=int), found.get("m", 0)
+    ('1', 1, ['1', '2'], [1, 2], 0)
     """
 
     def __init__(self, pairs: Iterable[tuple[str, Any]] = ()) -> None:
@@ -57,9 +58,28 @@ class MultiDict(dict[str, Any]):
         except (ValueError, TypeError):
             return default
 
-    def getlist(self, key: str) -> list[Any]:
-        """All values of a key."""
-        return [self[key], *self._further.get(key, ())] if key in self else []
+    def getlist(self, key: str, type: Callable[[Any], T] | None = None) -> list[Any]:
+        """All values of a key; through `type` if given, without those that it refuses."""
+        found = [self[key], *self._further.get(key, ())] if key in self else []
+        if type is None:
+            return found
+        taken = []
+        for value in found:
+            with suppress(ValueError, TypeError):
+                taken.append(type(value))
+        return taken
+
+    def items(self, multi: bool = False) -> Iterable[tuple[str, Any]]:  # type: ignore[override]
+        """Keys with their first values, or with each of all."""
+        return ((key, value) for key in self for value in self.getlist(key)) if multi else super().items()
+
+    def lists(self) -> Iterable[tuple[str, list[Any]]]:
+        """Keys with all of their values."""
+        return ((key, self.getlist(key)) for key in self)
+
+    def listvalues(self) -> Iterable[list[Any]]:
+        """All values of each key."""
+        return (self.getlist(key) for key in self)
 
     def to_dict(self, flat: bool = True) -> dict[str, Any]:
         """A plain dict, of first values or of lists of all."""
@@ -154,7 +174,7 @@ class FlaskRequest:
             method=call.method,
             path="",
             query_string=b"",
-            headers=call.headers,
+            headers=FlaskHeaders(call.given_headers),
             remote_addr=None,
             base_url="",
             host_url="",
@@ -174,9 +194,9 @@ class FlaskRequest:
         return self._request.method
 
     @_Lazy
-    def headers(self) -> Mapping[str, str]:
+    def headers(self) -> FlaskHeaders:
         """Names in any case."""
-        return self._request.headers
+        return FlaskHeaders(raw=self._request.headers.raw)
 
     @_Lazy
     def path(self) -> str:

@@ -16,6 +16,7 @@ from rayserve_fast import serve
 from rayserve_fast.cli.cluster import ADDRESS_HELP, connect
 from rayserve_fast.cli.loading import load_application, parse_arguments
 from rayserve_fast.controlplane import client
+from rayserve_fast.controlplane.spec import DEFAULT_ROUTE
 from rayserve_fast.exceptions import RayServeException
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 @click.option("-a", "--address", envvar="RAY_ADDRESS", help=ADDRESS_HELP + " Without either, a local Ray is started.")
 @click.option("--host", help="Where the HTTP proxies listen.  [default: 127.0.0.1]")
 @click.option("--port", type=click.IntRange(0, 65535), help="The HTTP port, 0 for a free one.  [default: 8000]")
-@click.option("--route-prefix", default="/", show_default=True, help="The path under which the application answers.")
+@click.option(
+    "--route-prefix", help="The path under which the application answers.  [default: the deployment's own, else /]"
+)
 @click.option("--name", default="default", show_default=True, help="The application's name.")
 @click.option("-d", "--app-dir", default=".", show_default=True, help="Where MODULE is looked for.")
 @click.option("--working-dir", help="A directory or remote URI that the replicas run in.")
@@ -41,7 +44,7 @@ def run(
     address: str | None,
     host: str | None,
     port: int | None,
-    route_prefix: str,
+    route_prefix: str | None,
     name: str,
     app_dir: str,
     working_dir: str | None,
@@ -73,11 +76,11 @@ def run(
         ray.shutdown()
 
 
-def deploy(app: Application, name: str, route_prefix: str, http: dict[str, Any]) -> None:
+def deploy(app: Application, name: str, route_prefix: str | None, http: dict[str, Any]) -> None:
     """Start Serve if needed, deploy, and print where the application answers."""
     try:
         serve.start(http_options={key: value for key, value in http.items() if value is not None})
-        serve.run(app, name=name, route_prefix=route_prefix)
+        serve.run(app, name=name, route_prefix=DEFAULT_ROUTE if route_prefix is None else route_prefix)
     except (TypeError, ValueError, RuntimeError, RayServeException) as error:
         raise click.ClickException(str(error)) from error
     options, address = client.ready(client.require())
@@ -86,8 +89,10 @@ def deploy(app: Application, name: str, route_prefix: str, http: dict[str, Any])
         return
     host, port = address
     root = f"http://{f'[{host}]' if ':' in host else host}:{port}{options.root_path}"
-    click.echo(f"{name!r} is ready at {root}{route_prefix}")
-    for prefix, other in sorted(routes().items()):
+    served = sorted(routes().items())
+    own = next((prefix for prefix, other in served if other == name), None)
+    click.echo(f"{name!r} is ready; it has no route." if own is None else f"{name!r} is ready at {root}{own}")
+    for prefix, other in served:
         click.echo(f"  {prefix:<20} {other}")
     click.echo(f"Routes: {root}/-/routes  Health: {root}/-/healthz")
 
