@@ -185,7 +185,10 @@ class DeploymentResponse(_Response, answers.Answer, promises.ReferableValue, met
                 raise GetTimeoutError(f"{self._handle._described()} has not answered within {timeout_s} s.")
             self._settle(call)
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                del self  # or its error's traceback would hold it, and what both hold, until a collection
         return self._value
 
     def __await__(self) -> Generator[Any, None, Any]:
@@ -194,7 +197,10 @@ class DeploymentResponse(_Response, answers.Answer, promises.ReferableValue, met
                 yield from call.waiting() or self._waiting(call).__await__()
             self._settle(call)
         if self._error is not None:
-            raise self._error
+            try:
+                raise self._error
+            finally:
+                del self
         return self._value
 
     def _settle(self, call: AnyCall) -> None:
@@ -204,7 +210,7 @@ class DeploymentResponse(_Response, answers.Answer, promises.ReferableValue, met
                 self._raise(*outcome)
             self._value = outcome[1]
         except Exception as error:
-            self._error = error
+            self._error = error.with_traceback(None)  # of this module alone
         self._call = None
         if self._answers:
             self._answers = ()

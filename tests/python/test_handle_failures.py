@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
 import queue
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -317,3 +319,33 @@ def test_the_first_call_of_a_replica_asks_ray_nothing_on_its_loop(
 
     assert asyncio.run(main()) == (1,)
     assert set(asking) == {"rayserve-fast-calls"}
+
+
+def test_a_failed_call_is_freed_with_its_last_reference(replica: Replicas, connect: Any) -> None:
+    """Not by a collection: what a server that has turned it off would keep for ever."""
+    handle = connect(Cluster(replica(lambda call: call.fail(4, b""))))
+
+    async def awaited() -> weakref.ref[Any]:
+        try:
+            await (response := handle.remote())
+        except RequestCancelledError:
+            freed = weakref.ref(response)
+            del response
+            return freed
+        raise AssertionError("no error")
+
+    def waited() -> weakref.ref[Any]:
+        try:
+            (response := handle.remote()).result(timeout_s=5)
+        except RequestCancelledError:
+            freed = weakref.ref(response)
+            del response
+            return freed
+        raise AssertionError("no error")
+
+    gc.disable()
+    try:
+        assert waited()() is None
+        assert asyncio.run(awaited())() is None
+    finally:
+        gc.enable()
