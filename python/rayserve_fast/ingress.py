@@ -211,6 +211,9 @@ def freeze(value: Any) -> bytes:
             datastructures = sys.modules.get("starlette.datastructures")
             if datastructures is not None and type(obj) is datastructures.State:  # answers every attribute, so it hides
                 return datastructures.State, (obj._state,)  # how to pickle it
+            fastapi = sys.modules.get("fastapi.datastructures")
+            if fastapi is not None and obj is getattr(fastapi, "_Unset", self):  # known by its identity
+                return getattr, (fastapi, "_Unset")
             return super().reducer_override(obj)
 
         def _dynamic_function_reduce(self, func: Any) -> Any:

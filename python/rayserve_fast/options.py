@@ -144,10 +144,17 @@ class DeploymentOptions(Settings):
                 )
         if options:
             _validate_by_ray(options)
-        if limit is not None and (not isinstance(limit, int) or isinstance(limit, bool)):
+        if isinstance(limit, bool):
             raise TypeError(f"max_replicas_per_node must be None or an integer in [1, 100], not {type(limit)}.")
+        if limit is not None and not isinstance(limit, int):
+            raise TypeError(
+                f"Get invalid type '{type(limit)}' for max_replicas_per_node. "
+                "Expected None or an integer in the range of [1, 100]."
+            )
         if limit is not None and not 1 <= limit <= 100:
-            raise ValueError(f"Invalid max_replicas_per_node {limit}. Valid values are None or an integer in [1, 100].")
+            raise ValueError(
+                f"Invalid max_replicas_per_node {limit}. Valid values are None or an integer in the range of [1, 100]."
+            )
 
     def _check_batch(self) -> None:
         if self.max_batch_size is None:
@@ -269,7 +276,8 @@ def _dump(config: BaseModel | None) -> dict[str, Any] | None:
 
 
 def _validate_by_ray(options: dict[str, Any]) -> None:
-    """Let Ray judge values that it alone knows; the runtime environment is judged when the actor starts."""
+    """Let Ray judge values that it alone knows; what is in a runtime environment is judged when the actor starts."""
     import ray
 
-    ray.remote(type("Replica", (), {})).options(**{k: v for k, v in options.items() if k != "runtime_env"})
+    given = {k: v for k, v in options.items() if k != "runtime_env" or not isinstance(v, dict)}
+    ray.remote(type("Replica", (), {})).options(**given)

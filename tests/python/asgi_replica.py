@@ -11,13 +11,14 @@ import httpx
 import pytest
 from ray import cloudpickle
 
+from rayserve_fast.definition import dump_code
 from rayserve_fast.ingress import asgi_app_of
 from rayserve_fast.replica.asgi import AsgiApp
 
 
 async def replica_of(cls: type, *args: Any) -> AsgiApp:
     """What a replica does with a class: unpickle, construct, start."""
-    cls = cloudpickle.loads(cloudpickle.dumps(cls))
+    cls = cloudpickle.loads(dump_code(cls, None, "a class"))
     asgi = asgi_app_of(cls)
     assert asgi is not None
     instance = cls.__new__(cls)

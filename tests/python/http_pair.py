@@ -24,6 +24,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from rayserve_fast._core import Proxy
+from rayserve_fast.controlplane.options import forwarded_allow_ips
 from rayserve_fast.controlplane.spec import Definition, DeploymentConfig, DeploymentSpec, DriverEnv, ReplicaSpec
 from rayserve_fast.ingress import asgi_app_of
 from rayserve_fast.replica.runtime import ReplicaRuntime
@@ -83,6 +84,7 @@ def proxy_config(root_path: str) -> dict[str, Any]:
         "snapshot_path": None,
         "session_header": "x-session-id",
         "prefer_local_node": True,
+        "forwarded_allow_ips": forwarded_allow_ips(),
     }
 
 

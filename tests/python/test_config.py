@@ -119,7 +119,7 @@ def test_limits_beyond_what_a_proxy_counts_are_none() -> None:
     )
     config = {k: v for k, v in asdict(options).items() if k not in ("proxy_location", "placement_notice_s")}
     rest = {"shards": 1, "node_id": "n", "token": "00", "snapshot_path": None, "session_header": "s"}
-    Proxy(json.dumps({**config, **rest, "prefer_local_node": True}).encode())
+    Proxy(json.dumps({**config, **rest, "prefer_local_node": True, "forwarded_allow_ips": ""}).encode())
     assert (options.request_timeout_s, options.max_body_bytes) == (None, None)
 
 

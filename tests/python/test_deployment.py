@@ -41,6 +41,19 @@ def test_the_users_dictionary_is_left_alone() -> None:
     assert deployment.ray_actor_options == {"num_gpus": 1, "num_cpus": 1}
 
 
+def test_a_runtime_env_that_is_no_dict_is_refused_before_anything_is_deployed() -> None:
+    with pytest.raises(TypeError, match=r"'runtime_env' must be .*dict.*, but received type <class 'int'>"):
+        serve.deployment(ray_actor_options={"runtime_env": 3})(Service)
+    assert serve.deployment(ray_actor_options={"runtime_env": None})(Service).num_replicas == 1
+
+
+def test_max_replicas_per_node_is_refused_in_the_words_of_ray_serve() -> None:
+    with pytest.raises(ValueError, match=r"^Invalid max_replicas_per_node 0\. .* in the range of \[1, 100\]\.$"):
+        serve.deployment(max_replicas_per_node=0)(Service)
+    with pytest.raises(TypeError, match=r"^Get invalid type '<class 'str'>' for max_replicas_per_node"):
+        serve.deployment(max_replicas_per_node="a")(Service)  # type: ignore[arg-type]
+
+
 def test_options_are_checked_together_with_those_given_before() -> None:
     base = serve.deployment(max_replicas_per_node=1)(Service)
     with pytest.raises(ValueError, match="max_replicas_per_node is not allowed when placement_group_bundles"):

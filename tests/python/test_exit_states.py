@@ -161,6 +161,7 @@ proxy = Proxy(json.dumps({{
     "host": "127.0.0.1", "port": 0, "root_path": "", "request_timeout_s": None, "keep_alive_timeout_s": 90,
     "max_head_bytes": 65536, "max_body_bytes": None, "shards": 2, "node_id": "n", "token": "00" * 32,
     "snapshot_path": None, "session_header": "x-session-id", "prefer_local_node": True,
+    "forwarded_allow_ips": "",
 }}).encode())
 address = proxy.start()
 deployment = {{"app": "a", "name": "D", "max_ongoing_requests": 5,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import inspect
 import threading
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 from asgi_replica import Serve, fetch, replica_of, serving  # noqa: F401 - a fixture
-from fastapi import FastAPI, Request
+from fastapi import Body, FastAPI, Header, Query, Request
 from fastapi.responses import PlainTextResponse
 from starlette.applications import Starlette
 from starlette.routing import Route
@@ -92,6 +92,26 @@ def test_prefix_is_respected_by_urls_redirects_and_docs(serve: Serve) -> None:
     assert (answer.status_code, answer.headers["location"]) == (307, f"{url}/where/")
     assert "/pre/fix/openapi.json" in ask("GET", "/pre/fix/docs", root_path="/pre/fix").text
     assert ask("GET", "/pre/fix/openapi.json", root_path="/pre/fix").json()["servers"] == [{"url": "/pre/fix"}]
+
+
+def test_the_schema_is_that_of_the_application(serve: Serve) -> None:
+    app = FastAPI()
+
+    @app.get("/plain")
+    def plain(skip: int = 0, limit: Annotated[int, Query(le=9)] = 1, token: str | None = Header(None)) -> None: ...
+
+    @app.post("/body")
+    def body(item: Annotated[list[int], Body(embed=True)], shown: Annotated[int, Query(examples=[3])]) -> None: ...
+
+    @ingress(app)
+    class View:
+        @app.get("/method")
+        def method(self, skip: int = 0) -> None: ...
+
+    schema = serve(View)("GET", "/openapi.json").json()
+    del schema["paths"]["/method"]
+    app.router.routes = [route for route in app.router.routes if getattr(route, "path", "") != "/method"]
+    assert schema == app.openapi()
 
 
 def test_builders(serve: Serve) -> None:

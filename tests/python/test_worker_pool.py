@@ -7,6 +7,7 @@ import json
 import threading
 from typing import Any
 
+import anyio.from_thread
 import pytest
 import wire_client as wire
 from deployed import wait_for
@@ -122,6 +123,22 @@ def test_a_cancelled_job_only_loses_its_answer_and_keeps_its_slot_until_it_retur
         release.set()
         assert link.answer(1).last.aux == wire.CANCELLED
         assert link.get(2).body == b"done"
+
+
+def from_thread(request: Any) -> list[Any]:
+    """What code that knows itself on one of anyio's threads does, as in Ray Serve."""
+    body = anyio.from_thread.run(request.body)
+    return [len(body), anyio.from_thread.run_sync(threading.get_ident) != threading.get_ident()]
+
+
+def test_a_sync_handler_reaches_the_event_loop_by_anyio() -> None:
+    with serving(from_thread) as replica:
+        link = replica.link()
+        for number in (1, 2):  # the second on a thread that has run one
+            link.request(number, fin=False, method="POST")
+            link.send(wire.BODY, number, payload=bytes(10))
+            link.send(wire.BODY, number, payload=bytes(3), flags=wire.FIN)
+            assert json.loads(link.answer(number).body) == [13, True]
 
 
 def test_a_cancelled_job_that_no_thread_has_begun_gives_its_slot_back_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

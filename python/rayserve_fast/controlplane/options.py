@@ -51,3 +51,8 @@ def session_header() -> str:
 def prefer_local_node() -> bool:
     """Whether a proxy sends requests to replicas of its own node while one has room, as the reference's does."""
     return os.environ.get("RAY_SERVE_PROXY_PREFER_LOCAL_NODE_ROUTING", "1") == "1"
+
+
+def forwarded_allow_ips() -> str:
+    """The reverse proxies whose `X-Forwarded-*` headers are believed: uvicorn's variable, which rules in Ray Serve."""
+    return os.environ.get("FORWARDED_ALLOW_IPS", "127.0.0.1,::1")

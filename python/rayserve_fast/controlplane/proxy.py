@@ -15,7 +15,12 @@ from dataclasses import asdict
 from typing import Any
 
 from rayserve_fast.controlplane import sockets
-from rayserve_fast.controlplane.options import ClusterOptions, prefer_local_node, session_header
+from rayserve_fast.controlplane.options import (
+    ClusterOptions,
+    forwarded_allow_ips,
+    prefer_local_node,
+    session_header,
+)
 from rayserve_fast.controlplane.process import Place, serve_at_normal_priority
 
 
@@ -102,6 +107,7 @@ class ProxyActor:
             "token": self._token.hex(),
             "session_header": session_header(),
             "prefer_local_node": prefer_local_node(),
+            "forwarded_allow_ips": forwarded_allow_ips(),
             "snapshot_path": f"{self._dir}/s-{self._node_id[:8]}.json",
         }
         self._core = _core.Proxy(json.dumps(config).encode())

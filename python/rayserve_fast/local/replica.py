@@ -66,7 +66,7 @@ class LocalReplica:
         batched = spec.config.max_batch_size is not None
         self._batcher = Batcher(spec.config, self._waiting, self._look_later) if batched else None
         self._loop = UserLoop(f"serve-{spec.name}")
-        self._jobs = _Jobs(SyncPool(f"serve-{spec.name}-sync"))
+        self._jobs = _Jobs(SyncPool(f"serve-{spec.name}-sync", self._loop.loop))
         self._user = Servable(self._loop, self._context)
         self._loop.start()
         try:

@@ -82,7 +82,7 @@ class ReplicaRuntime:
         self._loaded = loaded
         self._config = spec.deployment.config
         self._loop = UserLoop(f"serve-{spec.deployment.name}")
-        self._pool = SyncPool(f"serve-{spec.deployment.name}-sync")
+        self._pool = SyncPool(f"serve-{spec.deployment.name}-sync", self._loop.loop)
         self._user: Servable | None = None
         self._facts: Facts | None = None
         self._worker: Worker | None = None

@@ -11,9 +11,11 @@ hook.
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import time
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context, copy_context
 from typing import Any, Protocol
 
@@ -32,11 +34,17 @@ class Jobs(Protocol):
 
 
 class SyncPool:
-    """The pool of one worker, which must be set before the first thread is asked for."""
+    """The pool of one worker, which must be set before the first thread is asked for.
+
+    Args:
+        name: of its threads.
+        loop: where `anyio.from_thread` leads from them.
+    """
 
     worker: Jobs
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self._names = (f"{name}-{number}" for number in itertools.count())
         self._threads: list[threading.Thread] = []
 
@@ -60,6 +68,10 @@ class SyncPool:
                 thread.join(max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
+        with _claimed(self._loop):
+            self._work()
+
+    def _work(self) -> None:
         take, done, fail = self.worker.take, self.worker.done, self.worker.fail
         while (job := take()) is not None:
             call, argument, head = job
@@ -72,3 +84,16 @@ class SyncPool:
                 done(head, result, context)
             # Nothing of this request may live on while the thread waits for the next.
             call = argument = head = context = job = result = None  # type: ignore[assignment]
+
+
+def _claimed(loop: asyncio.AbstractEventLoop) -> AbstractContextManager[object]:
+    """This thread is one of anyio's meanwhile, as those that run sync handlers in Ray Serve are.
+
+    anyio has no public way to say so; a version that has another than 4.x is done without.
+    """
+    try:
+        from anyio._core._eventloop import claim_worker_thread, get_async_backend
+
+        return claim_worker_thread(get_async_backend("asyncio"), loop)
+    except (ImportError, TypeError):
+        return nullcontext()

@@ -70,7 +70,8 @@ fn proxy(port: &str, shards: &str, snapshot: &Value) -> Result<(), Box<dyn std::
     let config = format!(
         r#"{{"host": "127.0.0.1", "port": {port}, "root_path": "", "request_timeout_s": null, "shards": {shards},
             "keep_alive_timeout_s": 90, "max_head_bytes": 65536, "max_body_bytes": null, "node_id": "n",
-            "token": "{TOKEN}", "snapshot_path": null, "session_header": "x-session-id", "prefer_local_node": true}}"#
+            "token": "{TOKEN}", "snapshot_path": null, "session_header": "x-session-id", "prefer_local_node": true,
+            "forwarded_allow_ips": ""}}"#
     );
     let proxy = Proxy::new(Config::parse(config.as_bytes())?);
     let address = proxy.start()?;

@@ -22,6 +22,7 @@ pub struct Config {
     pub snapshot_path: Option<PathBuf>,
     pub session_header: String,
     pub prefer_local_node: bool,
+    pub forwarded_allow_ips: String,
 }
 
 impl fmt::Debug for Config {
@@ -80,6 +81,7 @@ impl Config {
             snapshot_path: take(&mut fields, "snapshot_path")?,
             session_header: take(&mut fields, "session_header")?,
             prefer_local_node: take(&mut fields, "prefer_local_node")?,
+            forwarded_allow_ips: take(&mut fields, "forwarded_allow_ips")?,
         };
         if let Some(name) = fields.keys().next() {
             return Err(ConfigError::new(name, "is not an option of the proxy"));
@@ -108,7 +110,8 @@ mod tests {
     fn valid() -> Value {
         json!({"host": "127.0.0.1", "port": 0, "root_path": "/api/", "request_timeout_s": null, "shards": 1,
             "keep_alive_timeout_s": 90.0, "max_head_bytes": 65536, "max_body_bytes": null, "node_id": "n",
-            "token": "00ff", "snapshot_path": null, "session_header": "x-session-id", "prefer_local_node": true})
+            "token": "00ff", "snapshot_path": null, "session_header": "x-session-id", "prefer_local_node": true,
+            "forwarded_allow_ips": "127.0.0.1"})
     }
 
     fn parse(value: &Value) -> Result<Config, ConfigError> {

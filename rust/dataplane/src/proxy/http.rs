@@ -15,6 +15,7 @@ use super::{
     body::{Body, Inbound, LINGER, Source},
     builtin,
     departure::{Departure, Presence, Unread},
+    forwarded::Forwarded,
     listen::{Conn, Open},
     relay::{Call, Marks, X_REQUEST_ID, relay},
     stream::{Head, StreamRef},
@@ -29,6 +30,8 @@ use crate::{
     },
 };
 
+const FORWARDED_FOR: &str = "x-forwarded-for";
+const FORWARDED_PROTO: &str = "x-forwarded-proto";
 const TEXT: HeaderValue = HeaderValue::from_static("text/plain; charset=utf-8");
 
 /// When a request must be answered, and how many seconds that was.
@@ -43,7 +46,7 @@ pub(super) async fn answer(conn: Rc<Conn>, request: Request<Incoming>) -> Result
         Some(given) => (given.clone(), false),
         None => (make_id(&conn), true),
     };
-    let marks = Marks { id, made, affinity: wishes.affinity() };
+    let marks = Marks { id, made, affinity: wishes.affinity(), forwarded: wishes.forwarded(&conn, &parts.headers) };
     let request_id = marks.id.clone();
     let mut response = if let Some(page) = builtin::page(&conn.shard, parts.uri.path()) {
         page.map(|bytes| Body::whole(bytes, open))
@@ -182,6 +185,9 @@ pub(super) struct Wishes<'h> {
     websocket: bool,
     model: Option<&'h HeaderValue>,
     session: Option<&'h HeaderValue>,
+    /// A proxy has passed it on, or says so.
+    forwarded: bool,
+    scheme: Option<&'h HeaderValue>,
 }
 
 impl<'h> Wishes<'h> {
@@ -193,6 +199,8 @@ impl<'h> Wishes<'h> {
                 "x-request-timeout-seconds" => wishes.timeout = Some(value),
                 "x-request-disconnect-disabled" => wishes.keep = value == "?1",
                 "upgrade" => wishes.websocket = value.as_bytes().eq_ignore_ascii_case(b"websocket"),
+                FORWARDED_FOR => wishes.forwarded = true,
+                FORWARDED_PROTO => wishes.scheme = Some(value),
                 name if is_named(name.as_bytes(), MODEL_HEADER) => wishes.model = Some(value),
                 _ => {}
             }
@@ -212,6 +220,15 @@ impl<'h> Wishes<'h> {
     fn affinity(&self) -> Affinity {
         let (model, session) = self.names();
         Affinity::new(model, session)
+    }
+
+    /// What its proxy says of the client, if that is to be believed.
+    fn forwarded(&self, conn: &Conn, headers: &HeaderMap) -> Option<Box<Forwarded>> {
+        let trusted = &conn.shard.shared.trusted;
+        if !(self.forwarded || self.scheme.is_some()) || !trusted.has(&conn.client.0) {
+            return None;
+        }
+        Some(Box::new(Forwarded::read(trusted, self.scheme, headers.get_all(FORWARDED_FOR).iter())))
     }
 
     /// The client's deadline, or the configured one: not above zero means none, what is no number is ignored.

@@ -343,7 +343,7 @@ mod tests {
 
     const CONFIG: &str = r#"{"host": "127.0.0.1", "port": 0, "root_path": "", "request_timeout_s": null, "shards": 1,
         "keep_alive_timeout_s": 90.0, "max_head_bytes": 65536, "max_body_bytes": null, "node_id": "n", "token": "00",
-        "snapshot_path": null, "session_header": "x-session-id", "prefer_local_node": true}"#;
+        "snapshot_path": null, "session_header": "x-session-id", "prefer_local_node": true, "forwarded_allow_ips": ""}"#;
     const ALLOWED: u64 = 5;
 
     /// Sends one part a tick; after how many of them the connection is cut, if it is.

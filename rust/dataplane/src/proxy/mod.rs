@@ -11,6 +11,7 @@ mod choose;
 mod config;
 mod departure;
 mod dial;
+mod forwarded;
 mod http;
 mod link;
 mod listen;
@@ -48,7 +49,7 @@ pub use self::{
     choose::Choice,
     config::{Config, ConfigError},
 };
-use self::{choose::Choices, shard::Shard};
+use self::{choose::Choices, forwarded::Trusted, shard::Shard};
 use crate::{
     engine::{Assigned, Candidate, Schedules},
     metrics::Metrics,
@@ -71,6 +72,8 @@ struct Orders {
 /// What all threads of a proxy see.
 struct Shared {
     config: Config,
+    /// Who may say for whom it sends a request.
+    trusted: Trusted,
     draining: AtomicBool,
     /// On how many shards a replica's link is up.
     linked: Mutex<HashMap<String, usize>>,
@@ -160,6 +163,7 @@ impl Proxy {
     /// A proxy that does not listen yet. A snapshot that its predecessor kept is taken over.
     pub fn new(config: Config) -> Self {
         let shared = Shared {
+            trusted: Trusted::parse(&config.forwarded_allow_ips),
             config,
             draining: AtomicBool::default(),
             linked: Mutex::default(),

@@ -15,6 +15,7 @@ use super::{
     body::{Inbound, Upload},
     choose::Choice,
     departure::Departure,
+    forwarded::Forwarded,
     http::Wishes,
     listen::Conn,
     sender::Sender,
@@ -42,6 +43,8 @@ pub(super) struct Marks {
     /// The id was made here and is added to the headers.
     pub(super) made: bool,
     pub(super) affinity: Affinity,
+    /// What a trusted proxy says of the client.
+    pub(super) forwarded: Option<Box<Forwarded>>,
 }
 
 /// A request that has found its route.
@@ -263,16 +266,18 @@ impl Call<'_> {
             rooted = [root_path, path].concat();
             &rooted
         };
+        let forwarded = self.marks.forwarded.as_deref();
+        let client = forwarded.and_then(|it| it.client.as_ref()).unwrap_or(&self.conn.client);
         let head = RequestHead {
             method: self.parts.method.as_str().as_bytes(),
             http_version: if self.parts.version == Version::HTTP_10 { 10 } else { 11 },
-            https: false,
+            https: forwarded.is_some_and(|it| it.https),
             path,
             query: self.parts.uri.query().unwrap_or("").as_bytes(),
             root_path: &self.route.root_path,
             route: &self.route.prefix,
             request_id: self.marks.id.as_bytes(),
-            client: (self.conn.client.0.as_bytes(), self.conn.client.1),
+            client: (client.0.as_bytes(), client.1),
             server: (self.conn.server.0.as_bytes(), self.conn.server.1),
             params: &self.params,
         };

@@ -50,7 +50,8 @@ impl Drop for Dir {
 pub fn config(changes: Value) -> Config {
     let mut config = json!({"host": "127.0.0.1", "port": 0, "root_path": "", "request_timeout_s": null, "shards": 1,
         "keep_alive_timeout_s": 90.0, "max_head_bytes": 65536, "max_body_bytes": null, "node_id": "n",
-        "token": TOKEN, "snapshot_path": null, "session_header": "x-session-id", "prefer_local_node": true});
+        "token": TOKEN, "snapshot_path": null, "session_header": "x-session-id", "prefer_local_node": true,
+        "forwarded_allow_ips": "127.0.0.1"});
     let Value::Object(changes) = changes else { panic!("changes are an object") };
     config.as_object_mut().expect("an object").extend(changes);
     Config::parse(config.to_string().as_bytes()).expect("a valid configuration")
