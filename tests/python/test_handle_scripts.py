@@ -75,7 +75,7 @@ def refused(kind, call):
         assert "not connected to Ray" in str(error), error
     else:
         raise AssertionError("answered")
-    assert time.monotonic() - began < 4  # no wait has come to its end
+    assert time.monotonic() - began < 1
     assert not ray.is_initialized()
 
 serve.start(http_options={"port": 0})

@@ -11,7 +11,21 @@ from urllib.request import parse_http_list, parse_keqv_list
 from starlette.datastructures import Headers
 
 
-class FlaskHeaders(Headers):
+class Typed:
+    """Mappings of strings with werkzeug's `get`."""
+
+    def get(self, key: str, default: Any = None, type: Callable[[Any], Any] | None = None) -> Any:
+        """The first value, through `type` if given; `default` if there is none or `type` refuses it."""
+        this: Any = self
+        if key not in this:
+            return default
+        try:
+            return this[key] if type is None else type(this[key])
+        except (ValueError, TypeError):
+            return default
+
+
+class FlaskHeaders(Typed, Headers):
     """Starlette's headers as werkzeug shows them: names are `Title-Case`, and iterating gives pairs.
 
     >>> headers = FlaskHeaders({"x-version": "3"})
@@ -27,15 +41,6 @@ class FlaskHeaders(Headers):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.items())
-
-    def get(self, key: str, default: Any = None, type: Callable[[str], Any] | None = None) -> Any:
-        """The value, through `type` if given; `default` if there is none or `type` refuses it."""
-        if key not in self:
-            return default
-        try:
-            return self[key] if type is None else type(self[key])
-        except (ValueError, TypeError):
-            return default
 
 
 def mimetype_of(content_type: str | None) -> str:

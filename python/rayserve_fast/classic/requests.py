@@ -11,13 +11,13 @@ import io
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, quote
 
 from starlette.datastructures import Headers
 from starlette.formparsers import MultiPartException
 
-from rayserve_fast.classic.header_values import Authorization, FlaskHeaders, UserAgent, length_of, mimetype_of
+from rayserve_fast.classic.header_values import Authorization, FlaskHeaders, Typed, UserAgent, length_of, mimetype_of
 from rayserve_fast.classic.uploads import FileStorage
 from rayserve_fast.replica.request import _Lazy, loads
 from rayserve_fast.replica.responses import Refused
@@ -25,14 +25,12 @@ from rayserve_fast.replica.responses import Refused
 if TYPE_CHECKING:
     from rayserve_fast.replica.request import Request
 
-T = TypeVar("T")
-
 _PATH_SAFE = "/:@!$&'()*+,;=~"
 _URLENCODED = "application/x-www-form-urlencoded"
 MULTIPART = "multipart/form-data"
 
 
-class MultiDict(dict[str, Any]):
+class MultiDict(Typed, dict[str, Any]):
     """Several values under one key, of which the first is the dict's, as werkzeug's.
 
     >>> found = MultiDict([("n", "1"), ("n", "2")])
@@ -49,16 +47,7 @@ class MultiDict(dict[str, Any]):
             else:
                 self[key] = value
 
-    def get(self, key: str, default: Any = None, type: Callable[[Any], T] | None = None) -> Any:
-        """The first value, through `type` if given; `default` if there is none or `type` refuses it."""
-        if key not in self:
-            return default
-        try:
-            return self[key] if type is None else type(self[key])
-        except (ValueError, TypeError):
-            return default
-
-    def getlist(self, key: str, type: Callable[[Any], T] | None = None) -> list[Any]:
+    def getlist(self, key: str, type: Callable[[Any], Any] | None = None) -> list[Any]:
         """All values of a key; through `type` if given, without those that it refuses."""
         found = [self[key], *self._further.get(key, ())] if key in self else []
         if type is None:

@@ -76,9 +76,11 @@ impl Drop for Body {
     fn drop(&mut self) {
         if let Content::Streamed { stream, deadline: Some(deadline), .. } = &self.content
             && matches!(stream.unread, Unread::Told | Unread::Ignored)
-            && !stream.sender().is_over()
         {
-            tokio::task::spawn_local(see_out(stream.sender(), deadline.deadline()));
+            let sender = stream.sender();
+            if !sender.is_over() {
+                tokio::task::spawn_local(see_out(sender, deadline.deadline()));
+            }
         }
     }
 }

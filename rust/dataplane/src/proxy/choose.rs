@@ -27,7 +27,7 @@ use super::{Shared, shard::Shard};
 use crate::engine::{Assigned, Candidate, DeploymentKey, Place};
 
 /// A shard answers between two events; one that does not is gone, or held up by the machine.
-const ANSWER: Duration = if cfg!(test) { Duration::from_millis(50) } else { Duration::from_secs(5) };
+const ANSWER: Duration = Duration::from_secs(5);
 
 /// What Python is told of a request.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -53,6 +53,8 @@ pub(super) struct Choices {
     desk: Mutex<Desk>,
     read: UnixStream,
     write: UnixStream,
+    /// How long a shard may take for an answer.
+    patience: Duration,
 }
 
 #[derive(Default)]
@@ -73,7 +75,7 @@ impl Choices {
         for socket in [&read, &write] {
             socket.set_nonblocking(true).expect("a socket can be non-blocking");
         }
-        Self { desk: Mutex::default(), read, write }
+        Self { desk: Mutex::default(), read, write, patience: ANSWER }
     }
 
     fn desk(&self) -> MutexGuard<'_, Desk> {
@@ -130,7 +132,7 @@ impl Choices {
     fn order<T>(&self, shard: usize, order: impl FnOnce(SyncSender<T>) -> Order) -> Result<T, RecvTimeoutError> {
         let (reply, answer) = sync_channel(1);
         self.desk().shards[shard].send(order(reply)).map_err(|_| RecvTimeoutError::Disconnected)?;
-        answer.recv_timeout(ANSWER)
+        answer.recv_timeout(self.patience)
     }
 
     pub(super) fn candidates(&self, number: u64) -> Option<(Vec<Candidate>, Option<String>)> {
@@ -234,7 +236,7 @@ mod tests {
 
     #[test]
     fn one_whose_shard_does_not_answer_in_time_is_asked_for_again() {
-        let choices = Choices::new();
+        let choices = Choices { patience: Duration::from_millis(50), ..Choices::new() };
         let (shard, orders) = choices.join();
         let number = choices.ask(shard, place(), Choice::default());
         assert_eq!(choices.assign(number, Vec::new()), Assigned::Full);

@@ -4,6 +4,7 @@
 use std::net::IpAddr;
 
 use http::HeaderValue;
+use ipnet::IpNet;
 
 /// Addresses, networks and names of proxies that are believed.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -15,7 +16,7 @@ pub(super) enum Trusted {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Peer {
     Address(IpAddr),
-    Network(IpAddr, u32),
+    Network(IpNet),
     /// What is no address can still stand in `X-Forwarded-For`.
     Name(String),
 }
@@ -31,10 +32,10 @@ impl Trusted {
 
     pub(super) fn has(&self, host: &str) -> bool {
         let Self::These(peers) = self else { return true };
-        let address = host.parse().ok();
+        let address: Option<IpAddr> = host.parse().ok();
         peers.iter().any(|peer| match (peer, address) {
             (Peer::Address(known), Some(address)) => *known == address,
-            (Peer::Network(network, bits), Some(address)) => first_bits(address, *bits) == Some(*network),
+            (Peer::Network(network), Some(address)) => network.contains(&address),
             (Peer::Name(name), None) => name == host,
             _ => false,
         })
@@ -53,26 +54,12 @@ impl Trusted {
 }
 
 impl Peer {
+    /// A network whose address has bits beyond its prefix is none.
     fn parse(item: &str) -> Self {
-        let named = || Self::Name(item.to_owned());
-        let Some((address, bits)) = item.split_once('/') else {
-            return item.parse().map_or_else(|_| named(), Self::Address);
-        };
-        let (Ok(address), Ok(bits)) = (address.parse(), bits.parse()) else { return named() };
-        if first_bits(address, bits) == Some(address) { Self::Network(address, bits) } else { named() }
-    }
-}
-
-/// The address with all bits but the first ones cleared; none if it has not so many.
-fn first_bits(address: IpAddr, bits: u32) -> Option<IpAddr> {
-    match address {
-        IpAddr::V4(v4) => {
-            let mask = u32::MAX.checked_shl(32_u32.checked_sub(bits)?).unwrap_or(0);
-            Some(IpAddr::V4((v4.to_bits() & mask).into()))
-        }
-        IpAddr::V6(v6) => {
-            let mask = u128::MAX.checked_shl(128_u32.checked_sub(bits)?).unwrap_or(0);
-            Some(IpAddr::V6((v6.to_bits() & mask).into()))
+        match (item.parse(), item.parse::<IpNet>()) {
+            (Ok(address), _) => Self::Address(address),
+            (_, Ok(network)) if network.addr() == network.network() => Self::Network(network),
+            _ => Self::Name(item.to_owned()),
         }
     }
 }

@@ -177,10 +177,11 @@ impl Stream {
                 shard.engine.borrow_mut().answered(lease, report);
             }
             wake(&mut self.sender);
+        }
+        if finished || self.fate == Fate::Wanted {
             wake(&mut self.reader);
         }
         if self.fate == Fate::Wanted {
-            wake(&mut self.reader);
             return Ok((false, 0));
         }
         Ok((finished, self.discard()))

@@ -66,11 +66,13 @@ impl Queue {
 
     /// Whether the loop is to be asked for a turn.
     pub(super) fn push(&mut self, ticket: Py<Ticket>, weighs: bool) -> bool {
-        let due = ticket.get().since.checked_add(self.window.wait);
-        self.waiting.push_back(ticket);
         // A timer is there for the oldest; one more item changes the verdict only if it is weighed or fills the batch, or
         // if the timer is left over from a longer window.
-        let timed = self.timer.as_ref().is_some_and(|(at, _)| due.is_none_or(|due| *at <= due));
+        let timed = self.timer.as_ref().is_some_and(|(at, _)| {
+            let due = ticket.get().since.checked_add(self.window.wait);
+            due.is_none_or(|due| *at <= due)
+        });
+        self.waiting.push_back(ticket);
         let news = weighs || !timed || self.len() >= self.window.max_size;
         let ask = news && self.has_slot() && !self.asked;
         self.asked |= ask;

@@ -175,10 +175,9 @@ impl Link {
         if let Some((header, left)) = piece
             && let Some(stream) = self.stream(header.stream)
         {
-            let output = lock(&self.output);
-            let Some(socket) = &output.socket else { return Err(ErrorKind::NotConnected.into()) };
-            let read = stream.read_body(py, left, |room| each!(socket, it => socket::read_to(it, room)));
-            drop(output);
+            let read = self.with_socket(|socket| {
+                stream.read_body(py, left, |room| each!(socket, it => socket::read_to(it, room)))
+            })?;
             if let Some(read) = read {
                 lock(&self.input).decoder.took(*read.as_ref().unwrap_or(&0));
                 feed(fed, stream);
@@ -191,10 +190,14 @@ impl Link {
         if !buf.try_reclaim(READ) && buf.capacity() - buf.len() < READ / 16 {
             buf.reserve(READ);
         }
-        let output = lock(&self.output);
-        let Some(socket) = &output.socket else { return Err(ErrorKind::NotConnected.into()) };
         let room = most.min(buf.capacity() - buf.len());
-        may_have_more(each!(socket, it => socket::read(it, buf, room)), room)
+        may_have_more(self.with_socket(|socket| each!(socket, it => socket::read(it, buf, room)))?, room)
+    }
+
+    /// An error if it is closed.
+    fn with_socket<T>(&self, read: impl FnOnce(&Socket) -> T) -> io::Result<T> {
+        let output = lock(&self.output);
+        output.socket.as_ref().map(read).ok_or_else(|| ErrorKind::NotConnected.into())
     }
 
     /// Appends a frame; somebody flushes it soon.
